@@ -1,0 +1,114 @@
+"""Gather at use: the collectives between a parameter's home shard and the place it is used.
+
+`use_sharded` is what stands between a ZeRO-sharded parameter and the mathematics: forwards it casts the shard to the
+compute dtype and all-gathers it, backwards it reduce-scatters the gradient (Rajbhandari et al., ZeRO, 2020, section
+5.3). `use_whole` serves ZeRO-2: the parameter is whole already, only its gradient leaves reduced and scattered.
+
+All functions run inside a `shard_map` that is manual over the batch axes. Where automatic axes (`tensor`, `seq`) are
+larger than one, each collective sits in a small nested `shard_map` with the weight's own spec; otherwise XLA gathers
+the automatic axes around it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jspeed.core._compat import context_mesh, shard_map
+
+
+@dataclass(frozen=True)
+class GatherPlan:
+    """How one parameter is gathered and its gradient reduced.
+
+    `dim` counts from the end, so that the plan still holds for a slice of stacked layers. `auto_spec` is the spec over
+    the automatic axes, one entry per dimension of the whole leaf, also aligned at the end.
+    """
+
+    axes: tuple[str, ...]
+    dim: int
+    auto_axes: tuple[str, ...] = ()
+    auto_spec: tuple[str | tuple[str, ...] | None, ...] = ()
+    compute_dtype: str = "float32"
+    reduce_dtype: str = "float32"
+    stored_whole: bool = False
+
+    def island_spec(self, ndim: int) -> PartitionSpec:
+        """The spec over automatic axes for a (possibly sliced) leaf with `ndim` dimensions."""
+        entries = (None,) * max(0, ndim - len(self.auto_spec)) + self.auto_spec
+        return PartitionSpec(*entries[len(entries) - ndim :])
+
+
+def island(plan: GatherPlan, function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """Runs a collective fully manual: nested over the automatic axes where there are any."""
+    if not plan.auto_axes:
+        return function(x)
+    spec = plan.island_spec(x.ndim)
+    return shard_map(
+        function,
+        mesh=context_mesh(),
+        in_specs=spec,
+        out_specs=spec,
+        axis_names=frozenset(plan.auto_axes),
+    )(x)
+
+
+def all_gather(plan: GatherPlan, shard: jax.Array) -> jax.Array:
+    """Shard `[.., d / n, ..]` -> whole `[.., d, ..]` in the shard's dtype."""
+    dim = shard.ndim + plan.dim
+    return island(plan, lambda s: jax.lax.all_gather(s, plan.axes, axis=dim, tiled=True), shard)
+
+
+def reduce_scatter(plan: GatherPlan, gradient: jax.Array) -> jax.Array:
+    """Whole local gradients `[.., d, ..]` -> the summed shard `[.., d / n, ..]`, carried in `reduce_dtype`."""
+    dim = gradient.ndim + plan.dim
+
+    def scatter(g: jax.Array) -> jax.Array:
+        return jax.lax.psum_scatter(g, plan.axes, scatter_dimension=dim, tiled=True)
+
+    return island(plan, scatter, gradient.astype(plan.reduce_dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def use_sharded(plan: GatherPlan, shard: jax.Array) -> jax.Array:
+    """ZeRO-3: the whole parameter in the compute dtype; its gradient comes back as a summed shard."""
+    return all_gather(plan, shard.astype(plan.compute_dtype))
+
+
+def _use_sharded_fwd(plan: GatherPlan, shard: jax.Array):
+    # The collective itself, not `use_sharded` again: remat policies must see a gather, not a custom call.
+    return all_gather(plan, shard.astype(plan.compute_dtype)), jnp.zeros((), shard.dtype)
+
+
+def _use_sharded_bwd(plan: GatherPlan, like: jax.Array, gradient: jax.Array):
+    return (reduce_scatter(plan, gradient).astype(like.dtype),)
+
+
+use_sharded.defvjp(_use_sharded_fwd, _use_sharded_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def use_whole(plan: GatherPlan, whole: jax.Array, gradient_shard: jax.Array) -> jax.Array:
+    """ZeRO-2: the stored whole parameter; its gradient goes, summed and scattered, to `gradient_shard`.
+
+    `gradient_shard` is a placeholder of the shard's shape, whose value is never read.
+    """
+    del gradient_shard
+    return whole
+
+
+def _use_whole_fwd(plan: GatherPlan, whole: jax.Array, gradient_shard: jax.Array):
+    return whole, jnp.zeros((), gradient_shard.dtype)
+
+
+def _use_whole_bwd(plan: GatherPlan, like: jax.Array, gradient: jax.Array):
+    scattered = reduce_scatter(plan, gradient).astype(like.dtype)
+    return jnp.zeros(gradient.shape, gradient.dtype), scattered
+
+
+use_whole.defvjp(_use_whole_fwd, _use_whole_bwd)

@@ -1,0 +1,259 @@
+"""ZeRO as placement: where each role of each parameter lives (Rajbhandari et al., ZeRO, 2020, section 5).
+
+Roles are `param` (the stored copy in the compute dtype), `master` (fp32), `moments` and `grad`. Sharded over the ZeRO
+axes are, from stage 1, `master` and `moments`; from stage 2 also `grad`; from stage 3 there is no stored copy at all,
+the master is cast and gathered at use.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jspeed.core.tree import named_leaves
+from jspeed.layout.gather import GatherPlan
+from jspeed.layout.mesh import AUTOMATIC_AXES, AXES, BATCH_AXES, ZERO_AXES
+from jspeed.layout.rules import Entry, Rule, match_rule
+
+
+class Role(Enum):
+    """What an array is to training."""
+
+    PARAM = "param"
+    MASTER = "master"
+    MOMENTS = "moments"
+    GRAD = "grad"
+
+
+@dataclass(frozen=True)
+class ZeroSettings:
+    """The part of `zero_optimization` that decides placement."""
+
+    stage: int = 0
+    persistence_threshold: int = 100_000
+    model_persistence_threshold: int = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class LeafPlacement:
+    """Where one parameter lives.
+
+    `base` is the spec over automatic axes; `zero_dim` the dimension that ZeRO splits, None when no dimension lets it;
+    `persistent` says that ZeRO-3 keeps a whole copy, because it is small.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    rule: str
+    base: tuple[Entry, ...]
+    zero_dim: int | None
+    whole_because: str
+    persistent: bool
+
+    def sharded_spec(self) -> tuple[Entry, ...]:
+        """The spec with ZeRO's dimension split as well."""
+        if self.zero_dim is None:
+            return self.base
+        return tuple(
+            (ZERO_AXES if dim == self.zero_dim else entry) for dim, entry in enumerate(self.base)
+        )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mesh, a ZeRO stage and the placement of every parameter: all that decides where arrays live."""
+
+    mesh: Mesh
+    stage: int
+    leaves: Mapping[str, LeafPlacement]
+    compute_dtype: str
+    reduce_dtype: str
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return dict(zip(self.mesh.axis_names, self.mesh.devices.shape, strict=True))
+
+    @property
+    def batch_shards(self) -> int:
+        return math.prod(self.sizes[axis] for axis in BATCH_AXES)
+
+    @property
+    def zero_ways(self) -> int:
+        return math.prod(self.sizes[axis] for axis in ZERO_AXES)
+
+    @property
+    def automatic_axes(self) -> tuple[str, ...]:
+        """Automatic axes that split anything."""
+        return tuple(axis for axis in AUTOMATIC_AXES if self.sizes[axis] > 1)
+
+    @property
+    def mixed_precision(self) -> bool:
+        return self.compute_dtype != "float32"
+
+    def has_copy(self, path: str) -> bool:
+        """Whether a whole copy in the compute dtype is stored beside the fp32 master."""
+        if not self.mixed_precision:
+            return False
+        return self.stage < 3 or (self.zero_splits(path) and self.leaves[path].persistent)
+
+    def zero_splits(self, path: str) -> bool:
+        return self.leaves[path].zero_dim is not None and self.zero_ways > 1
+
+    def gathered(self, path: str) -> GatherPlan | None:
+        """The plan of a parameter that is gathered at use; None for one that is stored whole."""
+        if self.stage < 3 or not self.zero_splits(path) or self.leaves[path].persistent:
+            return None
+        return self.plan(path)
+
+    def plan(self, path: str) -> GatherPlan:
+        """How a parameter that ZeRO splits is gathered, and its gradient reduced."""
+        leaf = self.leaves[path]
+        assert leaf.zero_dim is not None
+        return GatherPlan(
+            axes=ZERO_AXES,
+            dim=leaf.zero_dim - len(leaf.shape),
+            auto_axes=self.automatic_axes,
+            auto_spec=leaf.base,
+            compute_dtype=self.compute_dtype,
+            reduce_dtype=self.reduce_dtype,
+        )
+
+    def role_spec(self, path: str, role: Role) -> tuple[Entry, ...]:
+        """The spec of one role of one parameter, over all mesh axes."""
+        leaf = self.leaves[path]
+        first_sharded_stage = {Role.PARAM: 4, Role.MASTER: 1, Role.MOMENTS: 1, Role.GRAD: 1}[role]
+        if role is Role.MASTER and not self.mixed_precision:  # in fp32 the master is the parameter
+            first_sharded_stage = 4 if leaf.persistent else 3
+        if self.zero_splits(path) and self.stage >= first_sharded_stage:
+            return leaf.sharded_spec()
+        return leaf.base
+
+    def sharding(self, path: str, role: Role) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(*self.role_spec(path, role)))
+
+    def batch_spec(self, leading: int = 0) -> PartitionSpec:
+        """The spec of a batch whose examples stand after `leading` other dimensions."""
+        return PartitionSpec(*(None,) * leading, BATCH_AXES)
+
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+
+def manual_spec(spec: Sequence[Entry]) -> PartitionSpec:
+    """What remains of a spec inside a `shard_map` that is manual over the batch axes alone."""
+    kept: list[Entry] = []
+    for entry in spec:
+        axes = (entry,) if isinstance(entry, str) else (entry or ())
+        manual = tuple(axis for axis in axes if axis not in AUTOMATIC_AXES)
+        kept.append(manual or None)
+    return PartitionSpec(*kept)
+
+
+def place(
+    params: Any,
+    *,
+    mesh: Mesh,
+    zero: ZeroSettings,
+    rules: Sequence[Rule] = (),
+    stacked: Sequence[str] = (),
+    compute_dtype: str = "float32",
+    reduce_dtype: str | None = None,
+) -> Layout:
+    """Places every parameter of a model.
+
+    Args:
+      params: a pytree of arrays or shapes.
+      mesh: with the axes of `jspeed.layout.mesh.AXES`.
+      zero: the stage and thresholds.
+      rules: for the automatic axes, first match wins; no match leaves a parameter whole over them.
+      stacked: regexes of parameters whose first dimension stacks layers. ZeRO never splits that dimension, and
+        thresholds concern one layer's slice.
+      compute_dtype: of the stored copy and of what is gathered.
+      reduce_dtype: that gradients are reduced in; the compute dtype when None.
+
+    Raises:
+      LayoutError: a rule does not fit the parameter it matches.
+    """
+    sizes = dict(zip(mesh.axis_names, mesh.devices.shape, strict=True))
+    missing = [axis for axis in AXES if axis not in sizes]
+    assert not missing, f"mesh lacks {missing}"
+    leaves: dict[str, LeafPlacement] = {}
+    for path, leaf in named_leaves(params):
+        leaves[path] = _place_leaf(path, tuple(leaf.shape), sizes, zero, rules, stacked)
+    if zero.stage == 3:
+        _limit_persistent(leaves, zero.model_persistence_threshold)
+    return Layout(mesh, zero.stage, leaves, compute_dtype, reduce_dtype or compute_dtype)
+
+
+def _place_leaf(
+    path: str,
+    shape: tuple[int, ...],
+    sizes: Mapping[str, int],
+    zero: ZeroSettings,
+    rules: Sequence[Rule],
+    stacked: Sequence[str],
+) -> LeafPlacement:
+    rule = match_rule(rules, path, shape, sizes)
+    base: tuple[Entry, ...] = rule.spec if rule else (None,) * len(shape)
+    is_stacked = any(re.fullmatch(pattern, path) for pattern in stacked)
+    ways = math.prod(sizes[axis] for axis in ZERO_AXES)
+    dim, because = _zero_dimension(shape, base, ways, is_stacked)
+    one_layer = math.prod(shape[1:]) if is_stacked else math.prod(shape)
+    persistent = one_layer < zero.persistence_threshold
+    return LeafPlacement(path, shape, str(rule) if rule else "", base, dim, because, persistent)
+
+
+def _zero_dimension(
+    shape: tuple[int, ...], base: tuple[Entry, ...], ways: int, is_stacked: bool
+) -> tuple[int | None, str]:
+    """The largest dimension that divides evenly, later ones first; never one that `tensor` splits or that stacks layers.
+
+    Layers are stacked on small dimensions, so that taking the largest also keeps off the stacking of unknown models.
+    """
+    if ways == 1:
+        return None, ""
+    free = [d for d in range(1 if is_stacked else 0, len(shape)) if base[d] is None]
+    fitting = [d for d in free if shape[d] % ways == 0 and shape[d] > 0]
+    if fitting:
+        return max(fitting, key=lambda d: (shape[d], d)), ""
+    if not shape:
+        return None, "a scalar"
+    return None, f"no free dimension of {list(shape)} divides by {ways}"
+
+
+def _limit_persistent(leaves: dict[str, LeafPlacement], limit: int) -> None:
+    """Keeps the smallest parameters whole until `stage3_model_persistence_threshold` elements are kept."""
+    kept = 0
+    for path in sorted(leaves, key=lambda p: math.prod(leaves[p].shape)):
+        leaf = leaves[path]
+        if not leaf.persistent:
+            continue
+        kept += math.prod(leaf.shape)
+        if kept > limit:
+            leaves[path] = LeafPlacement(
+                leaf.path,
+                leaf.shape,
+                leaf.rule,
+                leaf.base,
+                leaf.zero_dim,
+                leaf.whole_because,
+                False,
+            )
+
+
+def shard_bytes(layout: Layout, path: str, role: Role, dtype: Any) -> int:
+    """Bytes of one role of one parameter on one device."""
+    leaf = layout.leaves[path]
+    split = 1
+    for entry in layout.role_spec(path, role):
+        for axis in (entry,) if isinstance(entry, str) else (entry or ()):
+            split *= layout.sizes[axis]
+    return math.prod(leaf.shape) * np.dtype(jax.numpy.dtype(dtype)).itemsize // split

@@ -1,0 +1,25 @@
+"""The shape of a GPT-2 model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jspeed.nn.attention import Implementation
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """GPT-2 (Radford et al., 2019): learned positions, pre-norm blocks, GELU, tied embeddings."""
+
+    vocab_size: int
+    layers: int
+    hidden_size: int
+    heads: int
+    sequence_length: int
+    intermediate_size: int
+    dropout: float = 0.0
+    norm_epsilon: float = 1e-5
+    tie_embeddings: bool = True
+    remat: str = "none"
+    attention: Implementation = "xla"
+    loss_chunk_size: int | None = None

@@ -1,0 +1,112 @@
+"""GPT-2 in Flax NNX, its layers stacked and scanned."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jspeed.models.gpt2.config import GPT2Config
+from jspeed.nn import LayerNorm, Linear, causal_attention, scan_layers, stack_layers
+
+_STDDEV = 0.02
+
+
+class Attention(nnx.Module):
+    """Multi-head causal self-attention with one fused projection."""
+
+    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs) -> None:
+        width = config.hidden_size
+        # Residual projections start smaller by the root of their number (GPT-2, section 2.3).
+        residual = _STDDEV / math.sqrt(2 * config.layers)
+        self.qkv = Linear(width, 3 * width, stddev=_STDDEV, bias=True, rngs=rngs)
+        self.proj = Linear(width, width, stddev=residual, bias=True, rngs=rngs)
+        self.heads = config.heads
+        self.implementation = config.attention
+
+    def __call__(self, x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+        batch, seq, width = x.shape
+        qkv = self.qkv(x).reshape(batch, seq, 3, self.heads, width // self.heads)
+        out = causal_attention(
+            qkv[:, :, 0],
+            qkv[:, :, 1],
+            qkv[:, :, 2],
+            segment_ids=segment_ids,
+            implementation=self.implementation,
+        )
+        return self.proj(out.reshape(batch, seq, width))
+
+
+class MLP(nnx.Module):
+    """Two projections with GELU between (tanh form, as GPT-2 was trained)."""
+
+    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs) -> None:
+        width, inner = config.hidden_size, config.intermediate_size
+        residual = _STDDEV / math.sqrt(2 * config.layers)
+        self.fc = Linear(width, inner, stddev=_STDDEV, bias=True, rngs=rngs)
+        self.proj = Linear(inner, width, stddev=residual, bias=True, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.proj(jax.nn.gelu(self.fc(x), approximate=True))
+
+
+class Block(nnx.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs) -> None:
+        self.ln_1 = LayerNorm(config.hidden_size, epsilon=config.norm_epsilon)
+        self.attn = Attention(config, rngs=rngs)
+        self.ln_2 = LayerNorm(config.hidden_size, epsilon=config.norm_epsilon)
+        self.mlp = MLP(config, rngs=rngs)
+        self.dropout = nnx.Dropout(config.dropout, rngs=rngs) if config.dropout else None
+
+    def __call__(self, x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+        x = x + self._drop(self.attn(self.ln_1(x), segment_ids))
+        return x + self._drop(self.mlp(self.ln_2(x)))
+
+    def _drop(self, x: jax.Array) -> jax.Array:
+        return x if self.dropout is None else self.dropout(x)
+
+
+class GPT2(nnx.Module):
+    """A GPT-2 language model."""
+
+    stacked_parameters = ("blocks/.*",)
+
+    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs) -> None:
+        vocabulary, width = config.vocab_size, config.hidden_size
+
+        def normal(*shape: int) -> jax.Array:
+            return _STDDEV * jax.random.normal(rngs.params(), shape)
+
+        self.wte = nnx.Param(normal(vocabulary, width))
+        self.wpe = nnx.Param(normal(config.sequence_length, width))
+        self.blocks = stack_layers(lambda rngs: Block(config, rngs=rngs), config.layers, rngs)
+        self.ln_f = LayerNorm(width, epsilon=config.norm_epsilon)
+        self.lm_head = None if config.tie_embeddings else nnx.Param(normal(width, vocabulary))
+        self.remat = config.remat
+        self.loss_chunk_size = config.loss_chunk_size
+
+    def hidden(
+        self,
+        input_ids: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """Tokens `[batch, seq]` -> the normalised last hidden states `[batch, seq, features]`."""
+        if positions is None:
+            positions = jnp.arange(input_ids.shape[1])[None]
+        x = self.wte[...][input_ids] + self.wpe[...][positions]
+        x = scan_layers(self.blocks, x, lambda layer, x: layer(x, segment_ids), remat=self.remat)
+        return self.ln_f(x)
+
+    def head(self) -> jax.Array:
+        """The output projection `[features, vocabulary]`."""
+        return self.wte[...].T if self.lm_head is None else self.lm_head[...]
+
+    def __call__(self, input_ids: jax.Array) -> jax.Array:
+        """Tokens `[batch, seq]` -> logits `[batch, seq, vocabulary]` in the compute dtype."""
+        return self.hidden(input_ids) @ self.head()

@@ -1,0 +1,26 @@
+"""Layers and losses that the model families are built from."""
+
+from jspeed.nn.attention import causal_attention, choose_implementation
+from jspeed.nn.blocks import (
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    language_model_loss,
+    scan_layers,
+    stack_layers,
+)
+from jspeed.nn.losses import IGNORED, cross_entropy, linear_cross_entropy
+
+__all__ = [
+    "IGNORED",
+    "LayerNorm",
+    "Linear",
+    "RMSNorm",
+    "causal_attention",
+    "choose_implementation",
+    "cross_entropy",
+    "language_model_loss",
+    "linear_cross_entropy",
+    "scan_layers",
+    "stack_layers",
+]

@@ -1,0 +1,102 @@
+"""What the model families share: normalisation, stacking of layers, and the language-model head with its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jspeed.core.loss import LossSum
+from jspeed.nn.losses import default_chunk_size, linear_cross_entropy
+
+Layer = TypeVar("Layer", bound=nnx.Module)
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last axis, in fp32 (Ba et al., 2016)."""
+
+    def __init__(self, features: int, *, epsilon: float) -> None:
+        self.scale = nnx.Param(jnp.ones((features,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((features,), jnp.float32))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        centred = wide - wide.mean(-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + self.epsilon)
+        return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation over the last axis, in fp32 (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, features: int, *, epsilon: float) -> None:
+        self.scale = nnx.Param(jnp.ones((features,), jnp.float32))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt((wide**2).mean(-1, keepdims=True) + self.epsilon)
+        return (normed * self.scale[...]).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """`x @ kernel (+ bias)` in the kernel's dtype; `kernel` is `[inputs, outputs]`."""
+
+    def __init__(
+        self, inputs: int, outputs: int, *, stddev: float, bias: bool, rngs: nnx.Rngs
+    ) -> None:
+        self.kernel = nnx.Param(stddev * jax.random.normal(rngs.params(), (inputs, outputs)))
+        self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x @ self.kernel[...]
+        return y if self.bias is None else y + self.bias[...]
+
+
+def stack_layers(create: Callable[[nnx.Rngs], Layer], layers: int, rngs: nnx.Rngs) -> Layer:
+    """One module whose every parameter has a first dimension of `layers`."""
+
+    @nnx.split_rngs(splits=layers)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def make(rngs: nnx.Rngs) -> Layer:
+        return create(rngs)
+
+    return make(rngs)
+
+
+def scan_layers(
+    stacked: Layer,
+    x: jax.Array,
+    call: Callable[[Layer, jax.Array], jax.Array],
+    *,
+    remat: str,
+) -> jax.Array:
+    """Runs stacked layers one after another; `remat: full` keeps only each layer's input for the backward pass."""
+
+    def body(x: jax.Array, layer: Layer) -> jax.Array:
+        return call(layer, x)
+
+    if remat == "full":
+        body = nnx.remat(body, prevent_cse=False)
+    return nnx.scan(body, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, stacked)
+
+
+def language_model_loss(model: Any, batch: Any, rng: jax.Array) -> LossSum:
+    """The next-token loss of a batch `{"input_ids", "labels"[, "segment_ids", "positions"]}`, exact over tokens.
+
+    The model offers `hidden(input_ids, ...) -> [batch, seq, features]`, `head() -> [features, vocabulary]` and
+    `loss_chunk_size`.
+    """
+    del rng
+    hidden = model.hidden(
+        batch["input_ids"],
+        positions=batch.get("positions"),
+        segment_ids=batch.get("segment_ids"),
+    )
+    head, labels = model.head(), batch["labels"]
+    chunk = model.loss_chunk_size or default_chunk_size(labels.size, head.shape[-1])
+    return linear_cross_entropy(hidden, head, labels, chunk_size=chunk)

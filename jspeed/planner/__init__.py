@@ -1,0 +1,1 @@
+"""The real compiler's answer for GPUs that are not there."""

@@ -1,0 +1,174 @@
+"""The training state: every array that a step reads and writes, placed by the layout from its creation on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+
+from jspeed.core.errors import ModelError
+from jspeed.core.tree import map_named, named_leaves
+from jspeed.layout.zero import Layout, Role
+from jspeed.training.program import Program
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """All state of a run, as global arrays.
+
+    Attributes:
+      step: int32, optimizer steps taken, skipped ones included (DeepSpeed's `global_steps`).
+      updates: int32, steps that changed the parameters; schedules count these.
+      master: the parameters in fp32, in the model's own tree.
+      copies: path -> whole copy in the compute dtype, for the parameters that the layout keeps one of.
+      opt_state: of the optax optimizer.
+      mutable: the model's other state: batch statistics, random keys.
+      rng: uint32 key data; a step's keys are folded from it and `step`.
+      loss_scale: the state of fp16's loss scaling, or None.
+    """
+
+    step: jax.Array
+    updates: jax.Array
+    master: Any
+    copies: dict[str, jax.Array]
+    opt_state: Any
+    mutable: Any
+    rng: jax.Array
+    loss_scale: Any
+
+
+def _build(
+    params: Any,
+    mutable: Any,
+    rng: jax.Array,
+    optimizer: optax.GradientTransformation,
+    layout: Layout,
+    loss_scale: Callable[[], Any] | None,
+) -> TrainState:
+    master = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    copies = {
+        path: leaf.astype(layout.compute_dtype)
+        for path, leaf in named_leaves(master)
+        if layout.has_copy(path)
+    }
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+        step=zero,
+        updates=zero,
+        master=master,
+        copies=copies,
+        opt_state=optimizer.init(master),
+        mutable=mutable,
+        rng=rng,
+        loss_scale=loss_scale() if loss_scale else None,
+    )
+
+
+def check_trainable(params: Any) -> None:
+    """Raises `ModelError` for parameters that cannot have gradients."""
+    for path, leaf in named_leaves(params):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ModelError(
+                f"parameter {path} has dtype {leaf.dtype}; parameters must be floating point. Keep other arrays in "
+                "another Variable type or collection."
+            )
+
+
+def abstract_parameters(program: Program) -> tuple[Any, Any]:
+    """Shapes and dtypes of `(parameters, mutable collections)`, without creating them."""
+    given = program.given()
+    if given is None:
+        return jax.eval_shape(program.init, jax.random.key(0))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), given)
+
+
+def state_shardings(shapes: TrainState, layout: Layout) -> TrainState:
+    """The sharding of every leaf of the state, in the state's own tree.
+
+    A leaf of the optimizer's state belongs to the parameter whose path its own path ends with, if the shapes agree;
+    counters and whatever else there is are replicated.
+    """
+    whole = layout.replicated()
+
+    def moments(path: str, leaf: Any) -> NamedSharding:
+        parts = path.split("/")
+        for start in range(len(parts)):
+            candidate = "/".join(parts[start:])
+            placed = layout.leaves.get(candidate)
+            if placed is not None and placed.shape == tuple(leaf.shape):
+                return layout.sharding(candidate, Role.MOMENTS)
+        return whole
+
+    return TrainState(
+        step=whole,
+        updates=whole,
+        master=map_named(lambda path, _: layout.sharding(path, Role.MASTER), shapes.master),
+        copies={path: layout.sharding(path, Role.PARAM) for path in shapes.copies},
+        opt_state=map_named(moments, shapes.opt_state),
+        mutable=jax.tree.map(lambda _: whole, shapes.mutable),
+        rng=whole,
+        loss_scale=jax.tree.map(lambda _: whole, shapes.loss_scale),
+    )
+
+
+def abstract_state(
+    program: Program,
+    optimizer: optax.GradientTransformation,
+    layout: Layout,
+    loss_scale: Callable[[], Any] | None = None,
+) -> TrainState:
+    """The state as shapes with shardings: what compiling and restoring need."""
+    params, mutable = abstract_parameters(program)
+    rng = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    shapes = jax.eval_shape(
+        lambda p, m, r: _build(p, m, r, optimizer, layout, loss_scale), params, mutable, rng
+    )
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        state_shardings(shapes, layout),
+    )
+
+
+def create_state(
+    program: Program,
+    optimizer: optax.GradientTransformation,
+    layout: Layout,
+    *,
+    seed: int,
+    loss_scale: Callable[[], Any] | None = None,
+) -> TrainState:
+    """Creates the state on the mesh, each device making only its own part.
+
+    A model that exists already is copied into place leaf by leaf. Random initial values do not depend on the layout.
+    """
+    shardings = jax.tree.map(
+        lambda leaf: leaf.sharding, abstract_state(program, optimizer, layout, loss_scale)
+    )
+    init_key, run_key = jax.random.split(jax.random.key(seed))
+    rng = jax.random.key_data(run_key)
+    given = program.given()
+    if given is None:
+
+        def create(key: jax.Array, rng: jax.Array) -> TrainState:
+            params, mutable = program.init(key)
+            return _build(params, mutable, rng, optimizer, layout, loss_scale)
+
+        return jax.jit(create, out_shardings=shardings)(init_key, rng)
+    params, mutable = given
+    placed = jax.tree.map(
+        lambda leaf, sharding: jax.device_put(leaf.astype(jnp.float32), sharding),
+        params,
+        shardings.master,
+    )
+    mutable = jax.tree.map(jax.device_put, mutable, shardings.mutable)
+    build = jax.jit(
+        lambda p, m, r: _build(p, m, r, optimizer, layout, loss_scale), out_shardings=shardings
+    )
+    return build(placed, mutable, rng)

@@ -1,0 +1,191 @@
+"""The train step: local gradients, one reduction, unscale, clip, update, publish.
+
+Gradients are computed in a `shard_map` that is manual over the batch axes, so that microbatches accumulate locally and
+communicate as the ZeRO stage says; all that follows the reduction is written on global arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec
+
+from jspeed.core._compat import shard_map
+from jspeed.core.tree import map_named, named_leaves
+from jspeed.layout.gather import all_gather
+from jspeed.layout.mesh import BATCH_AXES
+from jspeed.layout.zero import Layout, Role
+from jspeed.training.gradients import GradientSettings, local_evaluation, local_gradients
+from jspeed.training.program import LossFn, Program
+from jspeed.training.state import TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What a step does with gradients, beside where things live.
+
+    Attributes:
+      gradients: how they are computed and reduced.
+      gradient_clipping: the largest global norm; 0 for none.
+      skip_nonfinite: leave everything as it was when a gradient is not finite.
+      loss_scale_update: `(loss scale state, finite) -> state` for fp16, or None.
+    """
+
+    gradients: GradientSettings
+    gradient_clipping: float = 1.0
+    skip_nonfinite: bool = False
+    loss_scale_update: Callable[[Any, jax.Array], Any] | None = None
+
+
+def make_train_step(
+    program: Program,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    layout: Layout,
+    settings: StepSettings,
+    schedule: Callable[[jax.Array], jax.Array] | None = None,
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    """The pure step `(state, batch) -> (state, metrics)`, ready for `jax.jit` with the state donated.
+
+    The batch's leaves are `[accumulation, global microbatch, ...]`, split over the batch axes in their second
+    dimension. Metrics are fp32 or int32 scalars: `loss`, `grad_norm`, `weight`, `finite`, `first_nonfinite` (index
+    of a parameter in tree order, -1 for none), `learning_rate` and `loss_scale` where there are such.
+    """
+    compute = local_gradients(program, loss_fn, layout, settings.gradients)
+
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        scale = state.loss_scale.scale if state.loss_scale is not None else jnp.float32(1.0)
+        grads, loss, weight, mutable = compute(state, scale, batch)
+        finite_leaves = jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(grads)])
+        finite = finite_leaves.all()
+        norm = optax.global_norm(grads)
+        if settings.gradient_clipping > 0:
+            factor = jnp.minimum(1.0, settings.gradient_clipping / (norm + 1e-6))
+            grads = jax.tree.map(lambda g: g * factor, grads)
+        master = _constrain(state.master, layout, Role.MOMENTS)
+        updates, opt_state = optimizer.update(grads, state.opt_state, master)
+        master = _constrain(optax.apply_updates(master, updates), layout, Role.MOMENTS)
+        new = TrainState(
+            step=state.step + 1,
+            updates=state.updates + 1,
+            master=master,
+            copies=state.copies,
+            opt_state=opt_state,
+            mutable=mutable,
+            rng=state.rng,
+            loss_scale=state.loss_scale,
+        )
+        if settings.skip_nonfinite:
+            new = _keep_if(finite, new, state, layout)
+        metrics = {
+            "loss": loss,
+            "weight": weight,
+            "grad_norm": norm,
+            "finite": finite,
+            "first_nonfinite": jnp.where(finite, -1, jnp.argmin(finite_leaves)).astype(jnp.int32),
+        }
+        if schedule is not None:
+            metrics["learning_rate"] = jnp.asarray(schedule(state.updates), jnp.float32)
+        loss_scale = state.loss_scale
+        if loss_scale is not None and settings.loss_scale_update is not None:
+            metrics["loss_scale"] = loss_scale.scale
+            loss_scale = settings.loss_scale_update(loss_scale, finite)
+        master, copies = publish(new.master, layout)
+        return _replace(new, master=master, copies=copies, loss_scale=loss_scale), metrics
+
+    return train_step
+
+
+def make_eval_step(
+    program: Program, loss_fn: LossFn, layout: Layout, settings: GradientSettings
+) -> Callable[[TrainState, Any], tuple[jax.Array, jax.Array]]:
+    """The pure function `(state, batch) -> (total, weight)` of one global batch `[global batch, ...]`."""
+    return local_evaluation(program, loss_fn, layout, settings)
+
+
+def _replace(state: TrainState, **changes: Any) -> TrainState:
+    fields = {name: getattr(state, name) for name in TrainState.__dataclass_fields__}
+    return TrainState(**{**fields, **changes})
+
+
+def _constrain(tree: Any, layout: Layout, role: Role) -> Any:
+    """Pins each leaf to where a role lives; from a whole array this is a local slice."""
+    return map_named(
+        lambda path, leaf: jax.lax.with_sharding_constraint(leaf, layout.sharding(path, role)), tree
+    )
+
+
+def _keep_if(finite: jax.Array, new: TrainState, old: TrainState, layout: Layout) -> TrainState:
+    """The new state where gradients were finite, otherwise the old one with only the step counted."""
+
+    def choose(n: Any, o: Any) -> Any:
+        if jnp.issubdtype(n.dtype, jax.dtypes.prng_key):
+            return n
+        return jnp.where(finite, n, o)
+
+    return _replace(
+        new,
+        updates=choose(new.updates, old.updates),
+        master=jax.tree.map(choose, new.master, _constrain(old.master, layout, Role.MOMENTS)),
+        opt_state=jax.tree.map(choose, new.opt_state, old.opt_state),
+        mutable=jax.tree.map(choose, new.mutable, old.mutable),
+    )
+
+
+def publish(master: Any, layout: Layout) -> tuple[Any, dict[str, jax.Array]]:
+    """Brings updated parameters from their shards to where the next step reads them.
+
+    Returns the master in its own placement and the whole copies in the compute dtype. What must be gathered is cast
+    first and gathered explicitly, so that the compute dtype is what travels.
+    """
+    stored: dict[str, jax.Array] = {}
+    copies: dict[str, jax.Array] = {}
+    gathering: dict[str, jax.Array] = {}
+    for path, leaf in named_leaves(master):
+        whole_master = layout.role_spec(path, Role.MASTER) != layout.role_spec(path, Role.MOMENTS)
+        if whole_master:
+            gathering[path] = leaf
+        else:
+            stored[path] = jax.lax.with_sharding_constraint(
+                leaf, layout.sharding(path, Role.MASTER)
+            )
+            if layout.has_copy(path):
+                cast = leaf.astype(layout.compute_dtype)
+                if layout.zero_splits(path):
+                    gathering[path] = cast
+                else:
+                    copies[path] = cast
+    if gathering:
+        for path, whole in _gather_all(gathering, layout).items():
+            (copies if layout.has_copy(path) else stored)[path] = whole
+    return map_named(lambda path, _: stored[path], master), {p: copies[p] for p in sorted(copies)}
+
+
+def _gather_all(shards: dict[str, jax.Array], layout: Layout) -> dict[str, jax.Array]:
+    def gather(local: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        manual = {path: _fully_manual(layout, path) for path in local}
+        return {path: all_gather(manual[path], shard) for path, shard in local.items()}
+
+    return shard_map(
+        gather,
+        mesh=layout.mesh,
+        in_specs=({p: PartitionSpec(*layout.leaves[p].sharded_spec()) for p in shards},),
+        out_specs={p: PartitionSpec(*layout.leaves[p].base) for p in shards},
+    )(shards)
+
+
+def _fully_manual(layout: Layout, path: str) -> Any:
+    plan = layout.plan(path)
+    return type(plan)(plan.axes, plan.dim, (), (), plan.compute_dtype, plan.reduce_dtype)
+
+
+def batch_partition(layout: Layout, leading: int) -> PartitionSpec:
+    """Where a batch with `leading` dimensions before its examples lives."""
+    return PartitionSpec(*(None,) * leading, BATCH_AXES)
