@@ -1,1 +1,34 @@
+"""jspeed: DeepSpeed's promises kept natively in JAX.
 
+engine = jspeed.initialize(model=model, loss_fn=loss_fn, config="ds_config.json")
+for batch in loader:
+    metrics = engine.train_batch(batch)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["Engine", "LossSum", "__version__", "initialize", "load_config"]
+
+if TYPE_CHECKING:
+    from jspeed.config import load_config
+    from jspeed.core.loss import LossSum
+    from jspeed.engine import Engine, initialize
+
+_HOMES = {
+    "Engine": "jspeed.engine",
+    "initialize": "jspeed.engine",
+    "LossSum": "jspeed.core.loss",
+    "load_config": "jspeed.config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on demand, so that reading a configuration does not import JAX.
+    if name in _HOMES:
+        import importlib
+
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'jspeed' has no attribute {name!r}")

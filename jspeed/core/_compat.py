@@ -1,7 +1,8 @@
-"""The one place that knows how JAX versions differ, and the only one that touches private JAX names.
+"""The one place that knows how JAX versions differ, and the only one that touches private JAX
+names.
 
-Each private name used here has a test in `tests/core/test_compat.py`, so that an upgrade that moves it fails there
-and not in the middle of a user's run.
+Each private name used here has a test in `tests/core/test_compat.py`, so that an upgrade that moves
+it fails there and not in the middle of a user's run.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def input_vars(jaxpr: Jaxpr) -> list[Var]:
 
 
 def equation_context(eqn: JaxprEqn) -> AbstractContextManager[Any]:
-    """The context to bind `eqn` in again: its name stack, source line, and sharding or compute context."""
+    """The context to bind `eqn` in again: its name stack, source line, and sharding or compute
+    context."""
     return _EquationContext(eqn)
 
 
@@ -81,7 +83,8 @@ def shard_map(
     out_specs: Any,
     axis_names: frozenset[str] | set[str] | None = None,
 ) -> Callable[..., Any]:
-    """`jax.shard_map` without the varying-axes check, manual over `axis_names` (all axes when None)."""
+    """`jax.shard_map` without the varying-axes check, manual over `axis_names` (all axes when
+    None)."""
     names = frozenset(mesh.axis_names if axis_names is None else axis_names)
     return jax.shard_map(
         function,
@@ -99,14 +102,16 @@ def context_mesh() -> Any:
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Jaxpr, list[Any]]:
-    """The jaxpr and constants of what an equation holds: a closed jaxpr or, in some versions, an open one."""
+    """The jaxpr and constants of what an equation holds: a closed jaxpr or, in some versions, an
+    open one."""
     if hasattr(jaxpr, "jaxpr"):
         return jaxpr.jaxpr, list(jaxpr.consts)
     return jaxpr, []
 
 
 def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
-    """How many of a `scan` equation's inputs are constants and how many are carried; the rest are sliced."""
+    """How many of a `scan` equation's inputs are constants and how many are carried; the rest are
+    sliced."""
     params: Any = eqn.params
     if "num_consts" in params:  # JAX 0.10
         return params["num_consts"], params["num_carry"]

@@ -1,7 +1,8 @@
 """The errors that jspeed raises on purpose.
 
-Every message names what was wrong (a configuration key, a parameter path, a file), the value found, what was
-expected and what to do. The command line prints the message alone; in Python the class tells the kinds apart.
+Every message names what was wrong (a configuration key, a parameter path, a file), the value found,
+what was expected and what to do. The command line prints the message alone; in Python the class
+tells the kinds apart.
 """
 
 
@@ -10,7 +11,8 @@ class JspeedError(Exception):
 
 
 class ConfigError(JspeedError):
-    """A run file or `ds_config.json` that cannot be used. The text starts with the quoted JSON path."""
+    """A run file or `ds_config.json` that cannot be used. The text starts with the quoted JSON
+    path."""
 
 
 class LayoutError(JspeedError):

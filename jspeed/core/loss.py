@@ -8,10 +8,11 @@ import jax
 
 
 class LossSum(NamedTuple):
-    """A loss as a sum and the weight to divide it by: total loss over tokens, and how many tokens counted.
+    """A loss as a sum and the weight to divide it by: total loss over tokens, and how many tokens
+    counted.
 
-    Means over microbatches and shards with different token counts are then exact: the step adds both parts over the
-    whole global batch before it divides. The weight is not differentiated.
+    Means over microbatches and shards with different token counts are then exact: the step adds
+    both parts over the whole global batch before it divides. The weight is not differentiated.
 
     Attributes:
       total: scalar, the sum of the weighted losses.

@@ -1,4 +1,5 @@
-"""Pytree paths: the stable names under which parameters appear in rules, messages and checkpoints."""
+"""Pytree paths: the stable names under which parameters appear in rules, messages and
+checkpoints."""
 
 from __future__ import annotations
 

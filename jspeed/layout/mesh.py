@@ -68,11 +68,12 @@ def resolve_mesh(
 ) -> MeshShape:
     """Fills in what the configuration leaves open for a number of devices.
 
-    `data = -1` takes all remaining devices. `mics_shard_size = n` (MiCS, Zhang et al. 2022) shards over groups of n
-    and copies between groups: `data` becomes n and `replica` the number of groups.
+    `data = -1` takes all remaining devices. `mics_shard_size = n` (MiCS, Zhang et al. 2022) shards
+    over groups of n and copies between groups: `data` becomes n and `replica` the number of groups.
 
     Raises:
-      LayoutError: the axes do not multiply to the number of devices; names them and the nearest that do.
+      LayoutError: the axes do not multiply to the number of devices; names them and the nearest
+        that do.
     """
     fixed = pipe * replica * expert * seq * tensor
     if data == -1:
@@ -87,19 +88,22 @@ def resolve_mesh(
         if data % mics_shard_size:
             divisors = [n for n in range(1, data + 1) if data % n == 0]
             raise LayoutError(
-                f'"zero_optimization.mics_shard_size": {mics_shard_size} does not divide the {data} data-parallel '
+                f'"zero_optimization.mics_shard_size": {mics_shard_size} does not divide the '
+                f"{data} data-parallel "
                 f"devices. Use one of {', '.join(map(str, divisors))}."
             )
         replica, data = replica * data // mics_shard_size, mics_shard_size
     shape = MeshShape(pipe, replica, data, expert, seq, tensor)
     if shape.devices > devices or devices % shape.devices:
         raise LayoutError(
-            f'"mesh": {shape} needs {shape.devices} devices, but there are {devices}. Lower an axis, or leave '
+            f'"mesh": {shape} needs {shape.devices} devices, but there are {devices}. Lower an '
+            "axis, or leave "
             '"mesh.data" out so that it takes what remains.'
         )
     if shape.devices != devices:
         raise LayoutError(
-            f'"mesh": {shape} uses {shape.devices} of {devices} devices. Leave "mesh.data" out so that it takes '
+            f'"mesh": {shape} uses {shape.devices} of {devices} devices. Leave "mesh.data" out so '
+            "that it takes "
             f"all of them, or run with {shape.devices} devices."
         )
     return shape
@@ -112,7 +116,8 @@ def _product(**sizes: int) -> str:
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over `devices` (default: all), every axis of type Auto.
 
-    On real accelerators `jax.make_mesh` orders devices by their network; given devices keep their order.
+    On real accelerators `jax.make_mesh` orders devices by their network; given devices keep their
+    order.
     """
     types = (AxisType.Auto,) * len(AXES)
     if devices is None and len(jax.devices()) == shape.devices:

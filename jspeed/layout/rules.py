@@ -1,4 +1,5 @@
-"""Sharding rules: an ordered list of `(regex on the parameter's path, spec over automatic axes)`; the first match wins.
+"""Sharding rules: an ordered list of `(regex on the parameter's path, spec over automatic axes)`;
+the first match wins.
 
 A rule that matches a parameter but cannot apply to it is an error, not a log line.
 """
@@ -17,7 +18,8 @@ Entry = str | tuple[str, ...] | None
 
 @dataclass(frozen=True)
 class Rule:
-    """Parameters whose whole path matches `pattern` are split as `spec` says, one entry per dimension."""
+    """Parameters whose whole path matches `pattern` are split as `spec` says, one entry per
+    dimension."""
 
     pattern: str
     spec: tuple[Entry, ...]
@@ -45,7 +47,8 @@ def match_rule(
     """The first rule for a parameter, checked against its shape.
 
     Raises:
-      LayoutError: the rule has another number of dimensions, names an unknown or batch axis, or does not divide.
+      LayoutError: the rule has another number of dimensions, names an unknown or batch axis, or
+        does not divide.
     """
     for rule in rules:
         if not re.fullmatch(rule.pattern, path):
@@ -53,7 +56,8 @@ def match_rule(
         where = f'"mesh.rules": {rule} matches {path} {list(shape)}, but '
         if len(rule.spec) != len(shape):
             raise LayoutError(
-                f"{where}has {len(rule.spec)} entries for {len(shape)} dimensions. Give one entry per dimension."
+                f"{where}has {len(rule.spec)} entries for {len(shape)} dimensions. Give one entry "
+                "per dimension."
             )
         for dim, entry in enumerate(rule.spec):
             ways = 1
@@ -64,13 +68,15 @@ def match_rule(
                     )
                 if axis not in AUTOMATIC_AXES:
                     raise LayoutError(
-                        f"{where}{axis!r} is a batch axis, over which ZeRO places parameters itself. Use "
+                        f"{where}{axis!r} is a batch axis, over which ZeRO places parameters "
+                        "itself. Use "
                         f"{' or '.join(AUTOMATIC_AXES)}."
                     )
                 ways *= sizes[axis]
             if shape[dim] % ways:
                 raise LayoutError(
-                    f"{where}dimension {dim} of size {shape[dim]} cannot be split {ways} ways. Use a divisor of "
+                    f"{where}dimension {dim} of size {shape[dim]} cannot be split {ways} ways. "
+                    "Use a divisor of "
                     f"{shape[dim]} or another dimension."
                 )
         return rule

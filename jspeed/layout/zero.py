@@ -1,8 +1,9 @@
-"""ZeRO as placement: where each role of each parameter lives (Rajbhandari et al., ZeRO, 2020, section 5).
+"""ZeRO as placement: where each role of each parameter lives (Rajbhandari et al., ZeRO, 2020,
+section 5).
 
-Roles are `param` (the stored copy in the compute dtype), `master` (fp32), `moments` and `grad`. Sharded over the ZeRO
-axes are, from stage 1, `master` and `moments`; from stage 2 also `grad`; from stage 3 there is no stored copy at all,
-the master is cast and gathered at use.
+Roles are `param` (the stored copy in the compute dtype), `master` (fp32), `moments` and `grad`.
+Sharded over the ZeRO axes are, from stage 1, `master` and `moments`; from stage 2 also `grad`; from
+stage 3 there is no stored copy at all, the master is cast and gathered at use.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ class ZeroSettings:
 class LeafPlacement:
     """Where one parameter lives.
 
-    `base` is the spec over automatic axes; `zero_dim` the dimension that ZeRO splits, None when no dimension lets it;
-    `persistent` says that ZeRO-3 keeps a whole copy, because it is small.
+    `base` is the spec over automatic axes; `zero_dim` the dimension that ZeRO splits, None when no
+    dimension lets it; `persistent` says that ZeRO-3 keeps a whole copy, because it is small.
     """
 
     path: str
@@ -69,7 +70,8 @@ class LeafPlacement:
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh, a ZeRO stage and the placement of every parameter: all that decides where arrays live."""
+    """A mesh, a ZeRO stage and the placement of every parameter: all that decides where arrays
+    live."""
 
     mesh: Mesh
     stage: int
@@ -174,8 +176,8 @@ def place(
       mesh: with the axes of `jspeed.layout.mesh.AXES`.
       zero: the stage and thresholds.
       rules: for the automatic axes, first match wins; no match leaves a parameter whole over them.
-      stacked: regexes of parameters whose first dimension stacks layers. ZeRO never splits that dimension, and
-        thresholds concern one layer's slice.
+      stacked: regexes of parameters whose first dimension stacks layers. ZeRO never splits that
+        dimension, and thresholds concern one layer's slice.
       compute_dtype: of the stored copy and of what is gathered.
       reduce_dtype: that gradients are reduced in; the compute dtype when None.
 
@@ -214,9 +216,11 @@ def _place_leaf(
 def _zero_dimension(
     shape: tuple[int, ...], base: tuple[Entry, ...], ways: int, is_stacked: bool
 ) -> tuple[int | None, str]:
-    """The largest dimension that divides evenly, later ones first; never one that `tensor` splits or that stacks layers.
+    """The largest dimension that divides evenly, later ones first; never one that `tensor` splits
+    or that stacks layers.
 
-    Layers are stacked on small dimensions, so that taking the largest also keeps off the stacking of unknown models.
+    Layers are stacked on small dimensions, so that taking the largest also keeps off the stacking
+    of unknown models.
     """
     if ways == 1:
         return None, ""
@@ -230,7 +234,8 @@ def _zero_dimension(
 
 
 def _limit_persistent(leaves: dict[str, LeafPlacement], limit: int) -> None:
-    """Keeps the smallest parameters whole until `stage3_model_persistence_threshold` elements are kept."""
+    """Keeps the smallest parameters whole until `stage3_model_persistence_threshold` elements are
+    kept."""
     kept = 0
     for path in sorted(leaves, key=lambda p: math.prod(leaves[p].shape)):
         leaf = leaves[path]

@@ -16,7 +16,8 @@ _MASKED = -1e30
 
 
 def choose_implementation(requested: Implementation, platform: str) -> Implementation:
-    """What `auto` means on a platform: `cudnn` on GPUs, our own formulation on CPUs, `xla` elsewhere."""
+    """What `auto` means on a platform: `cudnn` on GPUs, our own formulation on CPUs, `xla`
+    elsewhere."""
     if requested != "auto":
         return requested
     return {"gpu": "cudnn", "cuda": "cudnn", "rocm": "xla", "cpu": "cpu"}.get(platform, "xla")
@@ -37,7 +38,8 @@ def causal_attention(
       key: `[batch, seq, kv_heads, dim]`.
       value: like `key`.
       segment_ids: `[batch, seq]` int32; tokens see only their own segment. None: one segment.
-      implementation: `cudnn` or `xla` of `jax.nn.dot_product_attention`, or `cpu`. A named one never falls back.
+      implementation: `cudnn` or `xla` of `jax.nn.dot_product_attention`, or `cpu`. A named one
+        never falls back.
 
     Returns:
       `[batch, seq, heads, dim]` in the query's dtype.
@@ -57,7 +59,8 @@ def causal_attention(
 def _cpu_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array | None
 ) -> jax.Array:
-    """Batched matrix products on explicitly transposed operands, which XLA's CPU backend hands to its fast kernels."""
+    """Batched matrix products on explicitly transposed operands, which XLA's CPU backend hands to
+    its fast kernels."""
     batch, seq, heads, dim = query.shape
     kv_heads = key.shape[2]
     group = heads // kv_heads

@@ -1,4 +1,5 @@
-"""What the model families share: normalisation, stacking of layers, and the language-model head with its loss."""
+"""What the model families share: normalisation, stacking of layers, and the language-model head
+with its loss."""
 
 from __future__ import annotations
 
@@ -75,7 +76,8 @@ def scan_layers(
     *,
     remat: str,
 ) -> jax.Array:
-    """Runs stacked layers one after another; `remat: full` keeps only each layer's input for the backward pass."""
+    """Runs stacked layers one after another; `remat: full` keeps only each layer's input for the
+    backward pass."""
 
     def body(x: jax.Array, layer: Layer) -> jax.Array:
         return call(layer, x)
@@ -86,10 +88,11 @@ def scan_layers(
 
 
 def language_model_loss(model: Any, batch: Any, rng: jax.Array) -> LossSum:
-    """The next-token loss of a batch `{"input_ids", "labels"[, "segment_ids", "positions"]}`, exact over tokens.
+    """The next-token loss of a batch `{"input_ids", "labels"[, "segment_ids", "positions"]}`, exact
+    over tokens.
 
-    The model offers `hidden(input_ids, ...) -> [batch, seq, features]`, `head() -> [features, vocabulary]` and
-    `loss_chunk_size`.
+    The model offers `hidden(input_ids, ...) -> [batch, seq, features]`, `head() -> [features,
+    vocabulary]` and `loss_chunk_size`.
     """
     del rng
     hidden = model.hidden(

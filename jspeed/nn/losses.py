@@ -37,9 +37,9 @@ def linear_cross_entropy(
 ) -> LossSum:
     """Cross-entropy of `hidden @ kernel`, a chunk of tokens at a time.
 
-    Gradients are computed along with the loss while a chunk's logits exist, so at no time are there more than
-    `chunk_size x vocabulary` logits and no product is computed twice (the fused linear cross-entropy of Hsu et al.,
-    Liger Kernel, 2024, section 3.2, in plain XLA).
+    Gradients are computed along with the loss while a chunk's logits exist, so at no time are there
+    more than `chunk_size x vocabulary` logits and no product is computed twice (the fused linear
+    cross-entropy of Hsu et al., Liger Kernel, 2024, section 3.2, in plain XLA).
 
     Args:
       hidden: `[..., features]` in the compute dtype.
@@ -104,6 +104,7 @@ _chunked_total.defvjp(_chunked_forward, _chunked_backward)
 
 @functools.cache
 def default_chunk_size(tokens: int, vocabulary: int) -> int:
-    """Tokens per chunk such that one chunk's fp32 logits take at most 64 MiB, or the whole where that is small."""
+    """Tokens per chunk such that one chunk's fp32 logits take at most 64 MiB, or the whole where
+    that is small."""
     most = max(1, (64 << 20) // (4 * vocabulary))
     return min(tokens, most)

@@ -2,10 +2,12 @@
 
 Each parameter is treated in one of three ways:
 
-- *gathered* (stage 3): differentiated as a shard; its gradient is reduce-scattered inside the backward pass, once per
-  microbatch;
-- *scattered* (stage 2): stored whole; its gradient leaves for a shard inside the backward pass, once per microbatch;
-- *local* (stages 0 and 1, and what no dimension lets shard): gradients accumulate locally and are reduced once.
+- *gathered* (stage 3): differentiated as a shard; its gradient is reduce-scattered inside the
+  backward pass, once per microbatch;
+- *scattered* (stage 2): stored whole; its gradient leaves for a shard inside the backward pass,
+  once per microbatch;
+- *local* (stages 0 and 1, and what no dimension lets shard): gradients accumulate locally and are
+  reduced once.
 """
 
 from __future__ import annotations
@@ -38,11 +40,13 @@ class GradientSettings:
     Attributes:
       accumulation: microbatches per step.
       accumulation_dtype: of the accumulated gradients.
-      normalise_loss: divide a `LossSum` by a typical weight before differentiating, for fp16's narrow range.
+      normalise_loss: divide a `LossSum` by a typical weight before differentiating, for fp16's
+        narrow range.
       before_reduction: factor on local gradients, undone afterwards (`prescale_gradients`,
         `gradient_predivide_factor`).
       sum_over_shards: gradients are the sum over shards of each shard's mean, instead of the mean
         (`gradient_allreduce_op: "sum"`).
+      cast_inputs: cast floating-point arrays of the batch to the compute dtype (`fp16.auto_cast`).
     """
 
     accumulation: int = 1
@@ -50,6 +54,7 @@ class GradientSettings:
     normalise_loss: bool = False
     before_reduction: float = 1.0
     sum_over_shards: bool = False
+    cast_inputs: bool = False
 
 
 def treatment(layout: Layout, path: str) -> str:
@@ -117,7 +122,8 @@ class _Local:
         return homes
 
     def reduce_once(self, grads: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """The reductions that are made once per step; afterwards each gradient lives as the layout says."""
+        """The reductions that are made once per step; afterwards each gradient lives as the layout
+        says."""
         reduced = {}
         for path, grad in grads.items():
             if self.how[path] is _LOCAL:
@@ -139,9 +145,19 @@ class _Local:
 
 
 def _run_loss(
-    program: Program, loss_fn: LossFn, treedef: Any, train: bool
+    program: Program,
+    loss_fn: LossFn,
+    treedef: Any,
+    *,
+    train: bool,
+    cast: str | None,
 ) -> Callable[..., tuple[LossSum, Any]]:
+    def cast_input(leaf: jax.Array) -> jax.Array:
+        return leaf.astype(cast) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
     def run(values: list[Any], mutable: Any, batch: Any, key: jax.Array) -> tuple[LossSum, Any]:
+        if cast is not None:
+            batch = jax.tree.map(cast_input, batch)
         params = jax.tree.unflatten(treedef, values)
         result, mutable = program.call(loss_fn, params, mutable, batch, key, train=train)
         return loss_parts(result), mutable
@@ -160,16 +176,19 @@ def _specs(layout: Layout, state: TrainState) -> tuple[Any, Any, Any]:
 def local_gradients(
     program: Program, loss_fn: LossFn, layout: Layout, settings: GradientSettings
 ) -> Callable[[TrainState, jax.Array, Any], tuple[Any, jax.Array, jax.Array, Any]]:
-    """The function `(state, loss scale, batch) -> (gradients, loss, weight, mutable)` on global arrays.
+    """The function `(state, loss scale, batch) -> (gradients, loss, weight, mutable)` on global
+    arrays.
 
-    Gradients are fp32, of the mean loss over the global batch, unscaled, and live where the moments live.
+    Gradients are fp32, of the mean loss over the global batch, unscaled, and live where the moments
+    live.
     """
 
     def compute(state: TrainState, scale: jax.Array, batch: Any):
         master_specs, copy_specs, mutable_specs = _specs(layout, state)
         treedef = jax.tree.structure(state.master)
         local = _Local(layout)
-        run = _run_loss(program, loss_fn, treedef, train=True)
+        cast = layout.compute_dtype if settings.cast_inputs else None
+        run = _run_loss(program, loss_fn, treedef, train=True, cast=cast)
 
         def on_shard(
             master_tree: Any, copies: Any, mutable: Any, key_data: Any, scale: Any, batch: Any
@@ -264,9 +283,11 @@ def _reference_weight(
     layout: Layout,
     settings: GradientSettings,
 ) -> jax.Array:
-    """A typical microbatch's weight, the same on all shards; any constant is exact, this one keeps fp16 in range.
+    """A typical microbatch's weight, the same on all shards; any constant is exact, this one keeps
+    fp16 in range.
 
-    Only the weight is used, so XLA drops the forward pass when the weight depends on the batch alone.
+    Only the weight is used, so XLA drops the forward pass when the weight depends on the batch
+    alone.
     """
     if not settings.normalise_loss:
         return jnp.float32(1.0)
@@ -296,7 +317,8 @@ def local_evaluation(
         master_specs, copy_specs, mutable_specs = _specs(layout, state)
         treedef = jax.tree.structure(state.master)
         local = _Local(layout)
-        run = _run_loss(program, loss_fn, treedef, train=False)
+        cast = layout.compute_dtype if settings.cast_inputs else None
+        run = _run_loss(program, loss_fn, treedef, train=False, cast=cast)
 
         def on_shard(master_tree: Any, copies: Any, mutable: Any, batch: Any):
             master = dict(named_leaves(master_tree))

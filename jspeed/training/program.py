@@ -1,7 +1,7 @@
 """A user's model as two pure functions on plain pytrees, whatever library it is written in.
 
-NNX modules are split once; Linen modules and `(init, apply)` pairs are wrapped in a callable that carries parameters,
-mutable collections and random keys. Nothing here knows of devices.
+NNX modules are split once; Linen modules and `(init, apply)` pairs are wrapped in a callable that
+carries parameters, mutable collections and random keys. Nothing here knows of devices.
 """
 
 from __future__ import annotations
@@ -40,18 +40,22 @@ class Program(Protocol):
     def call(
         self, loss_fn: LossFn, params: Any, mutable: Any, batch: Any, rng: jax.Array, *, train: bool
     ) -> tuple[Any, Any]:
-        """Runs `loss_fn(model, batch, rng)`; returns what it returned and the new mutable collections."""
+        """Runs `loss_fn(model, batch, rng)`; returns what it returned and the new mutable
+        collections."""
         ...
 
 
 def make_program(
     model: Any, model_parameters: Any = None, stacked: tuple[str, ...] = ()
 ) -> Program:
-    """Wraps an NNX module, a function `rngs -> NNX module`, a Linen module, or an `(init, apply)` pair.
+    """Wraps an NNX module, a function `rngs -> NNX module`, a Linen module, or an `(init, apply)`
+    pair.
 
     Args:
-      model: the model. A function `rngs -> module` is preferred for NNX: it is created sharded, never whole.
-      model_parameters: for Linen and pairs: the variables themselves, or a function `key -> variables`.
+      model: the model. A function `rngs -> module` is preferred for NNX: it is created sharded,
+        never whole.
+      model_parameters: for Linen and pairs: the variables themselves, or a function `key ->
+        variables`.
       stacked: regexes of parameters whose first dimension stacks layers.
 
     Raises:
@@ -63,7 +67,8 @@ def make_program(
     if isinstance(model, linen.Module):
         if model_parameters is None:
             raise ModelError(
-                f"A Linen module ({type(model).__name__}) needs its variables or a function that makes them: pass "
+                f"A Linen module ({type(model).__name__}) needs its variables or a function that "
+                "makes them: pass "
                 "model_parameters=lambda key: model.init(key, example_input)."
             )
         init, values = _init_or_values(model_parameters)
@@ -76,7 +81,8 @@ def make_program(
     if callable(model):
         return NnxProgram(None, model, stacked)
     raise ModelError(
-        f"model is {type(model).__name__}; expected a Flax NNX module, a function rngs -> NNX module, a Linen "
+        f"model is {type(model).__name__}; expected a Flax NNX module, a function rngs -> NNX "
+        "module, a Linen "
         "module, or a pair (init, apply)."
     )
 
@@ -85,7 +91,8 @@ def _init_or_values(given: Any) -> tuple[Callable[[jax.Array], Any] | None, Any]
     return (given, None) if callable(given) else (None, given)
 
 
-# --- Flax NNX ---------------------------------------------------------------------------------------------------
+# --- Flax NNX
+# ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -105,7 +112,8 @@ class NnxProgram:
             module = nnx.eval_shape(lambda: create(nnx.Rngs(params=0, dropout=1)))
             if not isinstance(module, nnx.Module):
                 raise ModelError(
-                    f"model is a function that returned {type(module).__name__}; expected a Flax NNX module."
+                    f"model is a function that returned {type(module).__name__}; expected a Flax "
+                    "NNX module."
                 )
         self._template = nnx.split(module, nnx.Param, ...)
         if not self.stacked:
@@ -180,11 +188,13 @@ def _flat(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
     return list(nnx.traversals.flatten_mapping(tree).items())
 
 
-# --- Flax Linen and plain functions -------------------------------------------------------------------------------
+# --- Flax Linen and plain functions
+# -------------------------------------------------------------------------------
 
 
 class BoundModel:
-    """What `loss_fn` gets for a Linen module or an `(init, apply)` pair: a callable with the step's parameters.
+    """What `loss_fn` gets for a Linen module or an `(init, apply)` pair: a callable with the step's
+    parameters.
 
     Attributes:
       params: the parameters, whole and in the compute dtype.
@@ -291,7 +301,8 @@ def loss_parts(result: Any) -> LossSum:
                 else repr(type(part))
             )
             raise ModelError(
-                f"loss_fn returned {found} as {name}; expected a scalar mean or LossSum(total, weight) of two scalars. "
+                f"loss_fn returned {found} as {name}; expected a scalar mean or LossSum(total, "
+                "weight) of two scalars. "
                 "Auxiliary outputs belong in eval_fn."
             )
     return LossSum(

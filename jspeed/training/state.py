@@ -1,4 +1,5 @@
-"""The training state: every array that a step reads and writes, placed by the layout from its creation on."""
+"""The training state: every array that a step reads and writes, placed by the layout from its
+creation on."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ class TrainState:
       step: int32, optimizer steps taken, skipped ones included (DeepSpeed's `global_steps`).
       updates: int32, steps that changed the parameters; schedules count these.
       master: the parameters in fp32, in the model's own tree.
-      copies: path -> whole copy in the compute dtype, for the parameters that the layout keeps one of.
+      copies: path -> whole copy in the compute dtype, for the parameters that the layout keeps one
+        of.
       opt_state: of the optax optimizer.
       mutable: the model's other state: batch statistics, random keys.
       rng: uint32 key data; a step's keys are folded from it and `step`.
@@ -75,7 +77,8 @@ def check_trainable(params: Any) -> None:
     for path, leaf in named_leaves(params):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ModelError(
-                f"parameter {path} has dtype {leaf.dtype}; parameters must be floating point. Keep other arrays in "
+                f"parameter {path} has dtype {leaf.dtype}; parameters must be floating point. "
+                "Keep other arrays in "
                 "another Variable type or collection."
             )
 
@@ -91,8 +94,8 @@ def abstract_parameters(program: Program) -> tuple[Any, Any]:
 def state_shardings(shapes: TrainState, layout: Layout) -> TrainState:
     """The sharding of every leaf of the state, in the state's own tree.
 
-    A leaf of the optimizer's state belongs to the parameter whose path its own path ends with, if the shapes agree;
-    counters and whatever else there is are replicated.
+    A leaf of the optimizer's state belongs to the parameter whose path its own path ends with, if
+    the shapes agree; counters and whatever else there is are replicated.
     """
     whole = layout.replicated()
 
@@ -146,7 +149,8 @@ def create_state(
 ) -> TrainState:
     """Creates the state on the mesh, each device making only its own part.
 
-    A model that exists already is copied into place leaf by leaf. Random initial values do not depend on the layout.
+    A model that exists already is copied into place leaf by leaf. Random initial values do not
+    depend on the layout.
     """
     shardings = jax.tree.map(
         lambda leaf: leaf.sharding, abstract_state(program, optimizer, layout, loss_scale)

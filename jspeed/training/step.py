@@ -1,7 +1,8 @@
 """The train step: local gradients, one reduction, unscale, clip, update, publish.
 
-Gradients are computed in a `shard_map` that is manual over the batch axes, so that microbatches accumulate locally and
-communicate as the ZeRO stage says; all that follows the reduction is written on global arrays.
+Gradients are computed in a `shard_map` that is manual over the batch axes, so that microbatches
+accumulate locally and communicate as the ZeRO stage says; all that follows the reduction is written
+on global arrays.
 """
 
 from __future__ import annotations
@@ -52,11 +53,13 @@ def make_train_step(
     settings: StepSettings,
     schedule: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """The pure step `(state, batch) -> (state, metrics)`, ready for `jax.jit` with the state donated.
+    """The pure step `(state, batch) -> (state, metrics)`, ready for `jax.jit` with the state
+    donated.
 
-    The batch's leaves are `[accumulation, global microbatch, ...]`, split over the batch axes in their second
-    dimension. Metrics are fp32 or int32 scalars: `loss`, `grad_norm`, `weight`, `finite`, `first_nonfinite` (index
-    of a parameter in tree order, -1 for none), `learning_rate` and `loss_scale` where there are such.
+    The batch's leaves are `[accumulation, global microbatch, ...]`, split over the batch axes in
+    their second dimension. Metrics are fp32 or int32 scalars: `loss`, `grad_norm`, `weight`,
+    `finite`, `first_nonfinite` (index of a parameter in tree order, -1 for none), `learning_rate`
+    and `loss_scale` where there are such.
     """
     compute = local_gradients(program, loss_fn, layout, settings.gradients)
 
@@ -97,6 +100,7 @@ def make_train_step(
         if loss_scale is not None and settings.loss_scale_update is not None:
             metrics["loss_scale"] = loss_scale.scale
             loss_scale = settings.loss_scale_update(loss_scale, finite)
+            metrics["next_loss_scale"] = loss_scale.scale
         master, copies = publish(new.master, layout)
         return _replace(new, master=master, copies=copies, loss_scale=loss_scale), metrics
 
@@ -106,7 +110,8 @@ def make_train_step(
 def make_eval_step(
     program: Program, loss_fn: LossFn, layout: Layout, settings: GradientSettings
 ) -> Callable[[TrainState, Any], tuple[jax.Array, jax.Array]]:
-    """The pure function `(state, batch) -> (total, weight)` of one global batch `[global batch, ...]`."""
+    """The pure function `(state, batch) -> (total, weight)` of one global batch `[global batch,
+    ...]`."""
     return local_evaluation(program, loss_fn, layout, settings)
 
 
@@ -123,7 +128,8 @@ def _constrain(tree: Any, layout: Layout, role: Role) -> Any:
 
 
 def _keep_if(finite: jax.Array, new: TrainState, old: TrainState, layout: Layout) -> TrainState:
-    """The new state where gradients were finite, otherwise the old one with only the step counted."""
+    """The new state where gradients were finite, otherwise the old one with only the step
+    counted."""
 
     def choose(n: Any, o: Any) -> Any:
         if jnp.issubdtype(n.dtype, jax.dtypes.prng_key):
@@ -142,8 +148,8 @@ def _keep_if(finite: jax.Array, new: TrainState, old: TrainState, layout: Layout
 def publish(master: Any, layout: Layout) -> tuple[Any, dict[str, jax.Array]]:
     """Brings updated parameters from their shards to where the next step reads them.
 
-    Returns the master in its own placement and the whole copies in the compute dtype. What must be gathered is cast
-    first and gathered explicitly, so that the compute dtype is what travels.
+    Returns the master in its own placement and the whole copies in the compute dtype. What must be
+    gathered is cast first and gathered explicitly, so that the compute dtype is what travels.
     """
     stored: dict[str, jax.Array] = {}
     copies: dict[str, jax.Array] = {}

@@ -1,0 +1,5 @@
+"""Checkpoints: global logical arrays under stable names, saved in the background."""
+
+from jspeed.checkpoint.store import CheckpointStore
+
+__all__ = ["CheckpointStore"]

@@ -1,0 +1,45 @@
+"""`jspeed train`."""
+
+from __future__ import annotations
+
+import jax
+from rich.console import Console
+
+from jspeed.config import Config
+from jspeed.core.errors import JspeedError
+from jspeed.engine.progress import Silent, TerminalDisplay
+from jspeed.engine.run import RunResult, run_sections, train_run
+from jspeed.monitor import plot_loss
+
+
+def train_command(config: Config, *, resume: bool, overwrite: bool) -> int:
+    """Trains and returns the exit code: 0 when finished or preempted, 130 after Ctrl-C."""
+    section = run_sections(config)[2]
+    console = Console()
+    if jax.process_index() == 0:
+        every = config.steps_per_print or section.log_every
+        display = TerminalDisplay(console, steps=section.steps, start=0, every=every)
+    else:
+        display = Silent()
+    result = train_run(config, display=display, resume=resume, overwrite=overwrite)
+    if jax.process_index() == 0:
+        _farewell(result, console, steps=section.steps)
+    return 130 if result.state == "interrupted" else 0
+
+
+def _farewell(result: RunResult, console: Console, *, steps: int) -> None:
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    if result.state == "finished":
+        say(f"finished at step {result.step}; metrics and checkpoints are in {result.directory}")
+    else:
+        say(
+            f"{result.state} at step {result.step} of {steps}; the checkpoint is in "
+            f"{result.directory}. Continue with --resume."
+        )
+    try:
+        picture = plot_loss(result.directory / "metrics.jsonl", result.directory / "loss.png")
+        say(f"loss curve: {picture}")
+    except JspeedError as error:
+        say(f"no loss curve drawn: {error}")

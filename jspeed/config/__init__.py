@@ -1,0 +1,56 @@
+"""Configuration: a DeepSpeed JSON file, or jspeed's run file, as one typed and frozen object."""
+
+from jspeed.config.auto import AutoFacts
+from jspeed.config.batch import Batch, resolve_batch
+from jspeed.config.config import Config
+from jspeed.config.dump import KeyReport
+from jspeed.config.key import Auto, Key, Treatment
+from jspeed.config.keys import KEYS
+from jspeed.config.load import load_config
+from jspeed.config.sections import (
+    ActivationCheckpointingConfig,
+    AttentionConfig,
+    BatchConfig,
+    CheckpointConfig,
+    DataConfig,
+    LossScaleConfig,
+    MeshConfig,
+    ModelConfig,
+    MonitorConfig,
+    OptimizerConfig,
+    PrecisionConfig,
+    RopeScalingConfig,
+    RunConfig,
+    SchedulerConfig,
+    TokenizerConfig,
+    ZeroConfig,
+)
+
+__all__ = [
+    "KEYS",
+    "ActivationCheckpointingConfig",
+    "AttentionConfig",
+    "Auto",
+    "AutoFacts",
+    "Batch",
+    "BatchConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "Key",
+    "KeyReport",
+    "LossScaleConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "MonitorConfig",
+    "OptimizerConfig",
+    "PrecisionConfig",
+    "RopeScalingConfig",
+    "RunConfig",
+    "SchedulerConfig",
+    "TokenizerConfig",
+    "Treatment",
+    "ZeroConfig",
+    "load_config",
+    "resolve_batch",
+]

@@ -1,0 +1,206 @@
+"""From values by path to the typed sections."""
+
+from dataclasses import replace
+from typing import Any
+
+from jspeed.config import sections as types
+from jspeed.config.batch import ACCUMULATION, MICRO, TRAIN
+from jspeed.config.check import Entry, Source
+from jspeed.config.key import LATER, MAPPED
+from jspeed.config.keys import KEYS
+from jspeed.config.keys_optimizer import OPTIMIZERS, SCHEDULERS, Family, find_family
+from jspeed.config.values import Values
+
+_ZERO = "zero_optimization"
+BYTE_VOCABULARY = 257
+_DTYPES: dict[str, types.DType] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def derive(values: Values) -> Values:
+    """Return `values` with the defaults filled in that depend on other keys."""
+    given = dict(values.given)
+
+    def put(path: str, value: Any, note: str, *, only_if: bool = True) -> None:
+        if only_if and not values.is_given(path):
+            entry = given.get(path)
+            base = entry or Entry(KEYS[path], None, Source.DEFAULT)
+            given[path] = replace(base, value=value, note=note, pending=False)
+
+    stage = values.get(f"{_ZERO}.stage")
+    put(f"{_ZERO}.overlap_comm", stage == 3, f"stage {stage}")
+    longest = values.get("model.sequence_length")
+    put("data.sequence_length", longest, "from model.sequence_length",
+        only_if=values.has_section("data") and longest is not None)  # fmt: skip
+    kind, has_data = values.get("data.tokenizer.kind"), values.has_section("data")
+    put("data.tokenizer.vocab_size", BYTE_VOCABULARY, "256 bytes and a separator",
+        only_if=has_data and kind == "byte")  # fmt: skip
+    put("data.tokenizer.vocab_size", 4096, "", only_if=has_data and kind == "bpe")
+    for name, families in (("optimizer", OPTIMIZERS), ("scheduler", SCHEDULERS)):
+        entry = given.get(f"{name}.type")
+        family = find_family(families, entry.value) if entry is not None else None
+        if entry is not None and family is not None:
+            given[f"{name}.type"] = replace(entry, value=family.name)
+    return replace(values, given=given)
+
+
+def params_of(values: Values, name: str, family: Family) -> dict[str, Any]:
+    """Return the parameters that count for the mathematics, given or default, by their names."""
+    params: dict[str, Any] = {}
+    for key in family.params:
+        if key.treatment is MAPPED or (key.treatment is LATER and family.treatment is LATER):
+            entry = values.given.get(f"{name}.params.{key.path}")
+            known = entry is not None and not entry.pending
+            params[key.path] = entry.value if entry is not None and known else key.default
+    return params
+
+
+def optimizer(values: Values) -> types.OptimizerConfig | None:
+    """Return the optimizer, or None when none is configured."""
+    if not values.is_given("optimizer.type"):
+        return None
+    family = find_family(OPTIMIZERS, values.get("optimizer.type"))
+    assert family is not None
+    params = params_of(values, "optimizer", family)
+    prefix = "optimizer.params"
+    if family.name == "Muon":
+        shared = params["lr"] if values.is_given(f"{prefix}.lr") else None
+        params["muon_lr"] = _first(params["muon_lr"], params["lr"])
+        params["adam_lr"] = _first(params["adam_lr"], shared, 3e-4)
+    torch_adam = values.given.get(f"{prefix}.torch_adam")
+    decoupled = family.name == "AdamW" or params.get("adam_w_mode")
+    undecayed = "weight_decay" in params and not values.is_given(f"{prefix}.weight_decay")
+    if torch_adam is not None and torch_adam.value and decoupled and undecayed:
+        params["weight_decay"] = 0.01  # PyTorch's own default for AdamW
+    if "betas" in params:
+        params["betas"] = tuple(params["betas"])
+    return types.OptimizerConfig(family.name, params)
+
+
+def _first(*candidates: float | None) -> float:
+    return next(value for value in candidates if value is not None)
+
+
+def scheduler(values: Values) -> types.SchedulerConfig | None:
+    """Return the learning-rate schedule, or None when none is configured."""
+    if not values.is_given("scheduler.type"):
+        return None
+    family = find_family(SCHEDULERS, values.get("scheduler.type"))
+    assert family is not None
+    params = {
+        name: value[0] if isinstance(value, list) else value
+        for name, value in params_of(values, "scheduler", family).items()
+    }
+    if "warmup_num_steps" in params:
+        params["warmup_num_steps"] = max(2, params["warmup_num_steps"])  # DeepSpeed's least
+    return types.SchedulerConfig(family.name, params)
+
+
+def precision(values: Values) -> types.PrecisionConfig:
+    """Return the dtypes of the step."""
+    fp16, bf16 = values.get("fp16.enabled"), values.get("bf16.enabled")
+    accumulator = values.get("data_types.grad_accum_dtype")
+    wire = values.get("communication_data_type")
+    return types.PrecisionConfig(
+        compute_dtype="float16" if fp16 else "bfloat16" if bf16 else "float32",
+        loss_scale=_loss_scale(values) if fp16 else None,
+        grad_accum_dtype=_DTYPES[accumulator or "fp32"],
+        communication_dtype=_DTYPES[wire] if wire is not None else None,
+        check_grad_overflow=fp16 or (bf16 and values.get("bf16.check_grad_overflow")),
+        cast_inputs=fp16 and values.get("fp16.auto_cast"),
+    )
+
+
+def _loss_scale(values: Values) -> types.LossScaleConfig:
+    static = values.get("fp16.loss_scale")
+    return types.LossScaleConfig(
+        static=static if static != 0 else None,
+        initial_scale=2.0 ** values.get("fp16.initial_scale_power"),
+        window=values.get("fp16.loss_scale_window"),
+        hysteresis=values.get("fp16.hysteresis"),
+        consecutive_hysteresis=values.get("fp16.consecutive_hysteresis"),
+        min_scale=values.get("fp16.min_loss_scale"),
+    )
+
+
+def batch(values: Values) -> types.BatchConfig:
+    """Return the batch sizes as written."""
+    return types.BatchConfig(values.get(TRAIN), values.get(MICRO), values.get(ACCUMULATION))
+
+
+def zero(values: Values) -> types.ZeroConfig:
+    """Return the ZeRO section with its defaults."""
+
+    def get(name: str) -> Any:
+        return values.get(f"{_ZERO}.{name}")
+
+    return types.ZeroConfig(
+        stage=get("stage"),
+        persistence_threshold=get("stage3_param_persistence_threshold"),
+        model_persistence_threshold=get("stage3_model_persistence_threshold"),
+        max_reuse_distance=get("stage3_max_reuse_distance"),
+        max_live_parameters=get("stage3_max_live_parameters"),
+        overlap_comm=get("overlap_comm"),
+        reduce_bucket_size=get("reduce_bucket_size"),
+        allgather_bucket_size=get("allgather_bucket_size"),
+        prefetch_bucket_size=get("stage3_prefetch_bucket_size"),
+        reduce_scatter=get("reduce_scatter"),
+        mics_shard_size=get("mics_shard_size"),
+        gather_16bit_on_save=get("stage3_gather_16bit_weights_on_model_save"),
+    )
+
+
+def mesh(values: Values) -> types.MeshConfig:
+    """Return the mesh, with sharding rules as tuples."""
+    fields = _fields(values, "mesh", types.MeshConfig)
+    fields["rules"] = tuple((pattern, tuple(axes)) for pattern, axes in fields["rules"])
+    return types.MeshConfig(**fields)
+
+
+def model(values: Values) -> types.ModelConfig | None:
+    """Return the model section, or None when there is none."""
+    if not values.has_section("model"):
+        return None
+    scaling = None
+    if values.has_section("model.rope_scaling"):
+        scaling = types.RopeScalingConfig(
+            **_fields(values, "model.rope_scaling", types.RopeScalingConfig)
+        )
+    attention = types.AttentionConfig(**_fields(values, "model.attention", types.AttentionConfig))
+    fields = _fields(values, "model", types.ModelConfig, leave_out=("rope_scaling", "attention"))
+    return types.ModelConfig(**fields, rope_scaling=scaling, attention=attention)
+
+
+def data(values: Values) -> types.DataConfig | None:
+    """Return the data section, or None when there is none."""
+    if not values.has_section("data"):
+        return None
+    tokenizer = types.TokenizerConfig(**_fields(values, "data.tokenizer", types.TokenizerConfig))
+    fields = _fields(values, "data", types.DataConfig, leave_out=("tokenizer",))
+    return types.DataConfig(**fields, tokenizer=tokenizer)
+
+
+def run(values: Values) -> types.RunConfig | None:
+    """Return the run section, or None when there is none."""
+    if not values.has_section("run"):
+        return None
+    return types.RunConfig(**_fields(values, "run", types.RunConfig))
+
+
+def monitor(values: Values, name: str) -> types.MonitorConfig:
+    """Return the section of one monitor."""
+    names = [path.removeprefix(f"{name}.") for path in KEYS if path.startswith(f"{name}.")]
+    return types.MonitorConfig(**{key: values.get(f"{name}.{key}") for key in names})
+
+
+def activation_checkpointing(values: Values) -> types.ActivationCheckpointingConfig:
+    """Return DeepSpeed's activation checkpointing section."""
+    section = types.ActivationCheckpointingConfig
+    return section(**_fields(values, "activation_checkpointing", section))
+
+
+def _fields(
+    values: Values, section: str, record: type, *, leave_out: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Return the fields of the dataclass `record` from the keys of the same names."""
+    names = [name for name in record.__dataclass_fields__ if name not in leave_out]
+    return {name: values.get(f"{section}.{name}") for name in names}

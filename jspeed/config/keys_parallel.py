@@ -1,0 +1,228 @@
+"""DeepSpeed's parallelism and model-side sections."""
+
+from jspeed.config.key import Auto, automatic, later, passive, section
+from jspeed.config.kinds import (
+    Anything,
+    Bool,
+    Choice,
+    Int,
+    ListOf,
+    Number,
+    Object,
+    Text,
+    choice,
+    either,
+)
+
+_PIPE = "pipeline parallelism is not built yet"
+_AUTOTP = (
+    'AutoTP is not built yet; write sharding rules by hand: "mesh": {"tensor": N, "rules": []}'
+)
+_EXPERTS = "expert parallelism is not built yet"
+_SPARSE = "block-sparse attention is not built yet"
+_HYBRID = "the hybrid (train and generate) engine is not built yet"
+_COMPILE = "XLA compiles every jspeed step, so this is a DeepSpeed compiler setting without object"
+_REMAT = 'activation checkpointing by this section is not built yet; use "model": {"remat": "full"}'
+_AUTO = Choice(("auto",))
+_COUNT = Int(0)
+
+PIPELINE_KEYS = section(
+    "pipeline",
+    later("stages", either(_AUTO, Int(1)), "auto", _PIPE, off=(1,)),
+    passive(
+        later("partition", Text(), "best", _PIPE),
+        later("seed_layers", Bool(), False, _PIPE),
+    ),
+    later("activation_checkpoint_interval", _COUNT, 0, _PIPE),
+    passive(
+        later("pipe_partitioned", Bool(), True, _PIPE),
+        later("grad_partitioned", Bool(), True, _PIPE),
+        later("use_reentrant", Bool(), True, _PIPE),
+    ),
+)
+
+_SPEC = section(
+    "partition_config.layer_specs[]",
+    later("patterns", ListOf(Text(), single=True), None, _AUTOTP),
+    later("partition_type", choice("row", "column", "skip"), "column", _AUTOTP),
+    later("shape", Anything(), None, _AUTOTP),
+    later("partition_dim", Int(), None, _AUTOTP),
+    later("model_types", ListOf(Text(), single=True), None, _AUTOTP),
+    later("gather_output", Bool(), False, _AUTOTP),
+    later("grad_allreduce", Bool(), True, _AUTOTP),
+)
+_PRESETS = choice("llama", "bloom", "chatglm", "mixtral", "deepseek_v2", "qwen2", "phi3")
+
+TENSOR_PARALLEL_KEYS = section(
+    "tensor_parallel",
+    later("autotp_size", _COUNT, 0, _AUTOTP, off=(1,)),
+    later("tp.tp_size", Int(1), 1, _AUTOTP),
+    later("tensor_parallel.tp_size", Int(1), None, 'the long name of "tp.tp_size"',
+          alias_of="tensor_parallel.tp.tp_size"),
+    later("tensor_parallel.tp_grain_size", Int(1), None, 'the long name of "tp.tp_grain_size"',
+          alias_of="tensor_parallel.tp.tp_grain_size"),
+    passive(
+        later("tp.tp_grain_size", Int(1), 1, _AUTOTP),
+        later("dtype", Text(), "fp16", _AUTOTP),
+        later("tp_overlap_comm", Bool(), False, _AUTOTP),
+        later("preset_model", _PRESETS, None, _AUTOTP),
+        later("partition_config.use_default_specs", Bool(), True, _AUTOTP),
+        _SPEC,
+        later("keep_module_on_host", Bool(), False, _AUTOTP),
+        later("vocab_parallel_lm_head", Bool(), None, _AUTOTP),
+        later("vocab_parallel_ce_backend", choice("torch", "liger"), "torch", _AUTOTP),
+        later("injection_policy_tuple", Anything(), None, _AUTOTP),
+        later("replace_with_kernel_inject", Bool(), False, _AUTOTP),
+        later("kernel_inject", Bool(), False, _AUTOTP),
+    ),
+    auto=Auto.DEFAULT,
+)  # fmt: skip
+
+_MAYBE_AUTO_INT = either(_AUTO, Int(1))
+_EP_PRESETS = choice("mixtral", "qwen3_moe", "qwen3_5_moe", "deepseek_v2", "deepseek_v3")
+
+EXPERT_PARALLEL_KEYS = section(
+    "expert_parallel",
+    later("enabled", Bool(), False, _EXPERTS),
+    passive(
+        later("autoep_size", Int(1), 1, _EXPERTS),
+        later("expert_tensor_parallel_size", Int(1, 1), 1, _EXPERTS),
+        later("preset_model", _EP_PRESETS, None, _EXPERTS),
+        later("moe_layer_pattern", Text(), None, _EXPERTS),
+        later("router_pattern", Text(), None, _EXPERTS),
+        later("expert_pattern", Text(), None, _EXPERTS),
+        later("use_grouped_mm", Bool(), True, _EXPERTS),
+        later("disable_triton_grouped_mm", Bool(), False, _EXPERTS),
+        later("route_norm", Bool(), None, _EXPERTS),
+        later("route_scale", Number(), 1.0, _EXPERTS),
+        later("score_func", choice("auto", "softmax", "sigmoid"), "auto", _EXPERTS),
+        later("score_apply", choice("auto", "pre", "post"), "auto", _EXPERTS),
+        later("top_k", _MAYBE_AUTO_INT, "auto", _EXPERTS),
+        later("combine_impl", Text(), "auto", _EXPERTS),
+        later("num_expert_groups", Int(1), None, _EXPERTS),
+        later("num_limited_groups", Int(1), None, _EXPERTS),
+        later("load_balance_coeff", Number(), None, _EXPERTS),
+        later("routed_scaling_factor", either(_AUTO, Number()), "auto", _EXPERTS),
+        later("expert_w1", Text(), None, _EXPERTS),
+        later("expert_w2", Text(), None, _EXPERTS),
+        later("expert_w3", Text(), None, _EXPERTS),
+        later("expert_activation", Text(), None, _EXPERTS),
+        later("num_experts_attr", Text(), None, _EXPERTS),
+        later("top_k_attr", Text(), None, _EXPERTS),
+        later("has_shared_experts", Bool(), None, _EXPERTS),
+        later("shared_experts_pattern", Text(), None, _EXPERTS),
+        later("shared_experts_gate_pattern", Text(), None, _EXPERTS),
+        later("validate_folding_routing", Bool(), False, _EXPERTS),
+        later("async_split_plan", Bool(), False, _EXPERTS),
+        later("row_weighting_impl", Text(), "auto", _EXPERTS),
+        later("gate_up_impl", Text(), "separate", _EXPERTS),
+        later("comm_backend", Text(), "comm", _EXPERTS),
+        later("comm_num_sm", _COUNT, 12, _EXPERTS),
+        later("comm_qp_margin", _COUNT, 4, _EXPERTS),
+        later("comm_max_tokens_per_rank", _COUNT, 0, _EXPERTS),
+    ),
+)
+
+_BLOCKS = ListOf(_COUNT)
+
+SPARSE_ATTENTION_KEYS = section(
+    "sparse_attention",
+    later("", Object(), None, _SPARSE, on="set"),
+    passive(
+        later("mode", choice("fixed", "dense", "variable", "bigbird", "bslongformer"), "fixed",
+              _SPARSE),
+        later("block", Int(1), 16, _SPARSE),
+        later("different_layout_per_head", Bool(), False, _SPARSE),
+        later("num_local_blocks", Int(1), 4, _SPARSE),
+        later("num_global_blocks", _COUNT, 1, _SPARSE),
+        later("attention", choice("bidirectional", "unidirectional"), "bidirectional", _SPARSE),
+        later("horizontal_global_attention", Bool(), False, _SPARSE),
+        later("num_different_global_patterns", Int(1), 1, _SPARSE),
+        later("num_random_blocks", _COUNT, 0, _SPARSE),
+        later("local_window_blocks", _BLOCKS, [4], _SPARSE),
+        later("global_block_indices", _BLOCKS, [0], _SPARSE),
+        later("global_block_end_indices", _BLOCKS, None, _SPARSE),
+        later("num_sliding_window_blocks", Int(1), 3, _SPARSE),
+    ),
+)  # fmt: skip
+
+HYBRID_ENGINE_KEYS = section(
+    "hybrid_engine",
+    later("enabled", Bool(), False, _HYBRID),
+    passive(
+        later("max_out_tokens", Int(1), 512, _HYBRID),
+        later("inference_tp_size", Int(1), 1, _HYBRID),
+        later("release_inference_cache", Bool(), False, _HYBRID),
+        later("pin_parameters", Bool(), True, _HYBRID),
+        later("tp_gather_partition_size", Int(1), 8, _HYBRID),
+        later("enable_cuda_graph", Bool(), False, _HYBRID),
+    ),
+    auto=Auto.DEFAULT,
+)
+
+_ACT_OFFLOAD = "offloading activations is not built yet"
+_STATE_OFFLOAD = "offloading to host memory is not built yet"
+
+COMPILE_KEYS = section(
+    "compile",
+    automatic("deepcompile", Bool(), False, "XLA compiles the whole step in every run"),
+    automatic("free_activation", Bool(), False, "XLA frees each buffer after its last use"),
+    automatic("free_activation_threshold", _COUNT, 10 * 2**20, _COMPILE),
+    later("offload_activation", Bool(), False, _ACT_OFFLOAD),
+    passive(later("offload_activation_pin_memory", Bool(), True, _ACT_OFFLOAD)),
+    later("offload_opt_states", Bool(), False, _STATE_OFFLOAD),
+    later("offload_parameters", Bool(), False, _STATE_OFFLOAD),
+    automatic("autoep_non_moe", Bool(), False, _COMPILE),
+    automatic("double_buffer", Bool(), True, _COMPILE),
+    automatic("symmetric_memory", Bool(), False, _COMPILE),
+    automatic("debug_log", Bool(), False, "XLA_FLAGS=--xla_dump_to=DIR writes every program"),
+    automatic("sync_before_reduce", Bool(), False, _COMPILE),
+    automatic("sync_after_reduce", Bool(), False, _COMPILE),
+    automatic("sync_before_allgather", Bool(), False, _COMPILE),
+    automatic("sync_after_allgather", Bool(), False, _COMPILE),
+    automatic("keep_int_input_tensors", Bool(), True, _COMPILE),
+    automatic("keep_all_input_tensors", Bool(), False, _COMPILE),
+    later(
+        "passes",
+        ListOf(choice("z1", "z3", "autosp", "autotp")),
+        None,
+        "autosp and autotp are not built yet; z1 and z3 are what XLA does anyway",
+        off=([], ["z1"], ["z3"]),
+    ),
+    auto=Auto.DEFAULT,
+)
+
+ACTIVATION_CHECKPOINTING_KEYS = section(
+    "activation_checkpointing",
+    later("partition_activations", Bool(), False, _REMAT),
+    later("number_checkpoints", Int(1), None, _REMAT),
+    later("contiguous_memory_optimization", Bool(), False, _REMAT),
+    later("synchronize_checkpoint_boundary", Bool(), False, _REMAT),
+    later("profile", Bool(), False, _REMAT),
+    later("cpu_checkpointing", Bool(), False, _REMAT),
+)
+
+_ORDER = "one fixed order of mesh axes, slowest network first, holds for every layout"
+
+PARALLEL_KEYS = (
+    *PIPELINE_KEYS,
+    *TENSOR_PARALLEL_KEYS,
+    *EXPERT_PARALLEL_KEYS,
+    *SPARSE_ATTENTION_KEYS,
+    *HYBRID_ENGINE_KEYS,
+    *COMPILE_KEYS,
+    *ACTIVATION_CHECKPOINTING_KEYS,
+    automatic("use_data_before_expert_parallelism", Bool(), False, _ORDER),
+    automatic(
+        "graph_harvesting",
+        Bool(),
+        False,
+        "the whole step is one XLA program, captured in CUDA graphs where XLA finds it faster",
+    ),
+    automatic(
+        "vocabulary_size",
+        Int(1),
+        None,
+        "only makes DeepSpeed warn when it is not a multiple of 8; the model's own size counts",
+    ),
+)

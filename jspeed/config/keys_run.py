@@ -1,0 +1,98 @@
+"""jspeed's own sections (`mesh`, `model`, `data`, `run`) and the aliases that lead into them."""
+
+from jspeed.config.key import later, mapped, section
+from jspeed.config.kinds import Bool, Int, Number, ShardingRules, Text, choice
+
+_PIPE = "training over pipeline stages is not built yet; plans and explain understand it"
+_EXPERT = "expert parallelism is not built yet; plans and explain understand it"
+_SEQ = "sequence parallelism is not built yet; plans and explain understand it"
+_COUNT = Int(1)
+
+MESH_KEYS = section(
+    "mesh",
+    later("pipe", _COUNT, 1, _PIPE),
+    mapped("replica", _COUNT, 1, "copies of the ZeRO shards"),
+    mapped("data", Int(-1), -1, "the axis ZeRO shards over; -1 takes all remaining devices"),
+    later("expert", _COUNT, 1, _EXPERT),
+    later("seq", _COUNT, 1, _SEQ),
+    mapped("tensor", _COUNT, 1, "tensor parallelism, by the model's logical axes or by rules"),
+    mapped("rules", ShardingRules(), [], "sharding rules by path, before the model's own"),
+)
+
+ALIAS_KEYS = (
+    later("pipeline_parallelism.num_stages", _COUNT, None, 'the number of pipeline stages',
+          alias_of="mesh.pipe"),
+    mapped("tensor_model_parallel_size", _COUNT, None, "the size of tensor parallelism",
+           alias_of="mesh.tensor"),
+    later("sequence_parallel_size", _COUNT, None, "the size of sequence parallelism",
+          alias_of="mesh.seq"),
+    mapped("data_parallel_size", _COUNT, None, "the size of data parallelism",
+           alias_of="mesh.data"),
+)  # fmt: skip
+
+MODEL_KEYS = section(
+    "model",
+    mapped("family", choice("gpt2", "llama"), None, "the architecture", required=True),
+    mapped("layers", _COUNT, None, "the number of blocks", required=True),
+    mapped("hidden_size", _COUNT, None, "the width of the residual stream", required=True),
+    mapped("heads", _COUNT, None, "the number of query heads", required=True),
+    mapped("kv_heads", _COUNT, None, "the number of key/value heads; null means heads"),
+    mapped("intermediate_size", _COUNT, None, "the width of the MLP; null means the family's"),
+    mapped("vocab_size", _COUNT, None, "rows of the embedding; null means the tokenizer's"),
+    mapped("sequence_length", _COUNT, None, "the longest sequence", required=True),
+    mapped("dropout", Number(0, below=1), 0.0, "dropout rate"),
+    mapped("tie_embeddings", Bool(), None, "one table for input and output; null: the family's"),
+    mapped("rope_theta", Number(above=0), 10_000.0, "base of the rotary frequencies (llama)"),
+    section(
+        "rope_scaling",
+        mapped("rope_type", choice("llama3"), "llama3", "the kind of scaling"),
+        mapped("factor", Number(1), None, "how much longer contexts get", required=True),
+        mapped("low_freq_factor", Number(above=0), 1.0, "below it wavelengths scale fully"),
+        mapped("high_freq_factor", Number(above=0), 4.0, "above it wavelengths stay"),
+        mapped("original_max_position_embeddings", _COUNT, None, "the context length before",
+               required=True),
+    ),
+    mapped("norm_epsilon", Number(above=0), 1e-5, "epsilon of the normalisation layers"),
+    mapped("remat", choice("none", "full"), "none", "what the backward pass computes again"),
+    mapped("attention.implementation", choice("auto", "xla", "cudnn", "cpu"), "auto",
+           "which attention computes the same; auto picks by platform"),
+    mapped("loss_chunk_size", _COUNT, None, "tokens whose logits exist at once; null means all"),
+)  # fmt: skip
+
+DATA_KEYS = section(
+    "data",
+    mapped("source", Text(filled=True), "python-docs",
+           "python-docs, golden, or the path of a file or folder"),
+    mapped("format", choice("auto", "text", "jsonl", "tokens"), "auto", "how files are read"),
+    mapped("text_key", Text(filled=True), "text", "the field of a JSONL line"),
+    mapped("sequence_length", _COUNT, None, "tokens per row; null means the model's"),
+    section(
+        "tokenizer",
+        mapped("kind", choice("bpe", "byte", "file"), "bpe",
+               "trained on the data, bytes, or a tokenizer.json"),
+        mapped("vocab_size", _COUNT, None,
+               "the size of a trained vocabulary; null means 4096, or what the kind has"),
+        mapped("path", Text(filled=True), None, "the tokenizer.json of kind file"),
+    ),
+    mapped("document_mask", Bool(), False, "packed documents do not see each other"),
+    mapped("validation_fraction", Number(0, below=1), 0.05, "the share kept for evaluation"),
+    mapped("shuffle", Bool(), True, "a new order every epoch"),
+    mapped("seed", Int(0), None, "the seed of the order; null means run.seed"),
+    mapped("dtype", choice("uint16", "uint32"), "uint16", "the integers of a raw token file"),
+)  # fmt: skip
+
+RUN_KEYS = section(
+    "run",
+    mapped("dir", Text(filled=True), None, "where metrics and checkpoints go", required=True),
+    mapped("steps", Int(0), None, "optimizer steps in all", required=True),
+    mapped("seed", Int(0, 2**32 - 1), 0, "the seed of parameters, dropout and data order"),
+    mapped("evaluate_every", Int(0), 0, "steps between evaluations; 0 means none"),
+    mapped("evaluate_batches", _COUNT, 8, "validation batches of one evaluation"),
+    mapped("save_every", Int(0), 0, "steps between checkpoints; 0 means at the end only"),
+    mapped("keep_checkpoints", _COUNT, None, "how many checkpoints stay; null means all"),
+    mapped("log_every", _COUNT, 1, "steps between lines of the log"),
+    mapped("compile_cache", Bool(), True, "XLA's persistent compilation cache"),
+)
+
+OWN_KEYS = (*MESH_KEYS, *MODEL_KEYS, *DATA_KEYS, *RUN_KEYS, *ALIAS_KEYS)
+OWN_SECTIONS = ("mesh", "model", "data", "run")

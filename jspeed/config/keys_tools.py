@@ -1,0 +1,187 @@
+"""Monitoring, checkpoints, input/output, tuning and elasticity."""
+
+from jspeed.config.key import Auto, automatic, later, mapped, passive, refused, section
+from jspeed.config.kinds import Anything, Bool, Int, ListOf, Number, Text, choice
+
+_COMET = "Comet is not supported yet; use tensorboard, wandb or csv_monitor"
+_FLOPS = "the FLOPs profiler is not built yet; `jspeed train` prints model FLOP/s"
+_COMMS = "the communication logger is not built yet"
+_AIO = "asynchronous disk input/output belongs to NVMe offload, which is not built yet"
+_WRITER = "Orbax writes checkpoints asynchronously and in parallel by itself"
+_TUNING = "autotuning is not built yet"
+_ELASTIC = "elastic batch sizes are not built yet; checkpoints resume on any device count"
+_NEBULA = "Nebula is a service of Azure for PyTorch; jspeed's checkpoints are asynchronous already"
+_COUNT = Int(0)
+_JOB = mapped("job_name", Text(filled=True), "DeepSpeedJobName", "the folder in output_path")
+_OUTPUT = mapped("output_path", Text(), "", "where the files go; empty means run.dir")
+_ENABLED = mapped("enabled", Bool(), False, "switches this monitor on")
+
+MONITOR_KEYS = (
+    *section("tensorboard", _ENABLED, _OUTPUT, _JOB, auto=Auto.DEFAULT),
+    *section("csv_monitor", _ENABLED, _OUTPUT, _JOB, auto=Auto.DEFAULT),
+    *section(
+        "wandb",
+        _ENABLED,
+        mapped("group", Text(), None, "the group of runs"),
+        mapped("team", Text(), None, "the team (entity)"),
+        mapped("project", Text(filled=True), "deepspeed", "the project"),
+        auto=Auto.DEFAULT,
+    ),
+    *section(
+        "comet",
+        later("enabled", Bool(), False, _COMET),
+        passive(
+            later("samples_log_interval", Int(1), 100, _COMET),
+            later("project", Text(), None, _COMET),
+            later("workspace", Text(), None, _COMET),
+            later("api_key", Text(), None, _COMET),
+            later("experiment_name", Text(), None, _COMET),
+            later("experiment_key", Text(), None, _COMET),
+            later("online", Bool(), None, _COMET),
+            later("mode", choice("get", "create", "get_or_create"), None, _COMET),
+        ),
+        auto=Auto.DEFAULT,
+    ),
+)
+
+_LEVELS = choice("debug", "info", "warning", "error", "critical")
+
+LOG_KEYS = (
+    mapped("steps_per_print", Int(1), None, "steps between progress lines; null: run.log_every"),
+    mapped("wall_clock_breakdown", Bool(), False, "times the parts of a step (and waits for them)"),
+    later("memory_breakdown", Bool(), False, "memory per phase is not reported yet"),
+    mapped("dump_state", Bool(), False, "prints the resolved configuration at the start"),
+    mapped("log_level", _LEVELS, None, "the level of jspeed's logger"),
+    automatic("disable_python_gc", Bool(), False, "a step runs no Python that makes garbage"),
+    mapped("timers.throughput.enabled", Bool(), True, "reports tokens and samples per second"),
+    mapped("timers.throughput.synchronized", Bool(), True, "waits for the device before timing"),
+    *section(
+        "flops_profiler",
+        later("enabled", Bool(), False, _FLOPS),
+        passive(
+            later("recompute_fwd_factor", Number(0), 0.0, _FLOPS),
+            later("profile_step", Int(1), 1, _FLOPS),
+            later("module_depth", Int(-1), -1, _FLOPS),
+            later("top_modules", Int(1), 1, _FLOPS),
+            later("detailed", Bool(), True, _FLOPS),
+            later("output_file", Text(), None, _FLOPS),
+        ),
+    ),
+    *section(
+        "comms_logger",
+        later("enabled", Bool(), False, _COMMS),
+        passive(
+            later("prof_all", Bool(), True, _COMMS),
+            later("prof_ops", ListOf(Text()), [], _COMMS),
+            later("verbose", Bool(), False, _COMMS),
+            later("debug", Bool(), False, _COMMS),
+        ),
+        auto=Auto.DEFAULT,
+    ),
+)
+
+CHECKPOINT_KEYS = (
+    *section(
+        "checkpoint",
+        mapped("tag_validation", choice("Ignore", "Warn", "Fail"), "Warn",
+               "what happens when processes save under different tags"),
+        automatic("load_universal", Bool(), False,
+                  "every checkpoint holds global arrays and loads into any layout"),
+        refused("use_node_local_storage", Bool(), False,
+                "checkpoints are global arrays in one folder that every process must see"),
+        automatic("parallel_write.pipeline_stage", Bool(), False, _WRITER),
+        automatic("checkpoint_serialization", Bool(), True, _WRITER),
+        automatic("writer.type", choice("MOCK", "PYTHON", "FAST"), "FAST", _WRITER),
+        automatic("writer.io_buffer_size", Int(1), 64 * 2**20, _WRITER),
+        automatic("writer.io_buffer_double", Bool(), True, _WRITER),
+        automatic("writer.show_statistics", Bool(), False, _WRITER),
+        automatic("writer.data_parallel", choice("REPLICA", "SOCKET", "MACHINE"), None, _WRITER),
+        automatic("writer.decoupled", Bool(), False, _WRITER),
+        automatic("writer.io_multiplier", Int(1), 1, _WRITER),
+    ),
+    *section(
+        "nebula",
+        refused("enabled", Bool(), False, _NEBULA),
+        passive(
+            refused("persistent_storage_path", Text(), None, _NEBULA),
+            refused("persistent_time_interval", Int(1), 100, _NEBULA),
+            refused("num_of_version_in_retention", Int(1), 2, _NEBULA),
+            refused("enable_nebula_load", Bool(), True, _NEBULA),
+            refused("nebula_load_path", Text(), None, _NEBULA),
+        ),
+        auto=Auto.DEFAULT,
+    ),
+    automatic("datastates_ckpt.host_cache_size", Number(0), None, _WRITER),
+)  # fmt: skip
+
+AIO_KEYS = section(
+    "aio",
+    passive(
+        later("block_size", Int(1), 2**20, _AIO),
+        later("queue_depth", Int(1), 8, _AIO),
+        later("intra_op_parallelism", Int(1), 1, _AIO),
+        later("thread_count", Int(1), None, "its name in older documentation",
+              alias_of="aio.intra_op_parallelism"),
+        later("single_submit", Bool(), False, _AIO),
+        later("overlap_events", Bool(), True, _AIO),
+        later("use_gds", Bool(), False, _AIO),
+    ),
+)  # fmt: skip
+
+AUTOTUNING_KEYS = section(
+    "autotuning",
+    later("enabled", Bool(), False, _TUNING),
+    passive(
+        later("fast", Bool(), True, _TUNING),
+        later("results_dir", Text(), "autotuning_results", _TUNING),
+        later("exps_dir", Text(), "autotuning_exps", _TUNING),
+        later("overwrite", Bool(), True, _TUNING),
+        later("start_profile_step", _COUNT, 3, _TUNING),
+        later("end_profile_step", _COUNT, 5, _TUNING),
+        later("metric", choice("throughput", "latency", "flops"), "throughput", _TUNING),
+        later("metric_path", Text(), None, _TUNING),
+        later("tuner_type", choice("gridsearch", "random", "model_based"), "gridsearch", _TUNING),
+        later("tuner_early_stopping", _COUNT, 5, _TUNING),
+        later("tuner_num_trials", Int(1), 50, _TUNING),
+        later("arg_mappings.*", Anything(), None, _TUNING),
+        later("model_info.profile", Bool(), False, _TUNING),
+        later("model_info.num_params", Int(1), None, _TUNING),
+        later("model_info.hidden_size", Int(1), None, _TUNING),
+        later("model_info.num_layers", Int(1), None, _TUNING),
+        later("model_info_path", Text(), None, _TUNING),
+        later("mp_size", Int(1), 1, _TUNING),
+        later("max_train_batch_size", Int(1), None, _TUNING),
+        later("min_train_batch_size", Int(1), 1, _TUNING),
+        later("max_train_micro_batch_size_per_gpu", Int(1), 1024, _TUNING),
+        later("min_train_micro_batch_size_per_gpu", Int(1), 1, _TUNING),
+        later("num_tuning_micro_batch_sizes", Int(1), 3, _TUNING),
+    ),
+)
+
+ELASTICITY_KEYS = section(
+    "elasticity",
+    later("enabled", Bool(), False, _ELASTIC),
+    passive(
+        later("max_train_batch_size", Int(1), 2000, _ELASTIC),
+        later("micro_batch_sizes", ListOf(Int(1)), [2, 4, 6], _ELASTIC),
+        later("min_gpus", Int(1), 1, _ELASTIC),
+        later("max_gpus", Int(1), 10_000, _ELASTIC),
+        later("num_gpus_per_node", Int(1), 1, _ELASTIC),
+        later("model_parallel_size", Int(1), 1, _ELASTIC),
+        later("min_time", _COUNT, 0, _ELASTIC),
+        later("prefer_larger_batch", Bool(), True, _ELASTIC),
+        later("prefer_large_batch", Bool(), None, "its name in the documentation",
+              alias_of="elasticity.prefer_larger_batch"),
+        later("ignore_non_elastic_batch_info", Bool(), False, _ELASTIC),
+        later("version", Number(0), 0.2, _ELASTIC),
+    ),
+)  # fmt: skip
+
+TOOL_KEYS = (
+    *MONITOR_KEYS,
+    *LOG_KEYS,
+    *CHECKPOINT_KEYS,
+    *AIO_KEYS,
+    *AUTOTUNING_KEYS,
+    *ELASTICITY_KEYS,
+)

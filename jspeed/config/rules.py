@@ -1,0 +1,295 @@
+"""What must hold between keys: one small function per rule, each yielding the problems it finds."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from jspeed.config.batch import ACCUMULATION, MICRO, TRAIN, check
+from jspeed.config.build import BYTE_VOCABULARY
+from jspeed.config.key import REFUSED
+from jspeed.config.keys import KEYS
+from jspeed.config.problem import Problem, shown
+from jspeed.config.sections import BatchConfig
+from jspeed.config.values import Values
+
+Rule = Callable[[Values], Iterator[Problem]]
+_ZERO = "zero_optimization"
+
+
+def refused_features(values: Values) -> Iterator[Problem]:
+    """A refused key may stand at its default, but not ask for its feature."""
+    for path, entry in values.given.items():
+        key = entry.key
+        if key.treatment is REFUSED and not entry.pending and key.switches_on(entry.value):
+            yield Problem(path, f"{shown(entry.value)} is refused: {key.reason}.", entry.line)
+
+
+def one_precision(values: Values) -> Iterator[Problem]:
+    """fp16 and bf16 exclude each other, and `param_dtype` must agree with them."""
+    fp16, bf16 = values.get("fp16.enabled"), values.get("bf16.enabled")
+    if fp16 and bf16:
+        yield Problem(
+            "fp16.enabled",
+            'true while "bf16.enabled" is true; only one can be. Set one of them to false.',
+            values.line("fp16.enabled"),
+        )
+        return
+    mode = "fp16" if fp16 else "bf16" if bf16 else "fp32"
+    for name in ("param_dtype", "grad_accum_dtype"):
+        path = f"data_types.{name}"
+        dtype = values.get(path)
+        fine = (mode,) if name == "param_dtype" else (mode, "fp32")
+        if dtype is not None and dtype not in fine:
+            yield Problem(
+                path,
+                f'"{dtype}" does not agree with the compute dtype {mode} that fp16/bf16 set; '
+                f"expected {' or '.join(dict.fromkeys(fine))}, or leave it out.",
+                values.line(path),
+            )
+
+
+def loss_scale(values: Values) -> Iterator[Problem]:
+    """Dynamic loss scaling needs a window and a floor; unused values are not judged."""
+    if not values.get("fp16.enabled") or values.get("fp16.loss_scale") != 0:
+        return
+    for name in ("loss_scale_window", "min_loss_scale"):
+        path = f"fp16.{name}"
+        if values.get(path) <= 0:
+            yield Problem(
+                path,
+                f"{shown(values.get(path))} must be above 0 with dynamic loss scaling "
+                '("fp16.loss_scale": 0).',
+                values.line(path),
+            )
+
+
+def half_master(values: Values) -> Iterator[Problem]:
+    """16-bit master weights belong to ZeRO, and 16-bit moments to 16-bit master weights."""
+    stage = values.get(f"{_ZERO}.stage")
+    for path in ("fp16.fp16_master_weights_and_grads", "bf16.bf16_master_weights_and_grads"):
+        if values.get(path) and stage == 0:
+            yield Problem(path, f'true needs "{_ZERO}.stage" 1, 2 or 3.', values.line(path))
+    path = "bf16.bf16_optimizer_states"
+    if values.get(path) and not values.get("bf16.bf16_master_weights_and_grads"):
+        yield Problem(
+            path, 'true needs "bf16.bf16_master_weights_and_grads": true.', values.line(path)
+        )
+
+
+def summed_gradients(values: Values) -> Iterator[Problem]:
+    """Gradients are averaged in the modes that reduce them inside the backward pass."""
+    path = "gradient_allreduce_op"
+    if values.get(path) != "sum":
+        return
+    clashes = {
+        f'"{_ZERO}.stage": 3': values.get(f"{_ZERO}.stage") == 3,
+        f'"{_ZERO}.zenflow"': values.is_given(f"{_ZERO}.zenflow"),
+        '"compile.deepcompile": true': values.get("compile.deepcompile"),
+    }
+    for other, clash in clashes.items():
+        if clash:
+            yield Problem(path, f'"sum" does not go with {other}; use "mean".', values.line(path))
+
+
+def offload(values: Values) -> Iterator[Problem]:
+    """NVMe needs a path, and a partial optimizer offload needs stage 3."""
+    for name in ("offload_param", "offload_optimizer"):
+        section = f"{_ZERO}.{name}"
+        if values.get(f"{section}.device") == "nvme" and not values.get(f"{section}.nvme_path"):
+            yield Problem(
+                f"{section}.nvme_path",
+                f'missing; "{section}.device": "nvme" needs a folder on the disk.',
+            )
+    ratio = f"{_ZERO}.offload_optimizer.ratio"
+    stage = values.get(f"{_ZERO}.stage")
+    if values.get(ratio) < 1 and stage != 3:
+        yield Problem(
+            ratio,
+            f'{shown(values.get(ratio))} (a partial offload) needs "{_ZERO}.stage": 3, '
+            f"not {stage}.",
+            values.line(ratio),
+        )
+
+
+def optimizer(values: Values) -> Iterator[Problem]:
+    """Parameters of an optimizer that exclude each other."""
+    kind = values.get("optimizer.type")
+    params = "optimizer.params"
+    mode = values.given.get(f"{params}.adam_w_mode")
+    if kind == "AdamW" and mode is not None and mode.value is False:
+        yield Problem(
+            f"{params}.adam_w_mode",
+            'false contradicts "type": "AdamW"; for L2 regularisation write "type": "Adam".',
+            mode.line,
+        )
+    if kind == "SGD" and values.get(f"{params}.nesterov"):
+        momentum = values.given.get(f"{params}.momentum")
+        dampening = values.given.get(f"{params}.dampening")
+        if momentum is None or not momentum.value or (dampening and dampening.value):
+            yield Problem(
+                f"{params}.nesterov",
+                "true needs a momentum above 0 and no dampening.",
+                values.line(f"{params}.nesterov"),
+            )
+
+
+def mesh(values: Values) -> Iterator[Problem]:
+    """`data` is a size or -1, and MiCS divides it into whole groups."""
+    size = values.get("mesh.data")
+    if size == 0:
+        yield Problem(
+            "mesh.data",
+            "0 is not a number of devices; expected at least 1, or -1 for all that remain.",
+            values.line("mesh.data"),
+        )
+    path = f"{_ZERO}.mics_shard_size"
+    shard = values.get(path)
+    if shard == 0:
+        yield Problem(path, "0 is not a number of devices; -1 is off.", values.line(path))
+    elif shard > 0 and size > 0 and size % shard:
+        yield Problem(
+            path,
+            f'{shard} does not divide "mesh.data": {size} (remainder {size % shard}) into groups '
+            "that each hold one set of shards.",
+            values.line(path),
+        )
+
+
+def data_parallel_size(values: Values) -> int | None:
+    """Return over how many devices the batch is split, where the mesh fixes it."""
+    size = 1
+    for name in ("replica", "data", "expert"):
+        axis = values.get(f"mesh.{name}")
+        if axis < 1:
+            return None
+        size *= axis
+    return size
+
+
+def batch_triangle(values: Values) -> Iterator[Problem]:
+    """The batch sizes hold together, as far as that can be known without devices."""
+    if values.get("elasticity.enabled"):
+        return  # elasticity chooses the batch sizes
+    names = (TRAIN, MICRO, ACCUMULATION)
+    entries = (values.given.get(name) for name in names)
+    if any(entry is not None and entry.pending for entry in entries):
+        return
+    problem = check(BatchConfig(*(values.get(name) for name in names)), data_parallel_size(values))
+    if problem is not None:
+        yield replace(problem, line=values.line(problem.path))
+
+
+def model(values: Values) -> Iterator[Problem]:
+    """Heads divide the width, and each family gets its own keys only."""
+    if not values.has_section("model"):
+        return
+    family, hidden, heads, kv_heads = (
+        values.get(f"model.{name}") for name in ("family", "hidden_size", "heads", "kv_heads")
+    )
+    if hidden and heads and hidden % heads:
+        yield Problem(
+            "model.hidden_size",
+            f'{hidden} is not divisible by "model.heads" {heads} (remainder {hidden % heads}).',
+            values.line("model.hidden_size"),
+        )
+    if heads and kv_heads and heads % kv_heads:
+        yield Problem(
+            "model.kv_heads",
+            f'{kv_heads} does not divide "model.heads" {heads}; every key/value head serves the '
+            "same number of query heads.",
+            values.line("model.kv_heads"),
+        )
+    if family == "gpt2" and heads and kv_heads and kv_heads != heads:
+        yield Problem(
+            "model.kv_heads",
+            f"{kv_heads} differs from heads {heads}, but gpt2 has no grouped-query attention; "
+            'use "family": "llama".',
+            values.line("model.kv_heads"),
+        )
+    scaled = values.has_section("model.rope_scaling")
+    theta = values.get("model.rope_theta") != KEYS["model.rope_theta"].default
+    if family == "gpt2" and (scaled or theta):
+        name = "model.rope_scaling" if scaled else "model.rope_theta"
+        yield Problem(
+            name,
+            'gpt2 has learned positions; remove it, or use "family": "llama".',
+            values.line(name),
+        )
+    if family == "llama" and values.get("model.dropout"):
+        yield Problem(
+            "model.dropout",
+            f"{values.get('model.dropout'):g} is given, but llama has no dropout; set it to 0.",
+            values.line("model.dropout"),
+        )
+    low, high = (values.get(f"model.rope_scaling.{end}_freq_factor") for end in ("low", "high"))
+    if scaled and low >= high:
+        yield Problem(
+            "model.rope_scaling.low_freq_factor",
+            f"{low:g} must be below high_freq_factor {high:g}.",
+            values.line("model.rope_scaling.low_freq_factor"),
+        )
+
+
+def data(values: Values) -> Iterator[Problem]:
+    """Rows fit the model, the tokenizer's words fit its table, and files are named."""
+    if not values.has_section("data"):
+        return
+    rows, longest = values.get("data.sequence_length"), values.get("model.sequence_length")
+    path = "data.sequence_length"
+    if rows is None:
+        yield Problem(
+            path,
+            'missing; set it, or "model.sequence_length".',
+            lacks=(path, "model.sequence_length"),
+        )
+    elif longest is not None and rows > longest:
+        yield Problem(
+            path, f'{rows} is longer than "model.sequence_length" {longest}.', values.line(path)
+        )
+    kind, file = values.get("data.tokenizer.kind"), values.get("data.tokenizer.path")
+    if kind == "file" and file is None:
+        yield Problem("data.tokenizer.path", 'missing; "kind": "file" needs a tokenizer.json.')
+    if kind != "file" and file is not None:
+        yield Problem(
+            "data.tokenizer.path",
+            f'{shown(file)} is given, but "data.tokenizer.kind" is "{kind}"; set it to "file".',
+            values.line("data.tokenizer.path"),
+        )
+    yield from _vocabulary(values, kind)
+
+
+def _vocabulary(values: Values, kind: str) -> Iterator[Problem]:
+    path = "data.tokenizer.vocab_size"
+    words, table = values.get(path), values.get("model.vocab_size")
+    if kind == "byte" and words != BYTE_VOCABULARY:
+        yield Problem(path, f"{words} given, but bytes have {BYTE_VOCABULARY} ids; remove it.",
+                      values.line(path))  # fmt: skip
+    elif kind == "file" and words is not None:
+        yield Problem(path, f"{words} given, but the file says how many ids there are; remove it.",
+                      values.line(path))  # fmt: skip
+    elif table is not None and words is not None and table < words:
+        yield Problem(
+            "model.vocab_size",
+            f'{table} is smaller than the tokenizer\'s {words} ids ("{path}"); leave it out to '
+            "use the tokenizer's size.",
+            values.line("model.vocab_size"),
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    refused_features,
+    one_precision,
+    loss_scale,
+    half_master,
+    summed_gradients,
+    offload,
+    optimizer,
+    mesh,
+    batch_triangle,
+    model,
+    data,
+)
+
+
+def broken_rules(values: Values) -> list[Problem]:
+    """Return every problem that `RULES` find in `values`."""
+    return [problem for rule in RULES for problem in rule(values)]

@@ -1,0 +1,200 @@
+"""The typed sections of a configuration, as the rest of jspeed reads them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchConfig:
+    """The batch sizes as written; `resolve_batch` completes them for a number of devices."""
+
+    train_batch_size: int | None
+    micro_batch_size: int | None
+    gradient_accumulation_steps: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerConfig:
+    """The optimizer: DeepSpeed's `type` and `params`, with all defaults filled in."""
+
+    type: str
+    params: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """The learning-rate schedule: DeepSpeed's `type` and `params`, with all defaults filled in."""
+
+    type: str
+    params: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class LossScaleConfig:
+    """The loss scale of fp16: fixed when `static` is a number, dynamic when it is None."""
+
+    static: float | None
+    initial_scale: float
+    window: int
+    hysteresis: int
+    consecutive_hysteresis: bool
+    min_scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class PrecisionConfig:
+    """The dtypes of the step; `loss_scale` is there for fp16 only."""
+
+    compute_dtype: DType
+    loss_scale: LossScaleConfig | None
+    grad_accum_dtype: DType
+    communication_dtype: DType | None
+    check_grad_overflow: bool
+    cast_inputs: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ZeroConfig:
+    """The ZeRO stage and its sizes, all counted in elements; `mics_shard_size` -1 is off."""
+
+    stage: int
+    persistence_threshold: int
+    model_persistence_threshold: int
+    max_reuse_distance: int
+    max_live_parameters: int
+    overlap_comm: bool
+    reduce_bucket_size: int
+    allgather_bucket_size: int
+    prefetch_bucket_size: int
+    reduce_scatter: bool
+    mics_shard_size: int
+    gather_16bit_on_save: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MeshConfig:
+    """Devices per mesh axis; `data` -1 takes all that remain.
+
+    `rules` are pairs of a regex over parameter paths and one mesh axis or None per dimension.
+    """
+
+    pipe: int
+    replica: int
+    data: int
+    expert: int
+    seq: int
+    tensor: int
+    rules: tuple[tuple[str, tuple[str | None, ...]], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScalingConfig:
+    """llama3 scaling of the rotary frequencies."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionConfig:
+    """Which implementation computes attention; `auto` picks by platform."""
+
+    implementation: Literal["auto", "xla", "cudnn", "cpu"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A model of jspeed's own families; None leaves a value to the family or the tokenizer."""
+
+    family: Literal["gpt2", "llama"]
+    layers: int
+    hidden_size: int
+    heads: int
+    kv_heads: int | None
+    intermediate_size: int | None
+    vocab_size: int | None
+    sequence_length: int
+    dropout: float
+    tie_embeddings: bool | None
+    rope_theta: float
+    rope_scaling: RopeScalingConfig | None
+    norm_epsilon: float
+    remat: Literal["none", "full"]
+    attention: AttentionConfig
+    loss_chunk_size: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerConfig:
+    """How text becomes tokens; `vocab_size` None is that of the file."""
+
+    kind: Literal["bpe", "byte", "file"]
+    vocab_size: int | None
+    path: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class DataConfig:
+    """The training data; `seed` None means the seed of the run."""
+
+    source: str
+    format: Literal["auto", "text", "jsonl", "tokens"]
+    text_key: str
+    sequence_length: int
+    tokenizer: TokenizerConfig
+    document_mask: bool
+    validation_fraction: float
+    shuffle: bool
+    seed: int | None
+    dtype: Literal["uint16", "uint32"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """One training run; intervals are in optimizer steps and 0 means never."""
+
+    dir: str
+    steps: int
+    seed: int
+    evaluate_every: int
+    evaluate_batches: int
+    save_every: int
+    keep_checkpoints: int | None
+    log_every: int
+    compile_cache: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MonitorConfig:
+    """One monitor; `job_name` names files, `group`, `team` and `project` are W&B's."""
+
+    enabled: bool
+    output_path: str = ""
+    job_name: str = ""
+    group: str | None = None
+    team: str | None = None
+    project: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointConfig:
+    """What happens when processes save under different tags."""
+
+    tag_validation: Literal["Ignore", "Warn", "Fail"]
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationCheckpointingConfig:
+    """DeepSpeed's activation checkpointing, which is understood but not built yet."""
+
+    partition_activations: bool
+    number_checkpoints: int | None
+    contiguous_memory_optimization: bool
+    synchronize_checkpoint_boundary: bool
+    profile: bool
+    cpu_checkpointing: bool

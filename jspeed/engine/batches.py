@@ -1,0 +1,70 @@
+"""Bringing a host batch onto the mesh, as the step wants it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from jspeed.core.errors import DataError
+from jspeed.core.tree import named_leaves
+from jspeed.layout.zero import Layout
+
+
+class BatchPlacer:
+    """Cuts this process's examples into microbatches and puts them on its devices.
+
+    Args:
+      layout: where examples live.
+      rows: examples that this process brings per call.
+      accumulation: microbatches to cut them into; None for evaluation, which has no such dimension.
+    """
+
+    def __init__(self, layout: Layout, *, rows: int, accumulation: int | None) -> None:
+        self._rows = rows
+        self._accumulation = accumulation
+        leading = 0 if accumulation is None else 1
+        self._sharding = NamedSharding(layout.mesh, layout.batch_spec(leading))
+        self._alone = jax.process_count() == 1
+
+    def __call__(self, batch: Any) -> Any:
+        """Places a pytree of `[rows, ...]` arrays.
+
+        Raises:
+          DataError: a leaf has another number of examples.
+        """
+        cut = jax.tree.map(self._cut, batch)
+        if not jax.tree.leaves(cut):
+            raise DataError(
+                f"the batch is empty; expected a pytree of arrays with {self._rows} rows."
+            )
+        if any(leaf is None for leaf in jax.tree.leaves(cut, is_leaf=lambda x: x is None)):
+            self._explain(batch)
+        if self._alone:
+            return jax.device_put(cut, self._sharding)
+        return jax.tree.map(
+            lambda leaf: jax.make_array_from_process_local_data(self._sharding, np.asarray(leaf)),
+            cut,
+        )
+
+    def _cut(self, leaf: Any) -> Any:
+        if not isinstance(leaf, np.ndarray | jax.Array):
+            leaf = np.asarray(leaf)
+        if leaf.ndim == 0 or leaf.shape[0] != self._rows:
+            return None
+        if self._accumulation is None:
+            return leaf
+        per_microbatch = self._rows // self._accumulation
+        return leaf.reshape(self._accumulation, per_microbatch, *leaf.shape[1:])
+
+    def _explain(self, batch: Any) -> None:
+        for path, leaf in named_leaves(batch):
+            shape = np.shape(leaf)
+            if not shape or shape[0] != self._rows:
+                raise DataError(
+                    f"batch[{path!r}] has shape {list(shape)}; expected {self._rows} examples "
+                    "first: this process's "
+                    "share of train_batch_size (or of the evaluation batch)."
+                )

@@ -1,0 +1,192 @@
+"""From a configuration and a model to everything a step needs, on devices or on described ones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from jspeed.config import Batch, Config, resolve_batch
+from jspeed.core.errors import ConfigError
+from jspeed.layout.mesh import MeshShape, make_mesh, resolve_mesh
+from jspeed.layout.rules import Rule
+from jspeed.layout.zero import Layout, ZeroSettings, place
+from jspeed.optim import (
+    LossScale,
+    base_learning_rate,
+    make_betas_schedule,
+    make_optimizer,
+    make_schedule,
+)
+from jspeed.training.gradients import GradientSettings
+from jspeed.training.program import Program
+from jspeed.training.state import abstract_parameters, check_trainable
+from jspeed.training.step import StepSettings
+
+ScheduleFn = Callable[[jax.Array], jax.Array]
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """All that is decided before the first array exists.
+
+    Attributes:
+      layout: where every parameter lives.
+      batch: the batch triangle, for this layout.
+      optimizer: as an optax transformation.
+      schedule: `updates so far -> learning rate` for reports, or None if the optimizer hides it.
+      step: how gradients are treated.
+      loss_scale: makes fp16's first loss-scale state, or None.
+    """
+
+    layout: Layout
+    batch: Batch
+    optimizer: optax.GradientTransformation
+    schedule: ScheduleFn | None
+    step: StepSettings
+    loss_scale: Callable[[], Any] | None
+
+
+def mesh_shape(config: Config, devices: int) -> MeshShape:
+    """The mesh that a configuration asks for on a number of devices."""
+    mesh = config.mesh
+    return resolve_mesh(
+        devices=devices,
+        pipe=mesh.pipe,
+        replica=mesh.replica,
+        data=mesh.data,
+        expert=mesh.expert,
+        seq=mesh.seq,
+        tensor=mesh.tensor,
+        mics_shard_size=config.zero.mics_shard_size,
+    )
+
+
+def plan_run(
+    config: Config,
+    program: Program,
+    mesh: Mesh,
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+    schedule: ScheduleFn | None = None,
+    rules: Sequence[Rule] = (),
+) -> RunPlan:
+    """Decides the layout, the batch triangle, the optimizer and the step.
+
+    Args:
+      config: the configuration.
+      program: the model.
+      mesh: of real or described devices, with jspeed's axes.
+      optimizer: wins over the configuration's.
+      schedule: wins over the configuration's; with an `optimizer` it only serves reports.
+      rules: stand before the configuration's `mesh.rules`.
+
+    Raises:
+      ConfigError, LayoutError, ModelError: what does not fit, and how it would.
+    """
+    params, _ = abstract_parameters(program)
+    check_trainable(params)
+    precision = config.precision
+    layout = place(
+        params,
+        mesh=mesh,
+        zero=ZeroSettings(
+            stage=config.zero.stage,
+            persistence_threshold=config.zero.persistence_threshold,
+            model_persistence_threshold=config.zero.model_persistence_threshold,
+        ),
+        rules=[*rules, *(Rule(pattern, tuple(spec)) for pattern, spec in config.mesh.rules)],
+        stacked=program.stacked,
+        compute_dtype=precision.compute_dtype,
+        reduce_dtype=precision.communication_dtype,
+    )
+    batch = resolve_batch(config, layout.batch_shards)
+    optimizer, schedule = _optimizer(config, program, optimizer, schedule)
+    scaling = _loss_scale(config)
+    gradients = GradientSettings(
+        accumulation=batch.accumulation,
+        accumulation_dtype=precision.grad_accum_dtype,
+        normalise_loss=scaling is not None,
+        before_reduction=_before_reduction(config, layout),
+        sum_over_shards=config.gradient_allreduce_op == "sum",
+        cast_inputs=precision.cast_inputs,
+    )
+    step = StepSettings(
+        gradients=gradients,
+        gradient_clipping=config.gradient_clipping,
+        skip_nonfinite=precision.check_grad_overflow,
+        loss_scale_update=scaling.update if scaling else None,
+    )
+    return RunPlan(layout, batch, optimizer, schedule, step, scaling.init if scaling else None)
+
+
+def plan_devices(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh over real devices."""
+    available = list(devices) if devices is not None else jax.devices()
+    return make_mesh(mesh_shape(config, len(available)), devices)
+
+
+def _before_reduction(config: Config, layout: Layout) -> float:
+    """DeepSpeed divides before the reduction to keep sums in range; what is divided comes back
+    afterwards."""
+    if config.prescale_gradients:
+        return 1.0 / layout.batch_shards
+    return 1.0 / config.gradient_predivide_factor
+
+
+def _loss_scale(config: Config) -> LossScale | None:
+    scale = config.precision.loss_scale
+    if scale is None:
+        return None
+    if scale.static:
+        return LossScale.static(scale.static)
+    return LossScale(
+        initial_scale=scale.initial_scale,
+        window=scale.window,
+        hysteresis=scale.hysteresis,
+        consecutive_hysteresis=scale.consecutive_hysteresis,
+        min_scale=scale.min_scale,
+    )
+
+
+def _optimizer(
+    config: Config,
+    program: Program,
+    optimizer: optax.GradientTransformation | None,
+    schedule: ScheduleFn | None,
+) -> tuple[optax.GradientTransformation, ScheduleFn | None]:
+    if optimizer is not None:
+        return optimizer, schedule
+    section = config.optimizer
+    if section is None:
+        raise ConfigError(
+            '"optimizer": missing. Add {"type": "AdamW", "params": {"lr": 1e-3}} to the '
+            "configuration or pass "
+            "an optax optimizer to jspeed.initialize."
+        )
+    base = base_learning_rate(type=section.type, params=section.params)
+    betas = None
+    if schedule is None and config.scheduler is not None:
+        given = config.scheduler
+        schedule = make_schedule(type=given.type, params=given.params, base_lr=base)
+        betas = make_betas_schedule(
+            type=given.type, params=given.params, optimizer_type=section.type
+        )
+
+    def stacked_dimensions(path: str, leaf: Any) -> int:
+        del leaf
+        return int(any(re.fullmatch(pattern, path) for pattern in program.stacked))
+
+    made = make_optimizer(
+        type=section.type,
+        params=section.params,
+        learning_rate=schedule if schedule is not None else base,
+        betas_schedule=betas,
+        stack_fn=stacked_dimensions,
+    )
+    return made, schedule if schedule is not None else optax.constant_schedule(base)

@@ -1,0 +1,172 @@
+"""What of an engine goes into a checkpoint, and how it comes back on another layout.
+
+Stored are global logical arrays under stable names: `master/...`, `opt_state/...`, `mutable/...`,
+`loss_scale/...`, `step`, `updates` and `rng`. Copies in the compute dtype are made anew from the
+master, so neither mesh, ZeRO stage nor precision is part of the format.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from jspeed.checkpoint import CheckpointStore
+from jspeed.core.errors import CheckpointError
+from jspeed.core.tree import map_named, named_leaves
+from jspeed.layout.zero import Layout, Role
+from jspeed.training.state import TrainState
+from jspeed.training.step import publish
+
+if TYPE_CHECKING:
+    from jspeed.engine.engine import Engine
+
+_SAVED = ("step", "updates", "rng", "master", "opt_state", "mutable", "loss_scale")
+_COUNTERS = ("step", "updates", "rng")
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is an array of typed PRNG keys, which are stored as their data."""
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def saved_arrays(state: TrainState, parts: tuple[str, ...] = _SAVED) -> dict[str, Any]:
+    """The leaves of a state (arrays or shapes) under the names a checkpoint has them."""
+    arrays: dict[str, Any] = {}
+    for part in parts:
+        for path, leaf in named_leaves(getattr(state, part)):
+            arrays[f"{part}/{path}" if path else part] = leaf
+    return arrays
+
+
+def _key_shape(leaf: Any) -> Any:
+    data = jax.eval_shape(jax.random.key_data, leaf)
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=leaf.sharding)
+
+
+class EngineCheckpoints:
+    """A checkpoint directory as an engine uses it."""
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = os.fspath(directory)
+        self.store = CheckpointStore(directory)
+
+    def wait(self) -> None:
+        self.store.wait()
+
+    def save(
+        self,
+        engine: Engine,
+        tag: str | None,
+        client_state: dict[str, Any],
+        save_latest: bool,
+        files: dict[str, bytes],
+        wait: bool,
+    ) -> str:
+        tag = tag or f"global_step{engine.global_steps}"
+        arrays = {
+            path: jax.random.key_data(leaf) if is_key(leaf) else leaf
+            for path, leaf in saved_arrays(engine.state).items()
+        }
+        metadata = {
+            "step": engine.global_steps,
+            "client_state": client_state,
+            "config": engine.config.to_dict(),
+            "saved_by": {
+                "mesh": engine.layout.sizes,
+                "zero_stage": engine.layout.stage,
+                "compute_dtype": engine.layout.compute_dtype,
+            },
+        }
+        self.store.save(tag, arrays, metadata, files, wait=wait, update_latest=save_latest)
+        return tag
+
+    def load(
+        self, engine: Engine, tag: str | None, *, optimizer: bool, schedule: bool, counters: bool
+    ) -> tuple[str, dict[str, Any]]:
+        """Replaces the engine's state by what a checkpoint holds; nothing changes if it fails."""
+        tag = tag or self.store.latest()
+        metadata = self.store.metadata(tag)
+        if "client_state" not in metadata:
+            raise CheckpointError(
+                f'Checkpoint "{tag}" in "{self.directory}" was not saved by an engine: it lacks '
+                '"client_state". Read it with jspeed.checkpoint.CheckpointStore.'
+            )
+        found = self.store.describe(tag)
+        parts = ["master", "mutable"]
+        if counters:
+            parts += _COUNTERS
+        if optimizer:
+            parts.append("opt_state")
+            if any(name.startswith("loss_scale/") for name in found):
+                parts.append("loss_scale")
+        shapes = engine.abstract_state()
+        like = {
+            path: _key_shape(leaf) if is_key(leaf) else leaf
+            for path, leaf in saved_arrays(shapes, tuple(parts)).items()
+        }
+        restored = self.store.restore(tag, like=like, subset=True)
+        _check_same_model(engine, found, restored, tag, self.directory, optimizer)
+        engine.state = _rebuild(engine.state, shapes, restored, engine.layout, schedule)
+        engine.global_steps = int(engine.state.step)
+        return metadata.get("tag", tag or ""), metadata["client_state"]
+
+
+def _check_same_model(
+    engine: Engine,
+    found: dict[str, Any],
+    restored: dict[str, Any],
+    tag: str | None,
+    directory: str,
+    optimizer: bool,
+) -> None:
+    """A checkpoint with more parameters than the model has is another model's."""
+    prefixes = ("master/", "opt_state/") if optimizer else ("master/",)
+    extra = [path for path in found if path.startswith(prefixes) and path not in restored]
+    if extra:
+        shown = ", ".join(extra[:10]) + (f" and {len(extra) - 10} more" if len(extra) > 10 else "")
+        raise CheckpointError(
+            f'Checkpoint "{tag}" in "{directory}" holds what this run does not have: {shown}. '
+            "Use the model and optimizer it was saved with, or load_module_only=True."
+        )
+
+
+def _rebuild(
+    state: TrainState,
+    shapes: TrainState,
+    restored: dict[str, jax.Array],
+    layout: Layout,
+    schedule: bool,
+) -> TrainState:
+    """The state with restored leaves in place, and copies made from the restored master."""
+
+    def pick(part: str) -> Any:
+        def leaf(path: str, current: Any, shape: Any) -> Any:
+            name = f"{part}/{path}" if path else part
+            if name not in restored:
+                return current
+            value = restored[name]
+            return jax.random.wrap_key_data(value) if is_key(shape) else value
+
+        return map_named(leaf, getattr(state, part), getattr(shapes, part))
+
+    new = {part: pick(part) for part in _SAVED}
+    if not schedule:
+        new["updates"] = state.updates
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    copies = jax.jit(lambda master: _copies(master, layout), out_shardings=shardings.copies)(
+        new["master"]
+    )
+    return TrainState(copies=copies, **new)
+
+
+def _copies(master: Any, layout: Layout) -> dict[str, jax.Array]:
+    at_moments = map_named(
+        lambda path, leaf: jax.lax.with_sharding_constraint(
+            leaf, layout.sharding(path, Role.MOMENTS)
+        ),
+        master,
+    )
+    return publish(at_moments, layout)[1]

@@ -1,0 +1,60 @@
+"""What the engine tells XLA, and what "auto" in a configuration takes from the model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jspeed.config import AutoFacts, Config
+from jspeed.layout.compiler_options import compiler_options
+from jspeed.layout.mesh import BATCH_AXES
+from jspeed.layout.zero import Layout
+from jspeed.training.program import Program
+
+
+def auto_facts(config: Config, program: Program, mesh: Mesh) -> AutoFacts:
+    """What is known of a run when its configuration's "auto" values are resolved."""
+    hidden = config.model.hidden_size if config.model else None
+    if hidden is None:
+        module = getattr(program, "module", None) or getattr(program, "linen_module", None)
+        own = getattr(module, "config", None)
+        for holder in (own, module):
+            for name in ("hidden_size", "features", "d_model", "n_embd"):
+                value = getattr(holder, name, None)
+                if hidden is None and isinstance(value, int):
+                    hidden = value
+    size = 1
+    for axis in BATCH_AXES:
+        size *= mesh.shape[axis]
+    return AutoFacts(
+        hidden_size=hidden,
+        total_steps=config.run.steps if config.run else None,
+        data_parallel_size=size,
+    )
+
+
+def step_options(config: Config, layout: Layout) -> dict[str, Any] | None:
+    """XLA's options for the train step on the mesh's platform; None where there are none."""
+    platform = layout.mesh.devices.flat[0].platform
+    options = compiler_options(platform, config.zero, compute_dtype=layout.compute_dtype)
+    return dict(options) or None
+
+
+def enable_compile_cache(directory: str | os.PathLike[str] | None = None) -> Path:
+    """Turns XLA's persistent compilation cache on, unless the user has set one; returns its folder.
+
+    The default is `jspeed/xla` under `XDG_CACHE_HOME` or `~/.cache`.
+    """
+    current = jax.config.jax_compilation_cache_dir
+    if current:
+        return Path(current)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    chosen = Path(directory) if directory is not None else Path(base) / "jspeed" / "xla"
+    chosen.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(chosen))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    return chosen

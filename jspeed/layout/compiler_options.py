@@ -1,0 +1,79 @@
+"""XLA's compiler options, typed and per backend: the one place that names them.
+
+XLA overlaps nothing by default: a layer's matrix product waits for the gather of its weights. At
+optimization level O1 it pipelines the collectives of loops and schedules them behind computation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+Options = dict[str, bool | int]
+
+_GPU = frozenset({"cuda", "gpu"})
+# XLA's effort levels are numbered in steps of ten: O0 = 9, O1 = 19.
+_O1 = 19
+
+
+@dataclass(frozen=True)
+class CommunicationSettings:
+    """The part of `zero_optimization` that decides when XLA communicates and in what pieces.
+
+    Attributes:
+      stage: the ZeRO stage.
+      overlap_comm: whether communication runs behind computation; None means at stage 3 only.
+      reduce_bucket_size: elements up to which reductions are combined into one; 0 leaves it to XLA.
+      allgather_bucket_size: elements up to which all-gathers are combined at stages 1 and 2; 0
+        leaves it to XLA.
+      prefetch_bucket_size: the same at stage 3, where a combined all-gather fetches weights before
+        their use.
+    """
+
+    stage: int = 0
+    overlap_comm: bool | None = None
+    reduce_bucket_size: int = 500_000_000
+    allgather_bucket_size: int = 500_000_000
+    prefetch_bucket_size: int = 50_000_000
+
+    @property
+    def overlaps(self) -> bool:
+        """`overlap_comm` with its default resolved."""
+        return self.stage == 3 if self.overlap_comm is None else self.overlap_comm
+
+
+def compiler_options(
+    platform: str,
+    zero: CommunicationSettings,
+    *,
+    compute_dtype: str,
+    reduce_dtype: str | None = None,
+    described: bool = False,
+) -> Options:
+    """The options to compile a train step with, for `jax.jit(..., compiler_options=...)`.
+
+    Args:
+      platform: a JAX platform name; only GPUs have options, others get none.
+      zero: overlap and bucket sizes.
+      compute_dtype: that weights are gathered in; a bucket's elements times its size is in bytes.
+      reduce_dtype: that gradients are reduced in; the compute dtype when None.
+      described: the target is a description of a GPU. Products then go to the library, as they do
+        on a GPU after autotuning, which needs one.
+    """
+    if platform not in _GPU:
+        return {}
+    options: Options = {}
+    if zero.overlaps:
+        options["optimization_level"] = _O1
+    gather = zero.prefetch_bucket_size if zero.stage == 3 else zero.allgather_bucket_size
+    gather_bytes = gather * jnp.dtype(compute_dtype).itemsize
+    reduce_bytes = zero.reduce_bucket_size * jnp.dtype(reduce_dtype or compute_dtype).itemsize
+    if gather_bytes:
+        options["xla_gpu_all_gather_combine_threshold_bytes"] = gather_bytes
+    if reduce_bytes:
+        options["xla_gpu_reduce_scatter_combine_threshold_bytes"] = reduce_bytes
+        options["xla_gpu_all_reduce_combine_threshold_bytes"] = reduce_bytes
+    if described:
+        options["xla_gpu_enable_triton_gemm"] = False
+    return options

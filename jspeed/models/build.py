@@ -1,0 +1,111 @@
+"""From a run file's `model` section to a function that makes the model."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from flax import nnx
+
+from jspeed.config import ModelConfig
+from jspeed.models.gpt2 import GPT2, GPT2Config
+from jspeed.models.llama import Llama, LlamaConfig
+from jspeed.nn.attention import choose_implementation
+from jspeed.nn.rope import RopeScaling
+
+
+class LanguageModel(Protocol):
+    """What every family offers; see `jspeed.nn.language_model_loss`."""
+
+    stacked_parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ModelFactory:
+    """`factory(rngs)` makes the model, so that `jspeed.initialize` can create it sharded.
+
+    Attributes:
+      config: the family's own configuration, complete.
+      vocab_size: of the embedding.
+    """
+
+    family: str
+    config: GPT2Config | LlamaConfig
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def stacked_parameters(self) -> tuple[str, ...]:
+        return Llama.stacked_parameters if self.family == "llama" else GPT2.stacked_parameters
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Model FLOPs of one token, forward and backward, without recomputation.
+
+        Six per weight of every matrix product, and attention's `12 x layers x width x sequence`
+        (PaLM, Chowdhery et al., 2022, appendix B; the causal half is not taken off).
+        """
+        config = self.config
+        width, layers = config.hidden_size, config.layers
+        if isinstance(config, LlamaConfig):
+            attention = width * config.head_dim * (2 * config.heads + 2 * config.kv_heads)
+            mlp = 3 * width * config.intermediate_size
+        else:
+            attention = 4 * width * width
+            mlp = 2 * width * config.intermediate_size
+        weights = layers * (attention + mlp) + width * config.vocab_size
+        return 6.0 * weights + 12.0 * layers * width * sequence_length
+
+    def __call__(self, rngs: nnx.Rngs) -> nnx.Module:
+        if isinstance(self.config, LlamaConfig):
+            return Llama(self.config, rngs=rngs)
+        return GPT2(self.config, rngs=rngs)
+
+
+def build_model(model: ModelConfig, *, vocab_size: int, platform: str) -> ModelFactory:
+    """Completes a `model` section.
+
+    Args:
+      model: the section.
+      vocab_size: of the tokenizer; the section's own wins, if it is at least as large.
+      platform: of the devices, which decides what attention `auto` means.
+    """
+    common: dict[str, Any] = {
+        "vocab_size": model.vocab_size or vocab_size,
+        "layers": model.layers,
+        "hidden_size": model.hidden_size,
+        "heads": model.heads,
+        "remat": model.remat,
+        "norm_epsilon": model.norm_epsilon,
+        "loss_chunk_size": model.loss_chunk_size,
+        "attention": choose_implementation(model.attention.implementation, platform),
+    }
+    if model.tie_embeddings is not None:
+        common["tie_embeddings"] = model.tie_embeddings
+    if model.family == "gpt2":
+        config = GPT2Config(
+            **common,
+            sequence_length=model.sequence_length,
+            intermediate_size=model.intermediate_size or 4 * model.hidden_size,
+            dropout=model.dropout,
+        )
+        return ModelFactory("gpt2", config)
+    scaling = model.rope_scaling
+    return ModelFactory(
+        "llama",
+        LlamaConfig(
+            **common,
+            kv_heads=model.kv_heads or model.heads,
+            intermediate_size=model.intermediate_size or _swiglu_width(model.hidden_size),
+            head_dim=model.hidden_size // model.heads,
+            rope_theta=model.rope_theta,
+            rope_scaling=RopeScaling(**dataclasses.asdict(scaling)) if scaling else None,
+        ),
+    )
+
+
+def _swiglu_width(hidden_size: int) -> int:
+    """Two thirds of four times the width, rounded up to 256 (Llama, section 2.2)."""
+    return -(-(8 * hidden_size // 3) // 256) * 256

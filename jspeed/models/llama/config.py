@@ -1,0 +1,28 @@
+"""The shape of a Llama model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jspeed.nn.attention import Implementation
+from jspeed.nn.rope import RopeScaling
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Llama 2 and 3 (Touvron et al., 2023; Dubey et al., 2024)."""
+
+    vocab_size: int
+    layers: int
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    intermediate_size: int
+    head_dim: int
+    rope_theta: float = 500_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_epsilon: float = 1e-5
+    tie_embeddings: bool = False
+    remat: str = "none"
+    attention: Implementation = "xla"
+    loss_chunk_size: int | None = None

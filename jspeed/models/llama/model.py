@@ -1,0 +1,119 @@
+"""Llama in Flax NNX: grouped-query attention, rotary positions, RMSNorm, SwiGLU; layers scanned."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jspeed.models.llama.config import LlamaConfig
+from jspeed.nn import Linear, RMSNorm, causal_attention, scan_layers, stack_layers
+from jspeed.nn.rope import apply_rope, rope_frequencies
+
+_STDDEV = 0.02
+
+
+class Attention(nnx.Module):
+    """Causal self-attention in which groups of query heads share one key and value head."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
+        width, dim = config.hidden_size, config.head_dim
+
+        def linear(inputs: int, outputs: int) -> Linear:
+            return Linear(inputs, outputs, stddev=_STDDEV, bias=False, rngs=rngs)
+
+        self.q = linear(width, config.heads * dim)
+        self.k = linear(width, config.kv_heads * dim)
+        self.v = linear(width, config.kv_heads * dim)
+        self.o = linear(config.heads * dim, width)
+        self.heads, self.kv_heads, self.dim = config.heads, config.kv_heads, dim
+        self.theta, self.scaling = config.rope_theta, config.rope_scaling
+        self.implementation = config.attention
+
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array | None
+    ) -> jax.Array:
+        batch, seq, _ = x.shape
+        frequencies = rope_frequencies(self.dim, self.theta, self.scaling)
+        q = self.q(x).reshape(batch, seq, self.heads, self.dim)
+        k = self.k(x).reshape(batch, seq, self.kv_heads, self.dim)
+        v = self.v(x).reshape(batch, seq, self.kv_heads, self.dim)
+        out = causal_attention(
+            apply_rope(q, positions, frequencies),
+            apply_rope(k, positions, frequencies),
+            v,
+            segment_ids=segment_ids,
+            implementation=self.implementation,
+        )
+        return self.o(out.reshape(batch, seq, self.heads * self.dim))
+
+
+class MLP(nnx.Module):
+    """SwiGLU (Shazeer, 2020)."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
+        width, inner = config.hidden_size, config.intermediate_size
+        self.gate = Linear(width, inner, stddev=_STDDEV, bias=False, rngs=rngs)
+        self.up = Linear(width, inner, stddev=_STDDEV, bias=False, rngs=rngs)
+        self.down = Linear(inner, width, stddev=_STDDEV, bias=False, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
+        self.attention_norm = RMSNorm(config.hidden_size, epsilon=config.norm_epsilon)
+        self.attn = Attention(config, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.hidden_size, epsilon=config.norm_epsilon)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array | None
+    ) -> jax.Array:
+        x = x + self.attn(self.attention_norm(x), positions, segment_ids)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Llama(nnx.Module):
+    """A Llama language model."""
+
+    stacked_parameters = ("blocks/.*",)
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
+        vocabulary, width = config.vocab_size, config.hidden_size
+
+        def normal(*shape: int) -> jax.Array:
+            return _STDDEV * jax.random.normal(rngs.params(), shape)
+
+        self.embedding = nnx.Param(normal(vocabulary, width))
+        self.blocks = stack_layers(lambda rngs: Block(config, rngs=rngs), config.layers, rngs)
+        self.norm = RMSNorm(width, epsilon=config.norm_epsilon)
+        self.lm_head = None if config.tie_embeddings else nnx.Param(normal(width, vocabulary))
+        self.remat = config.remat
+        self.loss_chunk_size = config.loss_chunk_size
+
+    def hidden(
+        self,
+        input_ids: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """Tokens `[batch, seq]` -> the normalised last hidden states `[batch, seq, features]`."""
+        where = jnp.arange(input_ids.shape[1])[None] if positions is None else positions
+        x = self.embedding[...][input_ids]
+        x = scan_layers(
+            self.blocks, x, lambda layer, x: layer(x, where, segment_ids), remat=self.remat
+        )
+        return self.norm(x)
+
+    def head(self) -> jax.Array:
+        """The output projection `[features, vocabulary]`."""
+        return self.embedding[...].T if self.lm_head is None else self.lm_head[...]
+
+    def __call__(self, input_ids: jax.Array) -> jax.Array:
+        """Tokens `[batch, seq]` -> logits `[batch, seq, vocabulary]` in the compute dtype."""
+        return self.hidden(input_ids) @ self.head()

@@ -1,0 +1,105 @@
+"""Adam and AdamW."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jspeed.optim.rates import (
+    BetaRates,
+    LearningRate,
+    betas_at,
+    bias_correction,
+    rate_at,
+    required,
+    start,
+    unzip,
+    zeros,
+)
+
+
+class MomentState(NamedTuple):
+    """Steps taken (int32 scalar) and the fp32 moments, shaped as the parameters."""
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    mu: Any
+    nu: Any
+
+
+def adam(
+    learning_rate: LearningRate,
+    *,
+    betas: BetaRates = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decoupled: bool = True,
+    bias_corrected: bool = True,
+) -> optax.GradientTransformation:
+    """Adam (Kingma & Ba, arXiv:1412.6980) with decoupled (AdamW, arXiv:1711.05101) or L2 weight
+    decay.
+
+    Per step t = 1, 2, ...: `m = b1 m + (1 - b1) g`, `v = b2 v + (1 - b2) g^2`,
+    `p -= lr * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay * p)`.
+
+    Args:
+        learning_rate: a number or a schedule of the step count.
+        betas: the decay rates of the moments, or a schedule of them.
+        eps: added outside the square root.
+        weight_decay: decoupled from the gradient, or added to it (L2) when `decoupled` is false.
+        decoupled: AdamW's decay rather than L2.
+        bias_corrected: divide the moments by `1 - beta^t`.
+    """
+
+    def init(params: Any) -> MomentState:
+        return MomentState(start(), zeros(params), zeros(params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        params = required(params, "Adam")
+        rate, count = rate_at(learning_rate, state.count), state.count + 1
+        b1, b2 = betas_at(betas, state.count)
+        correction1 = bias_correction(b1, count) if bias_corrected else 1.0
+        correction2 = bias_correction(b2, count) if bias_corrected else 1.0
+
+        leaf = partial(
+            adam_leaf,
+            rate=rate,
+            betas=(b1, b2),
+            corrections=(correction1, correction2),
+            eps=eps,
+            weight_decay=weight_decay,
+            decoupled=decoupled,
+        )
+        rows = jax.tree.map(leaf, updates, state.mu, state.nu, params)
+        steps, mu, nu = unzip(updates, rows, 3)
+        return steps, MomentState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def adam_leaf(
+    gradient: jax.Array,
+    mu: jax.Array,
+    nu: jax.Array,
+    param: jax.Array,
+    *,
+    rate: jax.Array,
+    betas: tuple[Any, Any],
+    corrections: tuple[Any, Any],
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Adam's step for one leaf and its new moments, in float32; `corrections` are `1 - beta^t`."""
+    gradient, param = gradient.astype(jnp.float32), param.astype(jnp.float32)
+    if weight_decay and not decoupled:
+        gradient = gradient + weight_decay * param
+    mu = betas[0] * mu + (1 - betas[0]) * gradient
+    nu = betas[1] * nu + (1 - betas[1]) * jnp.square(gradient)
+    step = (mu / corrections[0]) / (jnp.sqrt(nu / corrections[1]) + eps)
+    if weight_decay and decoupled:
+        step = step + weight_decay * param
+    return -rate * step, mu, nu

@@ -1,0 +1,166 @@
+"""From a DeepSpeed `optimizer` section to an optax transformation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+
+from jspeed.core.errors import ConfigError
+from jspeed.optim import one_cycle
+from jspeed.optim.adam import adam
+from jspeed.optim.elementwise import adagrad, lion, sgd
+from jspeed.optim.lamb import lamb
+from jspeed.optim.muon import LabelFn, StackFn, muon
+from jspeed.optim.optimizer_params import (
+    HAVE_BETAS,
+    base_learning_rate,
+    canonical_name,
+    muon_rates,
+    read_optimizer_params,
+)
+from jspeed.optim.rates import BetaRates, BetasSchedule, LearningRate
+from jspeed.optim.schedules import read_schedule_params
+
+
+def make_optimizer(
+    *,
+    type: str,
+    params: Mapping[str, Any],
+    learning_rate: LearningRate | None = None,
+    betas_schedule: BetasSchedule | None = None,
+    label_fn: LabelFn | None = None,
+    stack_fn: StackFn | None = None,
+) -> optax.GradientTransformation:
+    """Returns the optimizer of a DeepSpeed `optimizer` section as an optax transformation.
+
+    Its state holds fp32 moments shaped as the parameters and `count`, the number of steps taken,
+    which `applied_steps` reads; the updates are fp32 and are added to the parameters. All the
+    mathematics but Lamb's norms and Muon's matrix products is elementwise, so sharded leaves update
+    where they are.
+
+    Args:
+        type: one of `OPTIMIZERS`, in any case. `Adam` means AdamW unless `adam_w_mode` is false, as
+            in DeepSpeed.
+        params: the section's `params`, with DeepSpeed's names and defaults.
+        learning_rate: a number or a schedule of the step count that takes the place of
+            `params["lr"]`. For Muon it is the rate of the matrices; the auxiliary Adam keeps its
+            ratio to it.
+        betas_schedule: `step -> (beta1, beta2)` in place of `betas`, from `make_betas_schedule`.
+        label_fn: Muon only, see `muon`.
+        stack_fn: Lamb and Muon: how many leading axes of a leaf stack layers, which are then
+            treated each by itself.
+
+    Raises:
+        ConfigError: an unknown type or parameter, a value that does not fit, or a betas schedule
+            for an optimizer without betas.
+    """
+    name = canonical_name(type)
+    values = read_optimizer_params(type=type, params=params)
+    rate = base_learning_rate(type=type, params=params) if learning_rate is None else learning_rate
+    if betas_schedule is not None and name not in HAVE_BETAS:
+        raise ConfigError(
+            f'"scheduler.params.cycle_momentum": {type} has no betas to cycle. Set it to false.'
+        )
+    match name:
+        case "Adam":
+            return _adam(type, values, rate, betas_schedule or values["betas"])
+        case "Lamb":
+            return lamb(
+                rate,
+                betas=betas_schedule or values["betas"],
+                eps=values["eps"],
+                eps_inside_sqrt=values["eps_inside_sqrt"],
+                weight_decay=values["weight_decay"] or 0.0,
+                bias_corrected=values["bias_correction"],
+                max_coeff=values["max_coeff"],
+                min_coeff=values["min_coeff"],
+                stack_fn=stack_fn,
+            )
+        case "Lion":
+            return lion(
+                rate, betas=betas_schedule or values["betas"], weight_decay=values["weight_decay"]
+            )
+        case "Adagrad":
+            own = ("eps", "weight_decay", "lr_decay", "initial_accumulator_value")
+            return adagrad(rate, **{key: values[key] for key in own})
+        case "SGD":
+            own = ("momentum", "dampening", "weight_decay", "nesterov")
+            return sgd(rate, **{key: values[key] for key in own})
+        case _:
+            return _muon(values, rate, label_fn, stack_fn)
+
+
+def make_betas_schedule(
+    *, type: str, params: Mapping[str, Any], optimizer_type: str
+) -> BetasSchedule | None:
+    """Returns `step -> (beta1, beta2)` where a `scheduler` section cycles the momentum, else None.
+
+    Only OneCycle does, unless `cycle_momentum` is false. As in DeepSpeed, optimizers without betas
+    (SGD, Adagrad, Muon) keep their momentum.
+
+    Args:
+        type: the schedule.
+        params: the scheduler section's `params`.
+        optimizer_type: the optimizer that will take the betas.
+    """
+    values = read_schedule_params(type=type, params=params)
+    if type != "OneCycle" or not values["cycle_momentum"]:
+        return None
+    return one_cycle.betas(values) if canonical_name(optimizer_type) in HAVE_BETAS else None
+
+
+def applied_steps(state: Any) -> jax.Array | None:
+    """The step count (int32 scalar) in an optimizer state, or None where it has none.
+
+    Reads any optax state, jspeed's own or another's. Where several counts are found the first is
+    returned: they move together unless an inner transformation is masked out.
+    """
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+        if path and getattr(path[-1], "name", None) == "count":
+            return leaf
+    return None
+
+
+def _adam(
+    type: str, values: Mapping[str, Any], rate: LearningRate, betas: BetaRates
+) -> optax.GradientTransformation:
+    # The type "AdamW" means AdamW whatever `adam_w_mode` says.
+    decoupled = values["adam_w_mode"] or type.lower() == "adamw"
+    decay = values["weight_decay"]
+    if decay is None:
+        # DeepSpeed's own kernels default to no decay; `torch_adam` chooses torch.optim.AdamW, whose
+        # default is 0.01.
+        decay = 0.01 if values["torch_adam"] and decoupled else 0.0
+    return adam(
+        rate,
+        betas=betas,
+        eps=values["eps"],
+        weight_decay=decay,
+        decoupled=decoupled,
+        bias_corrected=values["bias_correction"],
+    )
+
+
+def _muon(
+    values: Mapping[str, Any],
+    rate: LearningRate,
+    label_fn: LabelFn | None,
+    stack_fn: StackFn | None,
+) -> optax.GradientTransformation:
+    matrix_rate, adam_rate = muon_rates(values)
+    ratio = adam_rate / matrix_rate if matrix_rate else 1.0
+    return muon(
+        rate,
+        adam_ratio=ratio,
+        momentum=values["momentum"],
+        weight_decay=values["weight_decay"],
+        ns_method=values["ns_method"],
+        betas=values["betas"],
+        eps=values["eps"],
+        decoupled=values["adam_w_mode"],
+        label_fn=label_fn,
+        stack_fn=stack_fn,
+    )
