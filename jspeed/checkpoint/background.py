@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -35,6 +36,8 @@ class BackgroundTask:
             self._hooked = True
         self._thread = threading.Thread(target=self._run, args=(work,), name=name)
         self._thread.start()
+        if not threads_start_during_exit():
+            self.join()
 
     def join(self) -> None:
         """Waits for the running function, and keeps its error for `wait`."""
@@ -54,6 +57,15 @@ class BackgroundTask:
             work()
         except Exception as error:
             self._error = error
+
+
+def threads_start_during_exit() -> bool:
+    """Whether Python starts new threads while it waits for those that a program left running.
+
+    Orbax needs new threads to finish a save. Python 3.12.0 to 3.12.2 refuse them from the moment
+    that the main thread ends (CPython issue 113964), so there a save is waited for at once.
+    """
+    return not (3, 12) <= sys.version_info < (3, 12, 3)
 
 
 def _finisher(reference: weakref.ref[BackgroundTask]) -> Callable[[], None]:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from jspeed.config.batch import ACCUMULATION, MICRO, TRAIN
 from jspeed.config.check import Entry
+from jspeed.config.keys_optimizer import OPTIMIZERS, find_family
 from jspeed.config.kinds import RefusedError
 from jspeed.config.problem import Problem
 from jspeed.config.values import Values
@@ -64,7 +65,16 @@ def _rate(values: Values, facts: AutoFacts) -> float | None:
         if values.is_given(path):
             value = values.given[path].value
             return value[0] if isinstance(value, list) else value
-    return None
+    return _default_rate(values)
+
+
+def _default_rate(values: Values) -> float | None:
+    """The rate of an optimizer that does not say its own."""
+    if not values.is_given("optimizer.type") or "optimizer.params.lr" in values.given:
+        return None
+    family = find_family(OPTIMIZERS, values.get("optimizer.type"))
+    rates = [key.default for key in family.params if key.path == "lr"] if family else []
+    return rates[0] if rates else None
 
 
 def _steps(values: Values, facts: AutoFacts) -> int | None:

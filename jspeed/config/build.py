@@ -37,8 +37,10 @@ def derive(values: Values) -> Values:
     put("data.tokenizer.vocab_size", 4096, "", only_if=has_data and kind == "bpe")
     for name, families in (("optimizer", OPTIMIZERS), ("scheduler", SCHEDULERS)):
         entry = given.get(f"{name}.type")
-        family = find_family(families, entry.value) if entry is not None else None
-        if entry is not None and family is not None:
+        if entry is None or entry.value is None:
+            continue
+        family = find_family(families, entry.value)
+        if family is not None:
             given[f"{name}.type"] = replace(entry, value=family.name)
     return replace(values, given=given)
 

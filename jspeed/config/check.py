@@ -153,7 +153,7 @@ class Checker:
     def _family(self, name: str, families: tuple[Family, ...], tree: Mapping[str, Any]) -> None:
         """Check `params` against the parameters of the type that stands beside it."""
         entry = self.given.get(f"{name}.type")
-        if entry is None:
+        if entry is None or entry.value is None:
             return
         family = find_family(families, entry.value)
         if family is None:

@@ -120,7 +120,7 @@ def plan_run(
         gradients=gradients,
         gradient_clipping=config.gradient_clipping,
         skip_nonfinite=precision.check_grad_overflow,
-        loss_scale_update=scaling.update if scaling else None,
+        loss_scale=scaling,
     )
     return RunPlan(layout, batch, optimizer, schedule, step, scaling.init if scaling else None)
 

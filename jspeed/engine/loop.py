@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import jax
 
+from jspeed.core.errors import ModelError
 from jspeed.core.tree import named_leaves
 from jspeed.engine.engine import Engine
 from jspeed.engine.progress import Display, memory_bytes
@@ -174,6 +175,13 @@ class Loop:
         if "loss_scale" in values:
             text += f"; loss scale {values['loss_scale']:g} -> {values['next_loss_scale']:g}"
         self.display.say(text + ("; the step is skipped." if skipped else "."))
+        if values.get("loss_scale_exhausted"):
+            raise ModelError(
+                f"step {step}: gradients overflow although the loss scale is at its minimum "
+                f"({values['loss_scale']:g}), first in {name}. Train in bf16, lower the learning "
+                "rate, or look for what makes this parameter's gradient infinite. The last "
+                "checkpoint is from before this."
+            )
         return {"skipped": int(skipped), "first_nonfinite": name}
 
     def _evaluate(self, step: int) -> None:

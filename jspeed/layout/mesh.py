@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jspeed.core.errors import LayoutError
 
@@ -23,6 +23,9 @@ ZERO_AXES = ("data", "expert")
 """ZeRO shards over these; `replica` holds copies (MiCS)."""
 AUTOMATIC_AXES = ("seq", "tensor")
 """Left to XLA's partitioner inside the step."""
+
+AnyMesh = Mesh | AbstractMesh
+"""Of devices, or of axis sizes alone: enough to decide where everything would live."""
 
 
 @dataclass(frozen=True)
@@ -72,45 +75,54 @@ def resolve_mesh(
     over groups of n and copies between groups: `data` becomes n and `replica` the number of groups.
 
     Raises:
-      LayoutError: the axes do not multiply to the number of devices; names them and the nearest
-        that do.
+      LayoutError: the axes do not multiply to the number of devices; names them and what would.
     """
-    fixed = pipe * replica * expert * seq * tensor
+    others = {"pipe": pipe, "replica": replica, "expert": expert, "seq": seq, "tensor": tensor}
+    _check_sizes({**others, "data": data})
+    fixed = math.prod(others.values())
     if data == -1:
         if devices % fixed:
             raise LayoutError(
-                f'"mesh": {devices} devices cannot be divided by the other axes ('
-                + _product(pipe=pipe, replica=replica, expert=expert, seq=seq, tensor=tensor)
-                + f" = {fixed}). Use axes whose product divides {devices}."
+                f'"mesh": {devices} devices cannot be divided by the other axes '
+                f"({_product(others)} = {fixed}). Use axes whose product divides {devices}."
             )
         data = devices // fixed
+    if fixed * data != devices:
+        raise LayoutError(_wrong_number(devices, others, data))
     if mics_shard_size > 0:
         if data % mics_shard_size:
             divisors = [n for n in range(1, data + 1) if data % n == 0]
             raise LayoutError(
-                f'"zero_optimization.mics_shard_size": {mics_shard_size} does not divide the '
-                f"{data} data-parallel "
-                f"devices. Use one of {', '.join(map(str, divisors))}."
+                f'"zero_optimization.mics_shard_size": {mics_shard_size} does not divide the {data} '
+                f'devices of "mesh.data". Use one of {", ".join(map(str, divisors))}.'
             )
         replica, data = replica * data // mics_shard_size, mics_shard_size
-    shape = MeshShape(pipe, replica, data, expert, seq, tensor)
-    if shape.devices > devices or devices % shape.devices:
-        raise LayoutError(
-            f'"mesh": {shape} needs {shape.devices} devices, but there are {devices}. Lower an '
-            "axis, or leave "
-            '"mesh.data" out so that it takes what remains.'
-        )
-    if shape.devices != devices:
-        raise LayoutError(
-            f'"mesh": {shape} uses {shape.devices} of {devices} devices. Leave "mesh.data" out so '
-            "that it takes "
-            f"all of them, or run with {shape.devices} devices."
-        )
-    return shape
+    return MeshShape(pipe, replica, data, expert, seq, tensor)
 
 
-def _product(**sizes: int) -> str:
-    return " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "1"
+def _check_sizes(sizes: dict[str, int]) -> None:
+    for axis, size in sizes.items():
+        if size < 1 and not (axis == "data" and size == -1):
+            also = ", or -1 for all remaining devices" if axis == "data" else ""
+            raise LayoutError(f'"mesh.{axis}": {size}; expected at least 1{also}.')
+
+
+def _wrong_number(devices: int, others: dict[str, int], data: int) -> str:
+    """Says that fixed axes do not make up the devices, and which `data` would."""
+    fixed = math.prod(others.values())
+    axes = _product({"data": data, **others})
+    verb = f"needs {fixed * data}" if fixed * data > devices else f"uses {fixed * data} of {devices}"
+    there = f", but there are {devices}" if fixed * data > devices else ""
+    fitting = f"set it to {devices // fixed}" if devices % fixed == 0 else "lower the other axes"
+    return (
+        f'"mesh": {axes} {verb} devices{there}. Leave "mesh.data" out so that it takes what '
+        f"remains, {fitting}, or run with {fixed * data} devices."
+    )
+
+
+def _product(sizes: dict[str, int]) -> str:
+    named = [f"{name} {size}" for name, size in sizes.items() if size > 1]
+    return " x ".join(named) or "data 1"
 
 
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
@@ -124,3 +136,8 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
         return jax.make_mesh(shape.sizes(), AXES, axis_types=types)
     chosen = np.asarray(list(devices if devices is not None else jax.devices())[: shape.devices])
     return Mesh(chosen.reshape(shape.sizes()), AXES, axis_types=types)
+
+
+def make_abstract_mesh(shape: MeshShape) -> AbstractMesh:
+    """A mesh of a given shape without devices, for layouts of any size on any machine."""
+    return AbstractMesh(shape.sizes(), AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -11,18 +11,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jspeed.core.tree import named_leaves
 from jspeed.layout.gather import GatherPlan
-from jspeed.layout.mesh import AUTOMATIC_AXES, AXES, BATCH_AXES, ZERO_AXES
-from jspeed.layout.rules import Entry, Rule, match_rule
+from jspeed.layout.mesh import AUTOMATIC_AXES, AXES, BATCH_AXES, ZERO_AXES, AnyMesh
+from jspeed.layout.rules import Entry, Rule, axes_of, check_used, match_rule
 
 
 class Role(Enum):
@@ -47,8 +47,14 @@ class ZeroSettings:
 class LeafPlacement:
     """Where one parameter lives.
 
-    `base` is the spec over automatic axes; `zero_dim` the dimension that ZeRO splits, None when no
-    dimension lets it; `persistent` says that ZeRO-3 keeps a whole copy, because it is small.
+    Attributes:
+      path: its name in the model's tree.
+      shape: whole.
+      rule: the sharding rule that matched, empty for none.
+      base: the spec over automatic axes.
+      zero_dim: the dimension that ZeRO splits, None when no dimension lets it.
+      whole_because: why ZeRO keeps what it could split whole on every device; empty if it does not.
+      persistent: ZeRO-3 keeps a whole copy, because the parameter is small.
     """
 
     path: str
@@ -71,9 +77,17 @@ class LeafPlacement:
 @dataclass(frozen=True)
 class Layout:
     """A mesh, a ZeRO stage and the placement of every parameter: all that decides where arrays
-    live."""
+    live.
 
-    mesh: Mesh
+    Attributes:
+      mesh: with the axes of `jspeed.layout.mesh.AXES`; abstract where there are no devices.
+      stage: of ZeRO.
+      leaves: path -> placement, in tree order.
+      compute_dtype: of stored copies and of what is gathered.
+      reduce_dtype: that gradients are reduced in.
+    """
+
+    mesh: AnyMesh
     stage: int
     leaves: Mapping[str, LeafPlacement]
     compute_dtype: str
@@ -81,7 +95,7 @@ class Layout:
 
     @property
     def sizes(self) -> dict[str, int]:
-        return dict(zip(self.mesh.axis_names, self.mesh.devices.shape, strict=True))
+        return dict(self.mesh.shape)
 
     @property
     def batch_shards(self) -> int:
@@ -99,6 +113,20 @@ class Layout:
     @property
     def mixed_precision(self) -> bool:
         return self.compute_dtype != "float32"
+
+    def owner(self, path: str, shape: tuple[int, ...]) -> str | None:
+        """The parameter that a leaf of the optimizer's state belongs to.
+
+        It is the one whose path the leaf's own path ends with, if their shapes agree; None for
+        counters and whatever else there is.
+        """
+        parts = path.split("/")
+        for start in range(len(parts)):
+            candidate = "/".join(parts[start:])
+            placed = self.leaves.get(candidate)
+            if placed is not None and placed.shape == tuple(shape):
+                return candidate
+        return None
 
     def has_copy(self, path: str) -> bool:
         """Whether a whole copy in the compute dtype is stored beside the fp32 master."""
@@ -162,7 +190,7 @@ def manual_spec(spec: Sequence[Entry]) -> PartitionSpec:
 def place(
     params: Any,
     *,
-    mesh: Mesh,
+    mesh: AnyMesh,
     zero: ZeroSettings,
     rules: Sequence[Rule] = (),
     stacked: Sequence[str] = (),
@@ -184,12 +212,13 @@ def place(
     Raises:
       LayoutError: a rule does not fit the parameter it matches.
     """
-    sizes = dict(zip(mesh.axis_names, mesh.devices.shape, strict=True))
+    sizes = dict(mesh.shape)
     missing = [axis for axis in AXES if axis not in sizes]
     assert not missing, f"mesh lacks {missing}"
     leaves: dict[str, LeafPlacement] = {}
     for path, leaf in named_leaves(params):
         leaves[path] = _place_leaf(path, tuple(leaf.shape), sizes, zero, rules, stacked)
+    check_used(rules, leaves)
     if zero.stage == 3:
         _limit_persistent(leaves, zero.model_persistence_threshold)
     return Layout(mesh, zero.stage, leaves, compute_dtype, reduce_dtype or compute_dtype)
@@ -208,8 +237,13 @@ def _place_leaf(
     is_stacked = any(re.fullmatch(pattern, path) for pattern in stacked)
     ways = math.prod(sizes[axis] for axis in ZERO_AXES)
     dim, because = _zero_dimension(shape, base, ways, is_stacked)
-    one_layer = math.prod(shape[1:]) if is_stacked else math.prod(shape)
-    persistent = one_layer < zero.persistence_threshold
+    elements = math.prod(shape[1:]) if is_stacked else math.prod(shape)
+    persistent = elements < zero.persistence_threshold
+    if zero.stage == 3 and persistent and dim is not None:
+        because = (
+            f"{elements:,} elements{' a layer' if is_stacked else ''}, fewer than "
+            f"stage3_param_persistence_threshold {zero.persistence_threshold:,}"
+        )
     return LeafPlacement(path, shape, str(rule) if rule else "", base, dim, because, persistent)
 
 
@@ -243,22 +277,9 @@ def _limit_persistent(leaves: dict[str, LeafPlacement], limit: int) -> None:
             continue
         kept += math.prod(leaf.shape)
         if kept > limit:
-            leaves[path] = LeafPlacement(
-                leaf.path,
-                leaf.shape,
-                leaf.rule,
-                leaf.base,
-                leaf.zero_dim,
-                leaf.whole_because,
-                False,
-            )
+            because = "" if leaf.zero_dim is not None else leaf.whole_because
+            leaves[path] = replace(leaf, persistent=False, whole_because=because)
 
 
-def shard_bytes(layout: Layout, path: str, role: Role, dtype: Any) -> int:
-    """Bytes of one role of one parameter on one device."""
-    leaf = layout.leaves[path]
-    split = 1
-    for entry in layout.role_spec(path, role):
-        for axis in (entry,) if isinstance(entry, str) else (entry or ()):
-            split *= layout.sizes[axis]
-    return math.prod(leaf.shape) * np.dtype(jax.numpy.dtype(dtype)).itemsize // split
+def shard_bytes(shape: Sequence[int], spec: Sequence[Entry], dtype: Any, sizes: Any) -> int:
+    pass

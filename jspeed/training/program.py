@@ -91,10 +91,6 @@ def _init_or_values(given: Any) -> tuple[Callable[[jax.Array], Any] | None, Any]
     return (given, None) if callable(given) else (None, given)
 
 
-# --- Flax NNX
-# ---------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class NnxProgram:
     """An NNX module, split once into a graph and plain dictionaries of arrays."""
@@ -186,10 +182,6 @@ def _keep_random_state(new: Any, old: Any, template: Any) -> Any:
 
 def _flat(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
     return list(nnx.traversals.flatten_mapping(tree).items())
-
-
-# --- Flax Linen and plain functions
-# -------------------------------------------------------------------------------
 
 
 class BoundModel:

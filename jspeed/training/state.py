@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
 
 from jspeed.core.errors import ModelError
 from jspeed.core.tree import map_named, named_leaves
@@ -91,15 +90,15 @@ def abstract_parameters(program: Program) -> tuple[Any, Any]:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), given)
 
 
-def state_shardings(shapes: TrainState, layout: Layout) -> TrainState:
+def state_shardings(shapes: TrainState, layout: Layout) -> Any:
     """The sharding of every leaf of the state, in the state's own tree.
 
     A leaf of the optimizer's state belongs to the parameter whose path its own path ends with, if
     the shapes agree; counters and whatever else there is are replicated.
     """
-    whole = layout.replicated()
+    whole: Any = layout.replicated()
 
-    def moments(path: str, leaf: Any) -> NamedSharding:
+    def moments(path: str, leaf: Any) -> Any:
         parts = path.split("/")
         for start in range(len(parts)):
             candidate = "/".join(parts[start:])
@@ -112,7 +111,7 @@ def state_shardings(shapes: TrainState, layout: Layout) -> TrainState:
         step=whole,
         updates=whole,
         master=map_named(lambda path, _: layout.sharding(path, Role.MASTER), shapes.master),
-        copies={path: layout.sharding(path, Role.PARAM) for path in shapes.copies},
+        copies=map_named(lambda path, _: layout.sharding(path, Role.PARAM), shapes.copies),
         opt_state=map_named(moments, shapes.opt_state),
         mutable=jax.tree.map(lambda _: whole, shapes.mutable),
         rng=whole,

@@ -21,6 +21,7 @@ from jspeed.core.tree import map_named, named_leaves
 from jspeed.layout.gather import all_gather
 from jspeed.layout.mesh import BATCH_AXES
 from jspeed.layout.zero import Layout, Role
+from jspeed.optim import LossScale, clip_by_global_norm_factor
 from jspeed.training.gradients import GradientSettings, local_evaluation, local_gradients
 from jspeed.training.program import LossFn, Program
 from jspeed.training.state import TrainState
@@ -36,13 +37,13 @@ class StepSettings:
       gradients: how they are computed and reduced.
       gradient_clipping: the largest global norm; 0 for none.
       skip_nonfinite: leave everything as it was when a gradient is not finite.
-      loss_scale_update: `(loss scale state, finite) -> state` for fp16, or None.
+      loss_scale: fp16's rules, or None.
     """
 
     gradients: GradientSettings
     gradient_clipping: float = 1.0
     skip_nonfinite: bool = False
-    loss_scale_update: Callable[[Any, jax.Array], Any] | None = None
+    loss_scale: LossScale | None = None
 
 
 def make_train_step(
@@ -68,9 +69,8 @@ def make_train_step(
         grads, loss, weight, mutable = compute(state, scale, batch)
         finite_leaves = jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(grads)])
         finite = finite_leaves.all()
-        norm = optax.global_norm(grads)
-        if settings.gradient_clipping > 0:
-            factor = jnp.minimum(1.0, settings.gradient_clipping / (norm + 1e-6))
+        factor, norm = clip_by_global_norm_factor(grads, settings.gradient_clipping)
+        if settings.gradient_clipping:
             grads = jax.tree.map(lambda g: g * factor, grads)
         master = _constrain(state.master, layout, Role.MOMENTS)
         updates, opt_state = optimizer.update(grads, state.opt_state, master)
@@ -97,10 +97,13 @@ def make_train_step(
         if schedule is not None:
             metrics["learning_rate"] = jnp.asarray(schedule(state.updates), jnp.float32)
         loss_scale = state.loss_scale
-        if loss_scale is not None and settings.loss_scale_update is not None:
-            metrics["loss_scale"] = loss_scale.scale
-            loss_scale = settings.loss_scale_update(loss_scale, finite)
+        if settings.loss_scale is not None:
+            loss_scale = settings.loss_scale.update(state.loss_scale, finite)
+            metrics["loss_scale"] = state.loss_scale.scale
             metrics["next_loss_scale"] = loss_scale.scale
+            metrics["loss_scale_exhausted"] = settings.loss_scale.is_exhausted(
+                state.loss_scale, finite
+            )
         master, copies = publish(new.master, layout)
         return _replace(new, master=master, copies=copies, loss_scale=loss_scale), metrics
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jspeed.checkpoint import CheckpointStore, folders
+from jspeed.checkpoint import CheckpointStore, background, folders
 from jspeed.core.errors import CheckpointError
 
 from .conftest import Arrays, assert_same_bits, bits, make_like, make_mesh
@@ -145,6 +145,13 @@ def test_a_checkpoint_without_arrays(tmp_path: Path) -> None:
     assert store.restore(like=like)["nothing"].shape == (3, 0)
 
 
+@pytest.fixture
+def in_background(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saves go on in the background under every Python (see `threads_start_during_exit`)."""
+    monkeypatch.setattr(background, "threads_start_during_exit", lambda: True)
+
+
+@pytest.mark.usefixtures("in_background")
 def test_nothing_is_visible_before_the_save_is_complete(
     tmp_path: Path, arrays: Arrays, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +172,20 @@ def test_nothing_is_visible_before_the_save_is_complete(
     assert store.latest() == "global_step1"
 
 
+def test_saves_are_waited_for_where_threads_do_not_start_during_exit(
+    tmp_path: Path, arrays: Arrays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background, "threads_start_during_exit", lambda: False)
+    store = CheckpointStore(tmp_path)
+    store.save("global_step1", arrays, {})
+    assert store.latest() == "global_step1"
+    monkeypatch.setattr(folders, "publish", lambda directory, tag: 1 / 0)
+    store.save("global_step2", arrays, {})
+    with pytest.raises(CheckpointError, match="failed: ZeroDivisionError: division by zero"):
+        store.wait()
+
+
+@pytest.mark.usefixtures("in_background")
 def test_arrays_may_be_donated_right_after_save(tmp_path: Path) -> None:
     sharding = NamedSharding(make_mesh(8), P("data"))
     values = np.random.default_rng(0).standard_normal((1024, 512)).astype(np.float32)
@@ -182,6 +203,7 @@ def test_arrays_may_be_donated_right_after_save(tmp_path: Path) -> None:
     assert_same_bits(restored, expected)
 
 
+@pytest.mark.usefixtures("in_background")
 def test_restore_waits_for_the_running_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,6 +279,7 @@ def test_prune_keeps_the_newest_and_latest(tmp_path: Path) -> None:
         store.prune(keep=0)
 
 
+@pytest.mark.usefixtures("in_background")
 def test_prune_leaves_the_running_save_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -129,7 +129,7 @@ def test_required_keys_of_a_section():
         '"run.dir": missing; expected a string that is not empty.',
         '"run.steps": missing; expected an integer of at least 0.',
     ]
-    assert errors({"optimizer": {"params": {"lr": 1}}}) == [
+    assert errors({"optimizer": {"type": None, "params": {"lr": 1}}}) == [
         '"optimizer.type": missing; expected a string that is not empty.'
     ]
     assert errors({"scheduler": {"type": "OneCycle"}}) == [

@@ -64,7 +64,7 @@ def test_duplicates_are_named_with_path_and_lines():
     [
         (
             '{"a": 1\n "b": 2}',
-            '"f.json", line 2, column 2: not valid JSON: expecting \',\' delimiter at \'"b": 2}\'; '
+            "\"f.json\", line 2, column 2: not valid JSON: expecting ',' delimiter at '\"b\": 2}'; "
             "is a comma missing before it?",
         ),
         (
@@ -74,7 +74,7 @@ def test_duplicates_are_named_with_path_and_lines():
         ),
         (
             '{"a": True}',
-            '"f.json", line 1, column 7: not valid JSON: expecting value at \'True}\'; JSON writes '
+            "\"f.json\", line 1, column 7: not valid JSON: expecting value at 'True}'; JSON writes "
             "true, false and null",
         ),
         (
@@ -89,7 +89,7 @@ def test_duplicates_are_named_with_path_and_lines():
         ),
         (
             '{"a": 1 /* open }',
-            '"f.json", line 1, column 9: not valid JSON: expecting \',\' delimiter at '
+            "\"f.json\", line 1, column 9: not valid JSON: expecting ',' delimiter at "
             "'/* open }'; the comment is never closed",
         ),
         (

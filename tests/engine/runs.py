@@ -1,0 +1,68 @@
+"""A run file small enough to start many times, and ways to run it in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def tiny_run(directory: Path, **changes: Any) -> dict[str, Any]:
+    """A run file: bytes of the golden text, two layers, ZeRO-3 on two devices."""
+    run = {
+        "train_batch_size": 8,
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "AdamW", "params": {"lr": 3e-3}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}},
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "mesh": {"data": 2},
+        "model": {
+            "family": "gpt2",
+            "layers": 2,
+            "hidden_size": 32,
+            "heads": 2,
+            "sequence_length": 32,
+        },
+        "data": {"source": "golden", "sequence_length": 32, "tokenizer": {"kind": "byte"}},
+        "run": {"dir": str(directory), "steps": 24, "save_every": 4},
+    }
+    for key, value in changes.items():
+        section = run.setdefault(key, value)
+        if isinstance(section, dict) and isinstance(value, dict):
+            section.update(value)
+        else:
+            run[key] = value
+    return run
+
+
+def start(run_file: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Starts `jspeed train` on a run file; output is captured."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment["JAX_PLATFORMS"] = "cpu"
+    return subprocess.Popen(
+        [sys.executable, "-m", "jspeed.cli", "train", str(run_file), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    )
+
+
+def write_run(path: Path, run: dict[str, Any]) -> Path:
+    """Writes a run file."""
+    path.write_text(json.dumps(run))
+    return path
+
+
+def losses(directory: Path) -> dict[int, float]:
+    """step -> loss of `metrics.jsonl`; fails on a step that stands there twice."""
+    found: dict[int, float] = {}
+    for line in (directory / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        if "loss" in entry:
+            assert entry["step"] not in found, f"step {entry['step']} stands there twice"
+            found[entry["step"]] = entry["loss"]
+    return found

@@ -1,0 +1,97 @@
+"""A run that is killed and resumed has the loss curve of one that was left alone, to the last bit."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.engine.runs import losses, start, tiny_run, write_run
+
+SEED = 20260
+
+
+def _finish(process, timeout=120) -> str:
+    output, _ = process.communicate(timeout=timeout)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> tuple[dict[int, float], float]:
+    """The loss curve of a run that was left alone, and how long its steps took together."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run = write_run(folder / "run.json", tiny_run(folder / "run"))
+    _finish(start(run))
+    curve = losses(folder / "run")
+    assert sorted(curve) == list(range(1, 25))
+    return curve, 0.0
+
+
+def _steps_written(directory: Path) -> int:
+    try:
+        return len((directory / "metrics.jsonl").read_text().splitlines())
+    except OSError:
+        return 0
+
+
+def _kill_when(process, condition, timeout=90.0) -> bool:
+    """SIGKILLs the process once the condition holds; False if it ended before."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            return False
+        if condition():
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            return True
+        time.sleep(0.0005)
+    process.kill()
+    raise AssertionError("the moment to kill never came")
+
+
+def test_killed_five_times(undisturbed, tmp_path):
+    """Five SIGKILLs: one while a checkpoint is being written, four at random moments."""
+    curve, _ = undisturbed
+    directory = tmp_path / "run"
+    run = write_run(tmp_path / "run.json", tiny_run(directory))
+    rng = random.Random(SEED)
+    saving = directory / "checkpoints"
+    targets = sorted(rng.sample(range(2, 22), 4))
+    moments = [("step", step) for step in targets]
+    moments.insert(rng.randrange(1, 4), ("save", 0))
+    kills = []
+    for kind, step in moments:
+        process = start(run, "--resume")
+        if kind == "save":
+            ready = lambda: any(saving.glob("*.saving*"))  # noqa: E731
+        else:
+            after = time.monotonic() + rng.random() * 0.2
+            ready = lambda: _steps_written(directory) >= step and time.monotonic() > after  # noqa: E731, B023
+        kills.append(_kill_when(process, ready))
+    assert all(kills), f"a run ended before its kill: {kills} at {moments}"
+    output = _finish(start(run, "--resume"))
+    assert "resumed from" in output
+    assert losses(directory) == curve
+
+
+def test_resume_on_fewer_devices_and_another_stage(undisturbed, tmp_path):
+    """8 -> 4 -> 2 devices and ZeRO-3 -> 1 -> 0: the same run to rounding."""
+    curve, _ = undisturbed
+    directory = tmp_path / "run"
+    for devices, stage, steps in ((8, 3, 8), (4, 1, 16), (2, 0, 24)):
+        run = tiny_run(
+            directory,
+            mesh={"data": devices},
+            zero_optimization={"stage": stage},
+            run={"steps": steps},
+        )
+        run["train_micro_batch_size_per_gpu"] = 1
+        _finish(start(write_run(tmp_path / "run.json", run), "--resume"))
+    found = losses(directory)
+    assert sorted(found) == sorted(curve)
+    # Adam over 24 steps; fp32 sums in another order.
+    assert max(abs(found[step] / curve[step] - 1) for step in curve) < 1e-5
