@@ -9,28 +9,52 @@ from typing import Any
 
 from jspeed.core.errors import JspeedError
 
+USER_ERROR, UNEXPECTED, INTERRUPTED = 2, 1, 130
+
 
 def guarded(command: Callable[..., Any]) -> int:
-    """Runs a command line; returns its exit code: 2 for what the user can mend, 1 for the rest."""
+    """Runs a command line and returns its exit code.
+
+    0 is success, 2 what the user can mend (one message on standard error), 1 the rest, 130 Ctrl-C.
+    """
     try:
         command()
+        sys.stdout.flush()
     except SystemExit as done:
-        return done.code if isinstance(done.code, int) else int(done.code is not None)
+        return _code(done)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
-        return 1
+        return _nobody_reads()
+    except JspeedError as error:
+        _reraise_if_wanted()
+        print(f"jspeed: {error}", file=sys.stderr)
+        return USER_ERROR
     except Exception as error:
-        if os.environ.get("JSPEED_TRACEBACK"):
-            raise
-        if isinstance(error, JspeedError):
-            print(f"jspeed: {error}", file=sys.stderr)
-            return 2
+        _reraise_if_wanted()
         print(
             f"jspeed: unexpected {type(error).__name__}: {error}\n"
             "Set JSPEED_TRACEBACK=1 to see where, and please report it.",
             file=sys.stderr,
         )
-        return 1
+        return UNEXPECTED
     return 0
+
+
+def _code(done: SystemExit) -> int:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return _nobody_reads()
+    return done.code if isinstance(done.code, int) else int(done.code is not None)
+
+
+def _nobody_reads() -> int:
+    # Otherwise Python tries once more at exit, and complains.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return UNEXPECTED
+
+
+def _reraise_if_wanted() -> None:
+    if os.environ.get("JSPEED_TRACEBACK"):
+        raise

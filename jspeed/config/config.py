@@ -63,7 +63,7 @@ class Config:
     throughput_synchronized: bool
     checkpoint: CheckpointConfig
     activation_checkpointing: ActivationCheckpointingConfig
-    report: tuple["KeyReport", ...] = field(repr=False, compare=False)
+    report: tuple[KeyReport, ...] = field(repr=False, compare=False)
     autos: tuple[str, ...] = ()
     _values: Values = field(repr=False, compare=False, default_factory=lambda: Values({}))
     _given: Values = field(repr=False, compare=False, default_factory=lambda: Values({}))

@@ -93,8 +93,8 @@ def resolve_mesh(
         if data % mics_shard_size:
             divisors = [n for n in range(1, data + 1) if data % n == 0]
             raise LayoutError(
-                f'"zero_optimization.mics_shard_size": {mics_shard_size} does not divide the {data} '
-                f'devices of "mesh.data". Use one of {", ".join(map(str, divisors))}.'
+                f'"zero_optimization.mics_shard_size": {mics_shard_size} does not divide the '
+                f'{data} devices of "mesh.data". Use one of {", ".join(map(str, divisors))}.'
             )
         replica, data = replica * data // mics_shard_size, mics_shard_size
     return MeshShape(pipe, replica, data, expert, seq, tensor)
@@ -111,7 +111,9 @@ def _wrong_number(devices: int, others: dict[str, int], data: int) -> str:
     """Says that fixed axes do not make up the devices, and which `data` would."""
     fixed = math.prod(others.values())
     axes = _product({"data": data, **others})
-    verb = f"needs {fixed * data}" if fixed * data > devices else f"uses {fixed * data} of {devices}"
+    verb = (
+        f"needs {fixed * data}" if fixed * data > devices else f"uses {fixed * data} of {devices}"
+    )
     there = f", but there are {devices}" if fixed * data > devices else ""
     fitting = f"set it to {devices // fixed}" if devices % fixed == 0 else "lower the other axes"
     return (

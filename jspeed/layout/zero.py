@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
-import jax
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jspeed.core.tree import named_leaves
@@ -181,8 +179,7 @@ def manual_spec(spec: Sequence[Entry]) -> PartitionSpec:
     """What remains of a spec inside a `shard_map` that is manual over the batch axes alone."""
     kept: list[Entry] = []
     for entry in spec:
-        axes = (entry,) if isinstance(entry, str) else (entry or ())
-        manual = tuple(axis for axis in axes if axis not in AUTOMATIC_AXES)
+        manual = tuple(axis for axis in axes_of(entry) if axis not in AUTOMATIC_AXES)
         kept.append(manual or None)
     return PartitionSpec(*kept)
 
@@ -279,7 +276,3 @@ def _limit_persistent(leaves: dict[str, LeafPlacement], limit: int) -> None:
         if kept > limit:
             because = "" if leaf.zero_dim is not None else leaf.whole_because
             leaves[path] = replace(leaf, persistent=False, whole_because=because)
-
-
-def shard_bytes(shape: Sequence[int], spec: Sequence[Entry], dtype: Any, sizes: Any) -> int:
-    pass

@@ -120,15 +120,16 @@ _SIZE = st.integers(1, 64) | st.none()
 
 @given(st.integers(1, 4096) | st.none(), _SIZE, _SIZE, st.integers(1, 32))
 def test_a_batch_always_holds_and_keeps_what_was_given(train, micro, steps, devices):
-    try:
-        config = config_of(train, micro, steps)
-        batch = resolve_batch(config, devices)
-    except ConfigError as error:
-        assert str(error).startswith('"train_batch_size": ')
-        if train is not None:  # the only reasons: it does not divide, or the product is another
-            part = (micro or 1) * (steps or 1) * devices
-            assert train % part or train != part
+    part = (micro or 1) * (steps or 1) * devices
+    if train is None:
+        possible = micro is not None
+    else:
+        possible = train == part if micro and steps else train % part == 0
+    if not possible:
+        with pytest.raises(ConfigError, match=r'^"train_batch_size": '):
+            resolve_batch(config_of(train, micro, steps), devices)
         return
+    batch = resolve_batch(config_of(train, micro, steps), devices)
     assert batch.train_batch_size == batch.micro_batch_size * batch.accumulation * devices
     assert train in (None, batch.train_batch_size)
     assert micro in (None, batch.micro_batch_size)

@@ -1,0 +1,145 @@
+"""`jspeed explain`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jspeed.cli.console import bytes_text, make_console
+from jspeed.config import load_config
+from jspeed.engine.explain import RunExplanation, explain_run
+from jspeed.layout.explain import STATE_ROLES, Explanation, LeafExplanation, Share
+from jspeed.layout.rules import spec_text
+from jspeed.layout.zero import Role
+
+
+def explain_command(
+    run: str, overrides: Sequence[str], *, as_json: bool, devices: int | None
+) -> None:
+    """Prints where the training state of a run file would live on a number of devices."""
+    explanation = explain_run(load_config(run, overrides=tuple(overrides)), devices=devices)
+    if as_json:
+        print(json.dumps(explanation.to_json(), indent=2))
+    else:
+        render(explanation, make_console())
+
+
+@dataclass(frozen=True)
+class Row:
+    """Parameters that differ in nothing but numbers in their paths."""
+
+    path: str
+    leaves: tuple[LeafExplanation, ...]
+
+    @property
+    def label(self) -> str:
+        return self.path if len(self.leaves) == 1 else f"{self.path} ({len(self.leaves)} x)"
+
+    def bytes(self, role: Role) -> int:
+        """Of all of them on one device."""
+        shares = [leaf.shares[role] for leaf in self.leaves if role in leaf.shares]
+        return sum(share.bytes_per_device for share in shares)
+
+
+def rows(leaves: Sequence[LeafExplanation]) -> list[Row]:
+    """Groups the layers of an unrolled model: `blocks/0/kernel, blocks/1/kernel` become one row."""
+    groups: dict[tuple[object, ...], list[LeafExplanation]] = {}
+    for leaf in leaves:
+        pattern = "/".join("*" if part.isdigit() else part for part in leaf.path.split("/"))
+        shares: tuple[tuple[Role, Share], ...] = tuple(leaf.shares.items())
+        key = (pattern, leaf.shape, leaf.rule, leaf.whole_because, shares)
+        groups.setdefault(key, []).append(leaf)
+    return [
+        Row(group[0].path if len(group) == 1 else str(key[0]), tuple(group))
+        for key, group in groups.items()
+    ]
+
+
+def render(explanation: RunExplanation, console: Console) -> None:
+    """Prints an explanation for people."""
+    state = explanation.state
+    console.print(Text(_heading(state), "bold"))
+    console.print(_table(state))
+    for line in _totals(state):
+        console.print(Text(line))
+    _section(console, "Kept whole on every device", _whole(state), "yellow")
+    early = [f"{path}: {because}" for path, because in state.notes]
+    _section(console, "Not gathered layer by layer, which costs memory", early, "yellow")
+    _section(console, "Assumed", explanation.remarks, "")
+    title = "Not built yet: not in these figures, and training refuses it"
+    _section(console, title, explanation.not_built, "yellow")
+
+
+def _section(console: Console, title: str, lines: Sequence[str], style: str) -> None:
+    if lines:
+        console.print()
+        console.print(Text(f"{title}:", style))
+        for line in lines:
+            console.print(Text(f"  {line}"), soft_wrap=True)
+
+
+def _heading(state: Explanation) -> str:
+    axes = " x ".join(f"{axis} {size}" for axis, size in state.sizes.items() if size > 1)
+    devices = f"{state.devices:,} devices: {axes}" if state.devices > 1 else "1 device"
+    return (
+        f"{state.parameters:,} parameters in {state.compute_dtype}, ZeRO stage {state.stage}, "
+        f"{devices}"
+    )
+
+
+def _table(state: Explanation) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
+    table.add_column("parameter", overflow="fold")
+    table.add_column("shape", overflow="fold")
+    table.add_column("split over", overflow="fold")
+    for role in STATE_ROLES:
+        table.add_column(role.value, justify="right", no_wrap=True)
+    grouped: dict[str, list[Row]] = {}
+    for row in rows(state.leaves):
+        grouped.setdefault(row.leaves[0].rule, []).append(row)
+    for rule, members in grouped.items():
+        table.add_row()
+        table.add_row(Text(rule, "cyan"))
+        for row in members:
+            leaf = row.leaves[0]
+            table.add_row(
+                Text(f"  {row.label}"),
+                Text("x".join(map(str, leaf.shape)) or "scalar"),
+                Text(spec_text(leaf.home.spec)),
+                *(Text(bytes_text(row.bytes(role))) for role in STATE_ROLES),
+            )
+    table.add_row()
+    totals = (bytes_text(state.role_bytes(role)) for role in STATE_ROLES)
+    table.add_row(Text("on one device", "bold"), "", "", *(Text(text, "bold") for text in totals))
+    return table
+
+
+def _totals(state: Explanation) -> Iterator[str]:
+    total, other = state.total_bytes, sum(state.other_bytes.values())
+    yield (
+        f"In all {bytes_text(total)} on one device"
+        + (
+            f", {bytes_text(total * state.devices)} on all {state.devices:,}"
+            if state.devices > 1
+            else ""
+        )
+        + f"; counters, keys and other state add {bytes_text(other)} to each."
+    )
+    if Role.PARAM not in {role for leaf in state.leaves for role in leaf.shares}:
+        yield (
+            "No copy in the compute dtype is stored: "
+            + (
+                "the fp32 master is the parameter."
+                if state.compute_dtype == "float32"
+                else "the master is cast and gathered at use."
+            )
+        )
+
+
+def _whole(state: Explanation) -> list[str]:
+    return [f"{row.label}: {row.leaves[0].whole_because}" for row in rows(state.stayed_whole)]

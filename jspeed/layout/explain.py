@@ -1,0 +1,257 @@
+"""What a layout does, as data: where each role of each parameter lives, why, and what it costs.
+
+Everything is arithmetic on shapes and specs, so that a layout for any number of devices can be
+explained on a machine that has none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+from jspeed.layout.mesh import ZERO_AXES
+from jspeed.layout.rules import Entry, axes_of
+from jspeed.layout.zero import Layout, LeafPlacement, Role
+
+STATE_ROLES = (Role.PARAM, Role.MASTER, Role.MOMENTS)
+"""The roles that are stored between steps."""
+
+Spec = tuple[Entry, ...]
+
+
+@dataclass(frozen=True)
+class StateArray:
+    """One array of the training state.
+
+    Attributes:
+      path: of the parameter it belongs to; its own where it belongs to none.
+      role: what it is to that parameter; None for counters, random keys, batch statistics.
+      shape: whole.
+      dtype: its name.
+      spec: over mesh axes, one entry per dimension.
+    """
+
+    path: str
+    role: Role | None
+    shape: tuple[int, ...]
+    dtype: str
+    spec: Spec
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one device holds of one role of one parameter.
+
+    Attributes:
+      dtype: of the arrays.
+      spec: over the mesh axes that are larger than one.
+      arrays: how many there are: Adam has two moments.
+      bytes_per_device: of all of them.
+    """
+
+    dtype: str
+    spec: Spec
+    arrays: int
+    bytes_per_device: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "dtype": self.dtype,
+            "spec": _spec_json(self.spec),
+            "arrays": self.arrays,
+            "bytes_per_device": self.bytes_per_device,
+        }
+
+
+@dataclass(frozen=True)
+class LeafExplanation:
+    """Where one parameter lives.
+
+    Attributes:
+      path: of the parameter.
+      shape: whole.
+      rule: what placed it, in words.
+      whole_because: why ZeRO keeps it whole although the stage splits; empty if it does not.
+      shares: by role; a role that is not stored is missing.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    rule: str
+    whole_because: str
+    shares: Mapping[Role, Share]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def home(self) -> Share:
+        """The share of the fp32 master, which every parameter has."""
+        return self.shares[Role.MASTER]
+
+    @property
+    def bytes_per_device(self) -> int:
+        return sum(share.bytes_per_device for share in self.shares.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """`dtype` and `spec` are those of the stored fp32 parameter; `roles` has each role's."""
+        return {
+            "path": self.path,
+            "shape": list(self.shape),
+            "dtype": self.home.dtype,
+            "rule": self.rule,
+            "spec": _spec_json(self.home.spec),
+            "bytes_per_device": self.bytes_per_device,
+            "whole_because": self.whole_because or None,
+            "roles": {role.value: share.to_json() for role, share in self.shares.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Where a whole training state lives.
+
+    Attributes:
+      sizes: of the mesh axes.
+      stage: of ZeRO.
+      compute_dtype: of the mathematics.
+      leaves: one entry per parameter, in tree order.
+      other_bytes: path -> bytes on one device of what belongs to no parameter.
+      notes: `(parameter, reason)` for parameters that cannot be gathered layer by layer.
+    """
+
+    sizes: Mapping[str, int]
+    stage: int
+    compute_dtype: str
+    leaves: tuple[LeafExplanation, ...]
+    other_bytes: Mapping[str, int]
+    notes: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def devices(self) -> int:
+        return math.prod(self.sizes.values())
+
+    @property
+    def parameters(self) -> int:
+        return sum(leaf.elements for leaf in self.leaves)
+
+    @property
+    def stayed_whole(self) -> tuple[LeafExplanation, ...]:
+        """The parameters that ZeRO keeps whole although the stage splits."""
+        return tuple(leaf for leaf in self.leaves if leaf.whole_because)
+
+    def role_bytes(self, role: Role) -> int:
+        """Bytes of one role on one device."""
+        shares = [leaf.shares[role] for leaf in self.leaves if role in leaf.shares]
+        return sum(share.bytes_per_device for share in shares)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all roles on one device, without `other_bytes`."""
+        return sum(map(self.role_bytes, STATE_ROLES))
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, ready for JSON."""
+        by_role = {role.value: self.role_bytes(role) for role in STATE_ROLES}
+        return {
+            "parameters": self.parameters,
+            "devices": self.devices,
+            "mesh": dict(self.sizes),
+            "zero_stage": self.stage,
+            "compute_dtype": self.compute_dtype,
+            "state_bytes_per_device": {**by_role, "total": self.total_bytes},
+            "other_bytes_per_device": sum(self.other_bytes.values()),
+            "leaves": [leaf.to_json() for leaf in self.leaves],
+            "stayed_whole": [
+                {"path": leaf.path, "because": leaf.whole_because} for leaf in self.stayed_whole
+            ],
+            "not_layer_by_layer": [
+                {"path": path, "because": because} for path, because in self.notes
+            ],
+        }
+
+
+def explain(
+    layout: Layout, arrays: Iterable[StateArray], notes: Sequence[tuple[str, str]] = ()
+) -> Explanation:
+    """Explains where a training state lives.
+
+    Args:
+      layout: of the parameters.
+      arrays: of the state, each parameter's master among them.
+      notes: what gathering at use reported, see `jspeed.layout.at_use.Report`.
+
+    Returns:
+      Bytes that are exact for the arrays given: specs split evenly, or the layout would not exist.
+    """
+    sizes = layout.sizes
+    found: dict[str, dict[Role, list[StateArray]]] = {path: {} for path in layout.leaves}
+    other: dict[str, int] = {}
+    for array in arrays:
+        if array.role is None:
+            other[array.path] = other.get(array.path, 0) + shard_bytes(array, sizes)
+        else:
+            found[array.path].setdefault(array.role, []).append(array)
+    leaves = tuple(
+        LeafExplanation(
+            path=path,
+            shape=leaf.shape,
+            rule=placed_by(layout, leaf),
+            whole_because=leaf.whole_because if layout.stage else "",
+            shares={
+                role: _share(found[path][role], sizes)
+                for role in STATE_ROLES
+                if role in found[path]
+            },
+        )
+        for path, leaf in layout.leaves.items()
+    )
+    return Explanation(sizes, layout.stage, layout.compute_dtype, leaves, other, tuple(notes))
+
+
+def placed_by(layout: Layout, leaf: LeafPlacement) -> str:
+    """What decided where a parameter lives: a sharding rule, ZeRO, both or neither."""
+    parts = [f"rule {leaf.rule}"] if leaf.rule else []
+    if layout.stage and layout.zero_splits(leaf.path):
+        axes = "+".join(axis for axis in ZERO_AXES if layout.sizes[axis] > 1)
+        kept = ", a whole copy kept" if layout.stage == 3 and leaf.persistent else ""
+        parts.append(f"ZeRO-{layout.stage} over {axes}{kept}")
+    elif layout.stage and leaf.whole_because:
+        parts.append(f"ZeRO-{layout.stage}, kept whole")
+    elif not parts:
+        parts.append(f"ZeRO-{layout.stage}, nothing to split")
+    return "; ".join(parts)
+
+
+def shard_bytes(array: StateArray, sizes: Mapping[str, int]) -> int:
+    """Bytes of an array on one device of a mesh."""
+    split = math.prod(sizes[axis] for entry in array.spec for axis in axes_of(entry))
+    return math.prod(array.shape) * jnp.dtype(array.dtype).itemsize // split
+
+
+def _share(arrays: Sequence[StateArray], sizes: Mapping[str, int]) -> Share:
+    dtypes = dict.fromkeys(array.dtype for array in arrays)
+    return Share(
+        dtype="+".join(dtypes),
+        spec=_without_small(arrays[0].spec, sizes),
+        arrays=len(arrays),
+        bytes_per_device=sum(shard_bytes(array, sizes) for array in arrays),
+    )
+
+
+def _without_small(spec: Spec, sizes: Mapping[str, int]) -> Spec:
+    """A spec without the axes of size one, which split nothing."""
+    kept: list[Entry] = []
+    for entry in spec:
+        axes = tuple(axis for axis in axes_of(entry) if sizes[axis] > 1)
+        kept.append(axes if len(axes) > 1 else axes[0] if axes else None)
+    return tuple(kept)
+
+
+def _spec_json(spec: Spec) -> list[Any]:
+    return [list(entry) if isinstance(entry, tuple) else entry for entry in spec]

@@ -1,0 +1,161 @@
+"""bf16 and fp16: close to fp32, overflow skipped and reported, state bytes as promised."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+import jspeed
+from jspeed.core.errors import ModelError
+from jspeed.core.tree import named_leaves
+from jspeed.engine.loop import Loop, LoopSettings
+from jspeed.engine.progress import Silent
+from jspeed.models import ModelFactory
+from jspeed.monitor import Monitor
+from jspeed.nn import language_model_loss
+from tests.training.curves import BATCH, TINY, batches, ds_config
+
+DYNAMIC = {"enabled": True, "initial_scale_power": 16, "hysteresis": 1}
+
+
+def make_engine(config, devices=8, loss_fn=language_model_loss):
+    return jspeed.initialize(
+        model=ModelFactory("gpt2", TINY),
+        loss_fn=loss_fn,
+        config=config,
+        devices=jax.devices()[:devices],
+    )
+
+
+@pytest.fixture(scope="module")
+def fp32_loss() -> float:
+    return _final_loss({})
+
+
+def _final_loss(precision, stage=1) -> float:
+    engine = make_engine(ds_config(stage=stage, micro=4, optimizer="AdamW", **precision), devices=2)
+    losses = [engine.train_batch(batch)["loss"] for batch in batches(200)]
+    return float(np.mean([float(loss) for loss in losses[-20:]]))
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [{"bf16": {"enabled": True}}, {"fp16": DYNAMIC}, {"fp16": {"enabled": True, "loss_scale": 128}}],
+)
+@pytest.mark.parametrize("stage", [1, 3])
+def test_half_precision_learns_as_fp32(precision, stage, fp32_loss):
+    """The mean of the last 20 of 200 losses; the model has learnt most of what there is by then."""
+    assert fp32_loss < 2.0
+    assert _final_loss(precision, stage) == pytest.approx(fp32_loss, rel=0.02)
+
+
+def _overflowing_loss(model, batch, rng):
+    """The usual loss, and where a batch says so times a number that fp16 cannot hold."""
+    loss = language_model_loss(model, batch, rng)
+    return loss._replace(total=loss.total * batch["factor"].max())
+
+
+def _with_factor(batch, factor):
+    return {**batch, "factor": np.full((BATCH,), factor, np.float32)}
+
+
+def test_overflow_skips_and_halves():
+    engine = make_engine(
+        ds_config(stage=3, micro=2, optimizer="AdamW", fp16=DYNAMIC), loss_fn=_overflowing_loss
+    )
+    good, bad = (_with_factor(batches(1)[0], factor) for factor in (1.0, 1e30))
+    engine.train_batch(good)
+    before = engine.parameters()
+    moments = jax.tree.map(np.asarray, engine.state.opt_state)
+    rate = engine.get_lr()
+    metrics = engine.train_batch(bad)
+    assert not bool(metrics["finite"])
+    assert engine.loss_scale() == 2.0**15
+    assert engine.skipped_steps == 1
+    assert engine.global_steps == 2
+    assert not engine.was_step_applied()
+    assert engine.get_lr() == rate
+    after = engine.parameters()
+    assert all(np.array_equal(before[path], after[path]) for path in before)
+    jax.tree.map(np.testing.assert_array_equal, moments, engine.state.opt_state)
+    engine.train_batch(good)
+    assert engine.was_step_applied()
+    assert engine.skipped_steps == 1
+    assert any(not np.array_equal(before[p], v) for p, v in engine.parameters().items())
+
+
+class _Lines(Silent):
+    def __init__(self):
+        self.lines = []
+
+    def say(self, text):
+        self.lines.append(text)
+
+
+class _Batches:
+    def __init__(self, factors):
+        self._factors = iter(factors)
+
+    def __next__(self):
+        return _with_factor(batches(1)[0], next(self._factors))
+
+    def state(self):
+        return {}
+
+
+def _run_loop(engine, factors, tmp_path):
+    lines = _Lines()
+    loop = Loop(
+        engine=engine,
+        batches=_Batches(factors),
+        evaluation=list,
+        monitor=Monitor(),
+        display=lines,
+        settings=LoopSettings(directory=tmp_path, steps=len(factors)),
+    )
+    return loop.run(), lines.lines
+
+
+def test_loop_names_the_first_nonfinite_parameter(tmp_path):
+    config = ds_config(stage=1, micro=2, fp16=DYNAMIC)
+    engine = make_engine(config, loss_fn=_overflowing_loss)
+    state, lines = _run_loop(engine, [1.0, 1e30, 1.0], tmp_path)
+    assert state == "finished"
+    first = named_leaves(engine.state.master)[0][0]
+    assert lines == [
+        f"step 2: the gradient of {first} is not finite; loss scale 65536 -> 32768; "
+        "the step is skipped."
+    ]
+
+
+def test_overflow_at_the_smallest_scale_ends_the_run(tmp_path):
+    smallest = {**DYNAMIC, "initial_scale_power": 1, "min_loss_scale": 2}
+    config = ds_config(stage=1, micro=2, fp16=smallest)
+    engine = make_engine(config, loss_fn=_overflowing_loss)
+    with pytest.raises(ModelError, match=r"step 2: gradients overflow although the loss scale is"):
+        _run_loop(engine, [1.0, 1e30, 1.0], tmp_path)
+
+
+PSI_BYTES = {0: lambda psi, n: 14 * psi, 1: lambda psi, n: 2 * psi + 12 * psi / n}
+PSI_BYTES[2] = PSI_BYTES[1]
+PSI_BYTES[3] = lambda psi, n: 12 * psi / n
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_state_bytes_per_device(stage):
+    """bf16 with Adam: 14P, 2P + 12P/N twice, 12P/N (Rajbhandari et al., 2020, figure 1)."""
+    engine = make_engine(
+        ds_config(stage=stage, micro=2, optimizer="AdamW", bf16={"enabled": True}), devices=8
+    )
+    state = engine.state
+    arrays = jax.tree.leaves((state.master, state.copies, state.opt_state))
+    device = jax.devices()[0]
+    used = sum(
+        shard.data.nbytes
+        for array in arrays
+        for shard in array.addressable_shards
+        if shard.device == device
+    )
+    psi = sum(leaf.size for leaf in jax.tree.leaves(state.master))
+    assert used == pytest.approx(PSI_BYTES[stage](psi, 8), rel=0.01)
