@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from jspeed.core.errors import ConfigError
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _DRIVER_FILES = ("/dev/nvidia0", "/proc/driver/nvidia/version", "/dev/kfd", "/dev/dxg")
 # What CUDA's compiler plugin writes to standard error where there is no driver.
-_NOISE = (b"written to STDERR", b"cudart_stub.cc")
+_NOISE = ("written to STDERR", "cudart_stub.cc")
 
 
 def has_accelerator() -> bool:
@@ -78,31 +78,51 @@ def _import_jax() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if has_accelerator():
         return
-    with without_noise():
+    with without_noise() as heard:
         import jax
 
-        jax.devices()  # loads the plugins, which is when some of them speak
+        try:
+            jax.devices()  # loads the plugins, which is when some of them speak
+        except Exception as error:
+            reason = heard() or str(error)
+            heard(clear=True)
+            raise ConfigError(
+                f'"JAX_PLATFORMS": {os.environ["JAX_PLATFORMS"]!r} is set, but JAX cannot start '
+                f"there: {reason.strip().splitlines()[-1]} Unset it to run on the CPU."
+            ) from None
+
+
+class Heard(Protocol):
+    """What was written so far, without noise; forgotten when `clear`."""
+
+    def __call__(self, *, clear: bool = False) -> str: ...
 
 
 @contextmanager
-def without_noise() -> Iterator[None]:
-    """Drops what native libraries say on standard error about a missing driver; the rest comes
-    through afterwards."""
+def without_noise() -> Iterator[Heard]:
+    """Drops what native libraries say on standard error about a missing driver; all the rest comes
+    through afterwards, unless it is taken from what this yields."""
     sys.stderr.flush()
     try:
         real = os.dup(2)
     except OSError:  # standard error is closed
-        yield
+        yield lambda clear=False: ""
         return
     with tempfile.TemporaryFile() as caught:
+
+        def heard(*, clear: bool = False) -> str:
+            sys.stderr.flush()
+            caught.seek(0)
+            lines = caught.read().decode(errors="replace").splitlines(keepends=True)
+            if clear:
+                caught.truncate(0)
+            return "".join(line for line in lines if not any(noise in line for noise in _NOISE))
+
         os.dup2(caught.fileno(), 2)
         try:
-            yield
+            yield heard
         finally:
-            sys.stderr.flush()
+            rest = heard()
             os.dup2(real, 2)
             os.close(real)
-            caught.seek(0)
-            for line in caught:
-                if not any(noise in line for noise in _NOISE):
-                    os.write(2, line)
+            sys.stderr.write(rest)

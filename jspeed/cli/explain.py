@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -64,7 +65,9 @@ def render(explanation: RunExplanation, console: Console) -> None:
     """Prints an explanation for people."""
     state = explanation.state
     console.print(Text(_heading(state), "bold"))
+    console.print()
     console.print(_table(state))
+    console.print()
     for line in _totals(state):
         console.print(Text(line))
     _section(console, "Kept whole on every device", _whole(state), "yellow")
@@ -80,7 +83,7 @@ def _section(console: Console, title: str, lines: Sequence[str], style: str) -> 
         console.print()
         console.print(Text(f"{title}:", style))
         for line in lines:
-            console.print(Text(f"  {line}"), soft_wrap=True)
+            console.print(Padding(Text(line), (0, 0, 0, 2)))
 
 
 def _heading(state: Explanation) -> str:
@@ -136,10 +139,14 @@ def _totals(state: Explanation) -> Iterator[str]:
             + (
                 "the fp32 master is the parameter."
                 if state.compute_dtype == "float32"
-                else "the master is cast and gathered at use."
+                else "the master is cast at use, and gathered where it is split."
             )
         )
 
 
 def _whole(state: Explanation) -> list[str]:
-    return [f"{row.label}: {row.leaves[0].whole_because}" for row in rows(state.stayed_whole)]
+    """The parameters that stayed whole, by reason."""
+    by_reason: dict[str, list[str]] = {}
+    for row in rows(state.stayed_whole):
+        by_reason.setdefault(row.leaves[0].whole_because, []).append(row.label)
+    return [f"{reason}: {', '.join(labels)}" for reason, labels in by_reason.items()]

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from jspeed.core.errors import JspeedError
+from jspeed.core.errors import ConfigError, JspeedError
 
 USER_ERROR, UNEXPECTED, INTERRUPTED = 2, 1, 130
 
@@ -28,7 +28,7 @@ def guarded(command: Callable[..., Any]) -> int:
         return _nobody_reads()
     except JspeedError as error:
         _reraise_if_wanted()
-        print(f"jspeed: {error}", file=sys.stderr)
+        print(f"jspeed: {message(error)}", file=sys.stderr)
         return USER_ERROR
     except Exception as error:
         _reraise_if_wanted()
@@ -39,6 +39,14 @@ def guarded(command: Callable[..., Any]) -> int:
         )
         return UNEXPECTED
     return 0
+
+
+def message(error: JspeedError) -> str:
+    """An error's text; the problems of a configuration one below the other."""
+    problems = str(error).split("\n")
+    if isinstance(error, ConfigError) and len(problems) > 1:
+        return "\n  ".join([f"{len(problems)} problems in the configuration:", *problems])
+    return str(error)
 
 
 def _code(done: SystemExit) -> int:

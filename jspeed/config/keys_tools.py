@@ -53,8 +53,18 @@ LOG_KEYS = (
     mapped("dump_state", Bool(), False, "prints the resolved configuration at the start"),
     mapped("log_level", _LEVELS, None, "the level of jspeed's logger"),
     automatic("disable_python_gc", Bool(), False, "a step runs no Python that makes garbage"),
-    mapped("timers.throughput.enabled", Bool(), True, "reports tokens and samples per second"),
-    mapped("timers.throughput.synchronized", Bool(), True, "waits for the device before timing"),
+    mapped(
+        "timers.throughput.enabled",
+        Bool(),
+        True,
+        "adds samples per second to the lines of steps_per_print",
+    ),
+    automatic(
+        "timers.throughput.synchronized",
+        Bool(),
+        True,
+        "times run from one step's metrics arriving to the next one's, which needs no waiting",
+    ),
     *section(
         "flops_profiler",
         later("enabled", Bool(), False, _FLOPS),

@@ -32,8 +32,8 @@ STAGES = (
 STAGE3 = (
     automatic("stage3_max_live_parameters", SIZE, 1_000_000_000,
               "gathered weights are freed after their last use, within the device's memory"),
-    mapped("stage3_max_reuse_distance", SIZE, 1_000_000_000,
-           "0 gathers weights again for the backward pass, whatever remat keeps"),
+    automatic("stage3_max_reuse_distance", SIZE, 1_000_000_000,
+              "a weight is freed after each use and gathered again for the backward pass"),
     mapped("stage3_prefetch_bucket_size", SIZE, 50_000_000,
            "elements up to which XLA combines the all-gathers of stage 3, ahead of use",
            auto=Auto.FACTS),
@@ -41,8 +41,8 @@ STAGE3 = (
            "parameters with fewer elements stay whole on every device", auto=Auto.FACTS),
     mapped("stage3_model_persistence_threshold", SIZE, sys.maxsize,
            "the number of elements that may stay whole in all"),
-    mapped("stage3_gather_16bit_weights_on_model_save", Bool(), False,
-           "allows exporting 16-bit weights from stage 3"),
+    automatic("stage3_gather_16bit_weights_on_model_save", Bool(), False,
+              "save_16bit_model gathers under every stage, whatever this says"),
 )  # fmt: skip
 
 AUTOMATIC = (

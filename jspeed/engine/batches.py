@@ -35,13 +35,10 @@ class BatchPlacer:
         Raises:
           DataError: a leaf has another number of examples.
         """
+        leaves = jax.tree.leaves(batch)
+        if not leaves or any(np.shape(leaf)[:1] != (self._rows,) for leaf in leaves):
+            raise self._unfit(batch)
         cut = jax.tree.map(self._cut, batch)
-        if not jax.tree.leaves(cut):
-            raise DataError(
-                f"the batch is empty; expected a pytree of arrays with {self._rows} rows."
-            )
-        if any(leaf is None for leaf in jax.tree.leaves(cut, is_leaf=lambda x: x is None)):
-            self._explain(batch)
         if self._alone:
             return jax.device_put(cut, self._sharding)
         return jax.tree.map(
@@ -52,19 +49,17 @@ class BatchPlacer:
     def _cut(self, leaf: Any) -> Any:
         if not isinstance(leaf, np.ndarray | jax.Array):
             leaf = np.asarray(leaf)
-        if leaf.ndim == 0 or leaf.shape[0] != self._rows:
-            return None
         if self._accumulation is None:
             return leaf
         per_microbatch = self._rows // self._accumulation
         return leaf.reshape(self._accumulation, per_microbatch, *leaf.shape[1:])
 
-    def _explain(self, batch: Any) -> None:
+    def _unfit(self, batch: Any) -> DataError:
         for path, leaf in named_leaves(batch):
             shape = np.shape(leaf)
-            if not shape or shape[0] != self._rows:
-                raise DataError(
+            if shape[:1] != (self._rows,):
+                return DataError(
                     f"batch[{path!r}] has shape {list(shape)}; expected {self._rows} examples "
-                    "first: this process's "
-                    "share of train_batch_size (or of the evaluation batch)."
+                    "first: this process's share of train_batch_size (or of the evaluation batch)."
                 )
+        return DataError(f"the batch is empty; expected a pytree of arrays with {self._rows} rows.")

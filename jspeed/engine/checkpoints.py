@@ -7,15 +7,19 @@ master, so neither mesh, ZeRO stage nor precision is part of the format.
 
 from __future__ import annotations
 
+import hashlib
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jspeed.checkpoint import CheckpointStore
-from jspeed.core.errors import CheckpointError
+from jspeed.core.errors import CheckpointError, MissingExtraError
 from jspeed.core.tree import map_named, named_leaves
+from jspeed.engine.reporting import LOGGER
 from jspeed.layout.zero import Layout, Role
 from jspeed.training.state import TrainState
 from jspeed.training.step import publish
@@ -66,6 +70,7 @@ class EngineCheckpoints:
         wait: bool,
     ) -> str:
         tag = tag or f"global_step{engine.global_steps}"
+        _check_same_tag(tag, engine.config.checkpoint.tag_validation)
         arrays = {
             path: jax.random.key_data(leaf) if is_key(leaf) else leaf
             for path, leaf in saved_arrays(engine.state).items()
@@ -170,3 +175,40 @@ def _copies(master: Any, layout: Layout) -> dict[str, jax.Array]:
         master,
     )
     return publish(at_moments, layout)[1]
+
+
+def _check_same_tag(tag: str, validation: str) -> None:
+    """All processes must save under one tag (`checkpoint.tag_validation`)."""
+    if jax.process_count() == 1 or validation == "Ignore":
+        return
+    from jax.experimental import multihost_utils
+
+    digest = np.frombuffer(hashlib.sha256(tag.encode()).digest()[:8], np.uint32)
+    digests = np.asarray(multihost_utils.process_allgather(digest))
+    if (digests == digests[0]).all():
+        return
+    text = f'processes save under different tags; process {jax.process_index()} says "{tag}".'
+    if validation == "Fail":
+        raise CheckpointError(f"save_checkpoint: {text} Pass the same tag everywhere.")
+    LOGGER.warning("save_checkpoint: %s The first process decides.", text)
+
+
+def save_16bit(engine: Engine, directory: str | os.PathLike[str], filename: str) -> str:
+    """See `Engine.save_16bit_model`."""
+    try:
+        from safetensors.numpy import save_file
+    except ImportError as error:
+        raise MissingExtraError(
+            'save_16bit_model needs safetensors: pip install "jspeed[hf]"'
+        ) from error
+    dtype = "float16" if engine.fp16_enabled() else "bfloat16"
+    whole = engine.layout.replicated()
+    arrays = {}
+    for path, leaf in named_leaves(engine.state.master):
+        gathered = jax.device_put(leaf.astype(dtype), whole)
+        arrays[path] = np.asarray(gathered.addressable_data(0))
+    target = Path(directory) / filename
+    if jax.process_index() == 0:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_file(arrays, os.fspath(target))
+    return os.fspath(target)

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from jspeed.config import AutoFacts, Config
-from jspeed.layout.compiler_options import compiler_options
+from jspeed.layout.compiler_options import CommunicationSettings, compiler_options
 from jspeed.layout.mesh import BATCH_AXES
 from jspeed.layout.zero import Layout
 from jspeed.training.program import Program
@@ -40,7 +40,20 @@ def auto_facts(config: Config, program: Program, mesh: Mesh) -> AutoFacts:
 def step_options(config: Config, layout: Layout) -> dict[str, Any] | None:
     """XLA's options for the train step on the mesh's platform; None where there are none."""
     platform = layout.mesh.devices.flat[0].platform
-    options = compiler_options(platform, config.zero, compute_dtype=layout.compute_dtype)
+    zero = config.zero
+    communication = CommunicationSettings(
+        stage=zero.stage,
+        overlap_comm=zero.overlap_comm,
+        reduce_bucket_size=zero.reduce_bucket_size,
+        allgather_bucket_size=zero.allgather_bucket_size,
+        prefetch_bucket_size=zero.prefetch_bucket_size,
+    )
+    options = compiler_options(
+        platform,
+        communication,
+        compute_dtype=layout.compute_dtype,
+        reduce_dtype=layout.reduce_dtype,
+    )
     return dict(options) or None
 
 

@@ -19,6 +19,7 @@ from jspeed.engine import checkpoints, compilation
 from jspeed.engine.batches import BatchPlacer
 from jspeed.engine.build import RunPlan, ScheduleFn, plan_devices, plan_run
 from jspeed.engine.not_in_jspeed import raise_called, raise_not_in_jspeed
+from jspeed.engine.reporting import Reporter
 from jspeed.layout.rules import Rule
 from jspeed.layout.zero import Layout
 from jspeed.training.program import LossFn, Program, make_program
@@ -39,6 +40,7 @@ def initialize(
     stacked: Sequence[str] = (),
     devices: Sequence[Any] | None = None,
     seed: int = 0,
+    report: bool = True,
 ) -> Engine:
     """Makes an engine that trains a model as a DeepSpeed configuration says.
 
@@ -58,6 +60,7 @@ def initialize(
       stacked: regexes of parameters whose first dimension stacks layers.
       devices: to run on; all devices when None.
       seed: of initial parameters and of the step's random keys.
+      report: log every `steps_per_print` steps and write to the configured monitors.
 
     Returns:
       The engine, its state created on the devices.
@@ -80,6 +83,7 @@ def initialize(
         schedule=lr_scheduler,
         rules=tuple(Rule(pattern, tuple(spec)) for pattern, spec in rules),
         seed=seed,
+        report=report,
     )
 
 
@@ -107,6 +111,7 @@ class Engine:
         schedule: ScheduleFn | None,
         rules: Sequence[Rule] = (),
         seed: int = 0,
+        report: bool = True,
     ) -> None:
         self.config = config
         self._program = program
@@ -126,6 +131,7 @@ class Engine:
         self._metrics: Metrics | None = None
         self._store: checkpoints.EngineCheckpoints | None = None
         self._compile_step()
+        self._reporter = Reporter(config, rows_per_step=self.train_batch_size()) if report else None
 
     def _compile_step(self) -> None:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
@@ -170,6 +176,8 @@ class Engine:
         """
         self.state, self._metrics = self.train_step(self.state, self.place_batch(batch))
         self.global_steps += 1
+        if self._reporter is not None:
+            self._reporter.step(self.global_steps, self._metrics)
         return self._metrics
 
     def eval_batch(self, batch: Any) -> dict[str, jax.Array]:
@@ -297,6 +305,26 @@ class Engine:
             schedule=load_lr_scheduler_states and not load_module_only,
             counters=not load_module_only,
         )
+
+    def save_16bit_model(
+        self, save_dir: str | os.PathLike[str], save_filename: str = "model.safetensors"
+    ) -> str:
+        """Writes the whole parameters in the 16-bit compute dtype (bf16 under fp32) for others.
+
+        Gathers one parameter after the other, under any ZeRO stage. Returns the file's path.
+
+        Raises:
+          MissingExtraError: safetensors is not installed (extra `hf`).
+        """
+        return checkpoints.save_16bit(self, save_dir, save_filename)
+
+    def close(self) -> None:
+        """Waits for the running save, reports the last step and closes the monitors."""
+        if self._reporter is not None:
+            self._reporter.close()
+        self.wait_for_checkpoint()
+
+    destroy = close
 
     def wait_for_checkpoint(self) -> None:
         """Waits until the save that is running is complete; raises `CheckpointError` if it

@@ -16,7 +16,7 @@ from jspeed.config import AttentionConfig, BatchConfig, Config, ModelConfig, res
 from jspeed.core._compat import shard_map
 from jspeed.core.errors import ConfigError
 from jspeed.core.tree import named_leaves
-from jspeed.data.tokenizer import ByteTokenizer, Tokenizer
+from jspeed.data import Tokenizer
 from jspeed.engine.build import RunPlan, mesh_shape, plan_run
 from jspeed.engine.compilation import auto_facts
 from jspeed.layout.at_use import AtHome, Report, call_with_gather_at_use
@@ -28,8 +28,6 @@ from jspeed.models import build_model
 from jspeed.nn import language_model_loss
 from jspeed.training.program import LossFn, Program, loss_parts, make_program
 from jspeed.training.state import TrainState, abstract_parameters, abstract_state
-
-_TRAINED_VOCABULARY = 4096
 
 
 @dataclass(frozen=True)
@@ -145,9 +143,7 @@ def gather_notes(
             for path, value in values.items()
         ]
         key = jax.random.wrap_key_data(key)
-        return call_with_gather_at_use(
-            run, homes, mutable, batch, key, refetch=True, report=report
-        )
+        return call_with_gather_at_use(run, homes, mutable, batch, key, refetch=True, report=report)
 
     values, specs = {}, {}
     for path, leaf in layout.leaves.items():
@@ -206,23 +202,23 @@ def _program(config: Config, model: ModelConfig, remarks: list[str]) -> Program:
 
 
 def _vocabulary(config: Config) -> tuple[int, str]:
-    """The size of the vocabulary without the data, and where it comes from."""
+    """The size of the vocabulary without reading the data, and where it comes from."""
     data = config.data
     if data is None:
         raise ConfigError(
             '"model.vocab_size": missing, and there is no "data" section to take it from. Set it '
             "to the number of tokens."
         )
-    given, key = data.tokenizer, '"data.tokenizer.vocab_size"'
-    if given.kind == "byte":
-        size = ByteTokenizer.vocab_size
-        return size, f'vocabulary {size:,}: bytes and a separator, from "data.tokenizer.kind".'
-    if given.kind == "file" and given.path is not None:
+    given = data.tokenizer
+    if given.vocab_size is None:
+        if given.path is None:
+            raise ConfigError('"data.tokenizer.path": missing; expected a tokenizer.json.')
         size = Tokenizer.load(given.path).vocab_size
-        return size, f'vocabulary {size:,}: from "data.tokenizer.path".'
-    size = given.vocab_size or _TRAINED_VOCABULARY
-    source = f"from {key}" if given.vocab_size else f"the default of {key}"
-    return size, f"vocabulary {size:,}: {source}; a tokenizer trained on little text has fewer."
+        return size, f'vocabulary {size:,}, of the tokenizer in "data.tokenizer.path".'
+    said = f'vocabulary {given.vocab_size:,}, from "data.tokenizer.vocab_size"'
+    if given.kind == "bpe":
+        said += "; a tokenizer trained on little text has fewer"
+    return given.vocab_size, f"{said}."
 
 
 def _with_fitting_batch(config: Config, mesh: AnyMesh, remarks: list[str]) -> Config:

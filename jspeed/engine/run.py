@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ def load_data(config: Config) -> TextDataset:
         format=data.format,
         text_key=data.text_key,
         tokenizer_kind=data.tokenizer.kind,
-        vocab_size=data.tokenizer.vocab_size or 4096,
+        vocab_size=data.tokenizer.vocab_size or 0,
         tokenizer_path=data.tokenizer.path,
         sequence_length=data.sequence_length,
         validation_fraction=data.validation_fraction,
@@ -107,7 +108,13 @@ def train_run(config: Config, *, display: Display, resume: bool, overwrite: bool
     factory = build_model(
         model, vocab_size=data.tokenizer.vocab_size, platform=jax.devices()[0].platform
     )
-    engine = initialize(model=factory, loss_fn=language_model_loss, config=config, seed=run.seed)
+    engine = initialize(
+        model=factory,
+        loss_fn=language_model_loss,
+        config=config,
+        seed=run.seed,
+        report=False,
+    )
     rows = engine.train_batch_size() // jax.process_count()
     batches = data.train_iterator(rows, jax.process_index(), jax.process_count())
     settings = _loop_settings(engine, factory, data)
@@ -116,6 +123,8 @@ def train_run(config: Config, *, display: Display, resume: bool, overwrite: bool
         batches.restore(client["data"])
         display.say(f"resumed from {tag} in {settings.checkpoints}")
     display.say(_summary(engine, factory, data))
+    if config.dump_state:
+        display.say(json.dumps(engine.config.to_dict(), indent=2))
     if engine.global_steps >= run.steps:
         Status("finished", engine.global_steps, run.steps).write(directory)
         display.say(f"nothing to do: {engine.global_steps} of {run.steps} steps are done.")

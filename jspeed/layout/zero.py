@@ -237,9 +237,10 @@ def _place_leaf(
     elements = math.prod(shape[1:]) if is_stacked else math.prod(shape)
     persistent = elements < zero.persistence_threshold
     if zero.stage == 3 and persistent and dim is not None:
+        each = " a layer" if is_stacked else ""
         because = (
-            f"{elements:,} elements{' a layer' if is_stacked else ''}, fewer than "
-            f"stage3_param_persistence_threshold {zero.persistence_threshold:,}"
+            f"fewer than {zero.persistence_threshold:,} elements{each}, see "
+            "stage3_param_persistence_threshold"
         )
     return LeafPlacement(path, shape, str(rule) if rule else "", base, dim, because, persistent)
 
@@ -261,7 +262,7 @@ def _zero_dimension(
         return max(fitting, key=lambda d: (shape[d], d)), ""
     if not shape:
         return None, "a scalar"
-    return None, f"no free dimension of {list(shape)} divides by {ways}"
+    return None, f"no dimension that ZeRO may split divides by {ways}"
 
 
 def _limit_persistent(leaves: dict[str, LeafPlacement], limit: int) -> None:

@@ -51,7 +51,7 @@ class WandbConfig(Protocol):
         ...
 
     @property
-    def project(self) -> str:
+    def project(self) -> str | None:
         """The project."""
         ...
 

@@ -14,9 +14,9 @@ _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([0-9,]*)\]")
 _NAMES = re.compile(r"%?([\w.\-]+)")
 _BITS = {
-    **{"pred": 8, "token": 0, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "f4e2m1fn": 4},
+    "pred": 8, "token": 0, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "f4e2m1fn": 4,
     **{f"{kind}{bits}": bits for kind in "su" for bits in (8, 16, 32, 64)},
-    **{"bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128},
+    "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128,
 }
 
 

@@ -137,7 +137,9 @@ def test_set_train_batch_size():
     engine.set_train_batch_size(8)
     assert engine.gradient_accumulation_steps() == 1
     engine.train_batch({k: v[:8] for k, v in batches(1)[0].items()})
-    with pytest.raises(ConfigError, match=r'"train_batch_size": 12 is not a multiple .* = 4 x 2 = 8'):
+    with pytest.raises(
+        ConfigError, match=r'"train_batch_size": 12 is not a multiple .* = 4 x 2 = 8'
+    ):
         engine.set_train_batch_size(12)
     engine.set_train_micro_batch_size(2)
     assert engine.train_batch_size() == 4
@@ -182,7 +184,7 @@ def test_resume_is_bitwise(tmp_path):
     losses = [float(whole.train_batch(batch)["loss"]) for batch in data]
     for batch in data[:4]:
         first.train_batch(batch)
-    tag = first.save_checkpoint(tmp_path, client_state={"epoch": 3})
+    tag = first.save_checkpoint(tmp_path, client_state={"epoch": 3}, wait=True)
     assert tag == "global_step4"
     loaded, client = second.load_checkpoint(tmp_path)
     assert (loaded, client) == ("global_step4", {"epoch": 3})
@@ -263,3 +265,30 @@ def test_loss_fn_may_use_plain_jnp_means():
         )
         losses.append([float(engine.train_batch(batch)["loss"]) for batch in batches(3)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_steps_per_print_and_monitors(tmp_path, caplog):
+    config = ds_config(stage=1, micro=4, optimizer="AdamW", steps_per_print=2, log_level="info")
+    config["csv_monitor"] = {"enabled": True, "output_path": str(tmp_path), "job_name": "job"}
+    engine = make_engine(config)
+    losses = [float(engine.train_batch(batch)["loss"]) for batch in batches(4)]
+    engine.close()
+    lines = [record.getMessage() for record in caplog.records if record.name == "jspeed"]
+    assert [line.split("  ")[0] for line in lines] == ["step 2", "step 4"]
+    assert f"loss {losses[1]:.4f}" in lines[0]
+    assert "samples/s" in lines[0]
+    (file,) = [f for f in (tmp_path / "job").iterdir() if "train_loss" in f.name]
+    rows = file.read_text().splitlines()[1:]
+    written = [float(row.split(",")[1]) for row in rows]
+    assert written == pytest.approx(losses)
+    assert [int(row.split(",")[0]) for row in rows] == [16, 32, 48, 64]
+
+
+def test_save_16bit_model(tmp_path):
+    from safetensors.numpy import load_file
+
+    engine = make_engine(ds_config(stage=3, micro=1), devices=8)
+    path = engine.save_16bit_model(tmp_path)
+    saved = load_file(path)
+    for name, value in engine.parameters().items():
+        assert np.array_equal(saved[name], value.astype(jnp.bfloat16))

@@ -41,7 +41,11 @@ def _final_loss(precision, stage=1) -> float:
 
 @pytest.mark.parametrize(
     "precision",
-    [{"bf16": {"enabled": True}}, {"fp16": DYNAMIC}, {"fp16": {"enabled": True, "loss_scale": 128}}],
+    [
+        {"bf16": {"enabled": True}},
+        {"fp16": DYNAMIC},
+        {"fp16": {"enabled": True, "loss_scale": 128}},
+    ],
 )
 @pytest.mark.parametrize("stage", [1, 3])
 def test_half_precision_learns_as_fp32(precision, stage, fp32_loss):

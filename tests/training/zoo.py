@@ -15,7 +15,7 @@ from flax import nnx
 
 from jspeed import LossSum
 
-VOCAB, WIDTH, SEQ, LAYERS, BATCH = 16, 8, 4, 3, 16
+VOCAB, WIDTH, SEQ, LAYERS, BATCH = 16, 8, 4, 2, 16
 
 
 @dataclass(frozen=True)
