@@ -108,14 +108,15 @@ def without_noise() -> Iterator[Heard]:
     except OSError:  # standard error is closed
         yield lambda clear=False: ""
         return
-    with tempfile.TemporaryFile() as caught:
+    with tempfile.TemporaryFile(buffering=0) as caught:
 
         def heard(*, clear: bool = False) -> str:
             sys.stderr.flush()
             caught.seek(0)
             lines = caught.read().decode(errors="replace").splitlines(keepends=True)
             if clear:
-                caught.truncate(0)
+                caught.seek(0)
+                caught.truncate()
             return "".join(line for line in lines if not any(noise in line for noise in _NOISE))
 
         os.dup2(caught.fileno(), 2)

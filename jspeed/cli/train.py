@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 from rich.console import Console
 
+from jspeed.cli.failures import INTERRUPTED
 from jspeed.config import Config
 from jspeed.core.errors import JspeedError
 from jspeed.engine.progress import Silent, TerminalDisplay
@@ -21,15 +22,19 @@ def train_command(config: Config, *, resume: bool, overwrite: bool) -> int:
         display = TerminalDisplay(console, steps=section.steps, start=0, every=every)
     else:
         display = Silent()
-    result = train_run(config, display=display, resume=resume, overwrite=overwrite)
+    try:
+        result = train_run(config, display=display, resume=resume, overwrite=overwrite)
+    except KeyboardInterrupt:
+        console.print("stopped at once; what the latest checkpoint holds is safe.")
+        return INTERRUPTED
     if jax.process_index() == 0:
         _farewell(result, console, steps=section.steps)
-    return 130 if result.state == "interrupted" else 0
+    return INTERRUPTED if result.state == "interrupted" else 0
 
 
 def _farewell(result: RunResult, console: Console, *, steps: int) -> None:
     def say(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True)
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     if result.state == "finished":
         say(f"finished at step {result.step}; metrics and checkpoints are in {result.directory}")

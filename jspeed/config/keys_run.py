@@ -15,8 +15,8 @@ MESH_KEYS = section(
     mapped("data", Int(-1), -1, "the axis ZeRO shards over; -1 takes all remaining devices"),
     later("expert", _COUNT, 1, _EXPERT),
     later("seq", _COUNT, 1, _SEQ),
-    mapped("tensor", _COUNT, 1, "tensor parallelism, by the model's logical axes or by rules"),
-    mapped("rules", ShardingRules(), [], "sharding rules by path, before the model's own"),
+    mapped("tensor", _COUNT, 1, "tensor parallelism, by sharding rules"),
+    mapped("rules", ShardingRules(), [], "sharding rules by parameter path, the first match wins"),
 )
 
 ALIAS_KEYS = (
@@ -56,7 +56,7 @@ MODEL_KEYS = section(
     mapped("remat", choice("none", "full"), "none", "what the backward pass computes again"),
     mapped("attention.implementation", choice("auto", "xla", "cudnn", "cpu"), "auto",
            "which attention computes the same; auto picks by platform"),
-    mapped("loss_chunk_size", _COUNT, None, "tokens whose logits exist at once; null means all"),
+    mapped("loss_chunk_size", _COUNT, None, "tokens whose logits exist at once; null: as many as take 64 MiB"),
 )  # fmt: skip
 
 DATA_KEYS = section(

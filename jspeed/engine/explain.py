@@ -12,13 +12,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jspeed.config import AttentionConfig, BatchConfig, Config, ModelConfig, resolve_batch
+from jspeed.config import (
+    AttentionConfig,
+    AutoFacts,
+    BatchConfig,
+    Config,
+    ModelConfig,
+    resolve_batch,
+)
 from jspeed.core._compat import shard_map
 from jspeed.core.errors import ConfigError
 from jspeed.core.tree import named_leaves
 from jspeed.data import Tokenizer
 from jspeed.engine.build import RunPlan, mesh_shape, plan_run
-from jspeed.engine.compilation import auto_facts
 from jspeed.layout.at_use import AtHome, Report, call_with_gather_at_use
 from jspeed.layout.explain import Explanation, StateArray, explain
 from jspeed.layout.mesh import AnyMesh, make_abstract_mesh
@@ -72,8 +78,7 @@ def explain_run(config: Config, *, devices: int | None = None) -> RunExplanation
     remarks: list[str] = []
     mesh = make_abstract_mesh(mesh_shape(*_for_devices(config, devices, remarks)))
     program = _program(config, config.model, remarks)
-    facts = auto_facts(config, program, mesh)
-    config = config.resolve_auto(dataclasses.replace(facts, data_parallel_size=None))
+    config = config.resolve_auto(_facts(config, remarks))
     plan = plan_run(_with_fitting_batch(config, mesh, remarks), program, mesh)
     notes = gather_notes(program, language_model_loss, plan.layout, _token_batch(config, plan))
     state = explain_plan(program, plan, notes)
@@ -219,6 +224,21 @@ def _vocabulary(config: Config) -> tuple[int, str]:
     if given.kind == "bpe":
         said += "; a tokenizer trained on little text has fewer"
     return given.vocab_size, f"{said}."
+
+
+def _facts(config: Config, remarks: list[str]) -> AutoFacts:
+    """What stands for an "auto" that only a run can resolve; none of these moves an array."""
+    if config.autos:
+        remarks.append(
+            f'"auto" is left open here, and to be set for training: {", ".join(config.autos)}.'
+        )
+    rates = any(path.endswith("lr") for path in config.autos)
+    sizes = any("batch_size" in path for path in config.autos)
+    return AutoFacts(
+        total_steps=config.run.steps if config.run else 1,
+        learning_rate=1.0 if rates else None,
+        micro_batch_size=1 if sizes else None,
+    )
 
 
 def _with_fitting_batch(config: Config, mesh: AnyMesh, remarks: list[str]) -> Config:

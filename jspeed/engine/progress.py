@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Mapping
-from types import TracebackType
+import time
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
+from rich.table import Column
+
+# The numbers of a step fit beside a short count of steps on 80 columns; the bar comes on top.
+_NUMBERS_WIDTH, _SHORTEST_BAR, _LONGEST_BAR = 90, 10, 30
 
 
 class Display(Protocol):
@@ -44,11 +48,18 @@ def memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def duration_text(seconds: float) -> str:
+    """`3725` -> `"1:02:05"`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
 def describe(metrics: Mapping[str, Any]) -> str:
     """The numbers of one step in one line."""
     parts = [f"loss {metrics['loss']:.4f}" if metrics["loss"] is not None else "loss nan"]
     if metrics.get("learning_rate") is not None:
-        parts.append(f"lr {metrics['learning_rate']:.2e}")
+        parts.append(f"lr {metrics['learning_rate']:.1e}")
     if metrics.get("tokens_per_second"):
         parts.append(f"{metrics['tokens_per_second']:,.0f} tok/s")
     if metrics.get("model_flops_per_second"):
@@ -58,51 +69,64 @@ def describe(metrics: Mapping[str, Any]) -> str:
     return "  ".join(parts)
 
 
+class RemainingTime:
+    """How long a run still takes, from the pace since its first step was done.
+
+    That first step is left out, since it is compiled; evaluations and checkpoints count.
+    """
+
+    def __init__(self, steps: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._steps, self._clock = steps, clock
+        self._first: tuple[int, float] | None = None
+
+    def after(self, step: int) -> str:
+        """What to show once a step is done; dashes as long as there is no pace."""
+        now = self._clock()
+        if self._first is None:
+            self._first = (step, now)
+        first, since = self._first
+        if step >= self._steps:
+            return duration_text(0)
+        if step == first:
+            return "-:--"
+        return duration_text((now - since) / (step - first) * (self._steps - step))
+
+
 class TerminalDisplay:
-    """A live line with a bar on a terminal; plain lines, now and then, elsewhere."""
+    """A live line on a terminal, with a bar if it is wide; now and then a plain line elsewhere."""
 
     def __init__(self, console: Console, *, steps: int, start: int, every: int) -> None:
         self._console = console
         self._live = console.is_terminal
         self._steps, self._every = steps, max(1, every)
-        self._progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[numbers]}"),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not self._live,
+        self._remaining = RemainingTime(steps)
+        line = Column(no_wrap=True, overflow="ellipsis")
+        text = TextColumn("{task.fields[numbers]}", table_column=line, markup=False)
+        room = console.width - _NUMBERS_WIDTH
+        columns: list[ProgressColumn] = [MofNCompleteColumn(), text]
+        if room >= _SHORTEST_BAR:
+            columns.insert(1, BarColumn(bar_width=min(room, _LONGEST_BAR)))
+        self._progress = Progress(*columns, console=console, disable=not self._live)
+        self._task = self._progress.add_task(
+            "train", total=steps, completed=start, numbers="compiling the first step"
         )
-        self._task = self._progress.add_task("train", total=steps, completed=start, numbers="")
 
     def __enter__(self) -> TerminalDisplay:
         self._progress.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._progress.__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> None:
+        self._progress.__exit__(*error)
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        numbers = describe(metrics)
+        numbers = f"{describe(metrics)}  ETA {self._remaining.after(step)}"
         if self._live:
             self._progress.update(self._task, completed=step, numbers=numbers)
         elif step % self._every == 0 or step == self._steps or step == 1:
-            left = (self._steps - step) * (metrics.get("step_seconds") or 0.0)
-            self._console.print(
-                f"step {step}/{self._steps}  {numbers}  ETA {int(left) // 60}:{int(left) % 60:02d}",
-                highlight=False,
-                soft_wrap=True,
-            )
+            self.say(f"step {step}/{self._steps}  {numbers}")
 
     def say(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 class Silent:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ class NnxProgram:
     def __post_init__(self) -> None:
         module = self.module
         if module is None:
-            module = nnx.eval_shape(lambda: self._make(nnx.Rngs(0)))
+            module = nnx.eval_shape(lambda: self._make(_streams(jax.random.key(0))))
         self._graph, self._params, self._rest = _split(module)
         self._random = _random_state(self._rest)
         if not self.stacked:
@@ -59,10 +60,8 @@ class NnxProgram:
         return module
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
-        default, params, dropout = jax.random.split(key, 3)
-        module = self._make(nnx.Rngs(default, params=params, dropout=dropout))
-        _, parameters, rest = _split(module)
-        return nnx.to_pure_dict(parameters), as_arrays(nnx.to_pure_dict(rest))
+        _, params, rest = _split(self._make(_streams(key)))
+        return nnx.to_pure_dict(params), as_arrays(nnx.to_pure_dict(rest))
 
     def given(self) -> tuple[Any, Any] | None:
         if self.module is None:
@@ -88,10 +87,21 @@ class NnxProgram:
         return result, map_named(lambda p, leaf: kept[p] if p in self._random else leaf, new)
 
 
+def _streams(key: jax.Array) -> nnx.Rngs:
+    """Keys for parameters, for dropout, and for streams of any other name."""
+    default, params, dropout = jax.random.split(key, 3)
+    return nnx.Rngs(default, params=params, dropout=dropout)
+
+
 def _call_with_rngs(create: Callable[..., Any], rngs: nnx.Rngs) -> Any:
     """Modules conventionally take `rngs` by keyword only, functions take what they like."""
+    function: Any = create
+    while isinstance(function, functools.partial):
+        function = function.func
+    if isinstance(function, type):  # NNX's metaclass hides the signature of the class
+        function = function.__init__
     try:
-        by_keyword = "rngs" in inspect.signature(create).parameters
+        by_keyword = "rngs" in inspect.signature(function).parameters
     except (TypeError, ValueError):
         by_keyword = False
     return create(rngs=rngs) if by_keyword else create(rngs)

@@ -56,7 +56,10 @@ def one_device(name: str) -> Curve:
     model = case.model()
     if isinstance(model, nnx.Module):
         graph, params, rest = nnx.split(model, nnx.Param, ...)
-        pure, bind = nnx.to_pure_dict(params), lambda p: nnx.merge(graph, _replaced(params, p), rest)
+        pure, bind = (
+            nnx.to_pure_dict(params),
+            lambda p: nnx.merge(graph, _replaced(params, p), rest),
+        )
     else:
         apply = model[1] if isinstance(model, tuple) else _linen_function(model)
         assert case.model_parameters is not None

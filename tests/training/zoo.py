@@ -261,9 +261,7 @@ def pair(init: Any, apply: Any, loss_fn: Any = token_loss) -> Case:
 
 CASES: dict[str, Case] = {
     "nnx_unrolled": Case(lambda: NnxUnrolled(rngs=nnx.Rngs(0)), token_loss, token_batch),
-    "nnx_scanned": Case(
-        lambda: NnxScanned(remat=False, rngs=nnx.Rngs(0)), token_loss, token_batch
-    ),
+    "nnx_scanned": Case(lambda: NnxScanned(remat=False, rngs=nnx.Rngs(0)), token_loss, token_batch),
     "nnx_scanned_remat": Case(
         lambda: NnxScanned(remat=True, rngs=nnx.Rngs(0)), token_loss, token_batch
     ),
