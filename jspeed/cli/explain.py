@@ -83,7 +83,7 @@ def _section(console: Console, title: str, lines: Sequence[str], style: str) -> 
         console.print()
         console.print(Text(f"{title}:", style))
         for line in lines:
-            console.print(Padding(Text(line), (0, 0, 0, 2)))
+            console.print(Padding(Text(line), (0, 0, 0, 2), expand=False))
 
 
 def _heading(state: Explanation) -> str:

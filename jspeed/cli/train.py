@@ -34,7 +34,7 @@ def train_command(config: Config, *, resume: bool, overwrite: bool) -> int:
 
 def _farewell(result: RunResult, console: Console, *, steps: int) -> None:
     def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        console.print(text, highlight=False, markup=False, soft_wrap=not console.is_terminal)
 
     if result.state == "finished":
         say(f"finished at step {result.step}; metrics and checkpoints are in {result.directory}")

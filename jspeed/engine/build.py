@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jspeed.config import Batch, Config, resolve_batch
 from jspeed.core.errors import ConfigError
-from jspeed.layout.mesh import MeshShape, make_mesh, resolve_mesh
+from jspeed.layout.mesh import AnyMesh, MeshShape, make_mesh, resolve_mesh
 from jspeed.layout.rules import Rule
 from jspeed.layout.zero import Layout, ZeroSettings, place
 from jspeed.optim import (
@@ -28,7 +28,7 @@ from jspeed.training.program import Program
 from jspeed.training.state import abstract_parameters, check_trainable
 from jspeed.training.step import StepSettings
 
-ScheduleFn = Callable[[jax.Array], jax.Array]
+ScheduleFn = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def mesh_shape(config: Config, devices: int) -> MeshShape:
 def plan_run(
     config: Config,
     program: Program,
-    mesh: Mesh,
+    mesh: AnyMesh,
     *,
     optimizer: optax.GradientTransformation | None = None,
     schedule: ScheduleFn | None = None,

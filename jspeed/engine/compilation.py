@@ -39,6 +39,7 @@ def auto_facts(config: Config, program: Program, mesh: Mesh) -> AutoFacts:
 
 def step_options(config: Config, layout: Layout) -> dict[str, Any] | None:
     """XLA's options for the train step on the mesh's platform; None where there are none."""
+    assert isinstance(layout.mesh, Mesh), "a step is compiled for devices"
     platform = layout.mesh.devices.flat[0].platform
     zero = config.zero
     communication = CommunicationSettings(
@@ -62,7 +63,7 @@ def enable_compile_cache(directory: str | os.PathLike[str] | None = None) -> Pat
 
     The default is `jspeed/xla` under `XDG_CACHE_HOME` or `~/.cache`.
     """
-    current = jax.config.jax_compilation_cache_dir
+    current = jax.config.values["jax_compilation_cache_dir"]
     if current:
         return Path(current)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -174,11 +174,12 @@ class Engine:
         Raises:
           DataError: the batch has another number of rows.
         """
-        self.state, self._metrics = self.train_step(self.state, self.place_batch(batch))
+        self.state, metrics = self.train_step(self.state, self.place_batch(batch))
+        self._metrics = metrics
         self.global_steps += 1
         if self._reporter is not None:
-            self._reporter.step(self.global_steps, self._metrics)
-        return self._metrics
+            self._reporter.step(self.global_steps, metrics)
+        return metrics
 
     def eval_batch(self, batch: Any) -> dict[str, jax.Array]:
         """The loss of a batch in evaluation mode, without changing anything.
@@ -368,7 +369,7 @@ class Engine:
 
     @property
     def world_size(self) -> int:
-        return self.layout.mesh.devices.size
+        return self.layout.mesh.size
 
     @property
     def global_rank(self) -> int:

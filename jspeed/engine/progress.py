@@ -126,7 +126,8 @@ class TerminalDisplay:
             self.say(f"step {step}/{self._steps}  {numbers}")
 
     def say(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        # A file keeps its lines whole.
+        self._console.print(text, highlight=False, markup=False, soft_wrap=not self._live)
 
 
 class Silent:

@@ -1,7 +1,7 @@
 """What an engine tells by itself: a log line every `steps_per_print`, and the configured monitors.
 
-`jspeed train` has its own display and monitor and switches this off. Metrics of a step are read only
-when the next one is under way, so that reporting never makes the device wait.
+`jspeed train` has its own display and monitor and switches this off. Metrics of a step are read
+only when the next one is under way, so that reporting never makes the device wait.
 """
 
 from __future__ import annotations

@@ -1,0 +1,20 @@
+"""Where each array lives: mesh, sharding rules, ZeRO placement, gather at use."""
+
+from jspeed.layout.mesh import AXES, BATCH_AXES, ZERO_AXES, MeshShape, make_mesh, resolve_mesh
+from jspeed.layout.rules import Rule
+from jspeed.layout.zero import Layout, LeafPlacement, Role, ZeroSettings, place
+
+__all__ = [
+    "AXES",
+    "BATCH_AXES",
+    "ZERO_AXES",
+    "Layout",
+    "LeafPlacement",
+    "MeshShape",
+    "Role",
+    "Rule",
+    "ZeroSettings",
+    "make_mesh",
+    "place",
+    "resolve_mesh",
+]

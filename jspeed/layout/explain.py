@@ -219,7 +219,9 @@ def placed_by(layout: Layout, leaf: LeafPlacement) -> str:
     parts = [f"rule {leaf.rule}"] if leaf.rule else []
     if layout.stage and layout.zero_splits(leaf.path):
         axes = "+".join(axis for axis in ZERO_AXES if layout.sizes[axis] > 1)
-        kept = ", a whole copy kept" if layout.stage == 3 and leaf.persistent else ""
+        kept = ""
+        if layout.stage == 3 and leaf.persistent:
+            kept = ", beside a whole copy" if layout.mixed_precision else ", moments only"
         parts.append(f"ZeRO-{layout.stage} over {axes}{kept}")
     elif layout.stage and leaf.whole_because:
         parts.append(f"ZeRO-{layout.stage}, kept whole")

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from flax import nnx
 
 from jspeed.config import ModelConfig
+from jspeed.core.errors import ConfigError
 from jspeed.models.gpt2 import GPT2, GPT2Config
 from jspeed.models.llama import Llama, LlamaConfig
 from jspeed.nn.attention import choose_implementation
@@ -71,7 +72,15 @@ def build_model(model: ModelConfig, *, vocab_size: int, platform: str) -> ModelF
       model: the section.
       vocab_size: of the tokenizer; the section's own wins, if it is at least as large.
       platform: of the devices, which decides what attention `auto` means.
+
+    Raises:
+      ConfigError: the section's vocabulary is smaller than the tokenizer's.
     """
+    if model.vocab_size is not None and model.vocab_size < vocab_size:
+        raise ConfigError(
+            f'"model.vocab_size": {model.vocab_size} is smaller than the tokenizer\'s {vocab_size} '
+            "ids. Leave it out to use the tokenizer's size."
+        )
     common: dict[str, Any] = {
         "vocab_size": model.vocab_size or vocab_size,
         "layers": model.layers,

@@ -11,16 +11,17 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-Implementation = Literal["auto", "cpu", "cudnn", "xla"]
+Implementation = Literal["auto", "cpu", "cudnn", "gpu", "xla"]
 _MASKED = -1e30
 
 
 def choose_implementation(requested: Implementation, platform: str) -> Implementation:
-    """What `auto` means on a platform: `cudnn` on GPUs, our own formulation on CPUs, `xla`
+    """What `auto` means on a platform: `gpu` on NVIDIA's, our own formulation on CPUs, `xla`
     elsewhere."""
     if requested != "auto":
         return requested
-    return {"gpu": "cudnn", "cuda": "cudnn", "rocm": "xla", "cpu": "cpu"}.get(platform, "xla")
+    known: dict[str, Implementation] = {"gpu": "gpu", "cuda": "gpu", "cpu": "cpu"}
+    return known.get(platform, "xla")
 
 
 def causal_attention(
@@ -38,22 +39,33 @@ def causal_attention(
       key: `[batch, seq, kv_heads, dim]`.
       value: like `key`.
       segment_ids: `[batch, seq]` int32; tokens see only their own segment. None: one segment.
-      implementation: `cudnn` or `xla` of `jax.nn.dot_product_attention`, or `cpu`. A named one
-        never falls back.
+      implementation: `cudnn` or `xla` of `jax.nn.dot_product_attention`, or `cpu`; these never
+        fall back. `gpu` is `cudnn` where that can compute it (half precision, `dim` at most 128
+        and a multiple of 8), otherwise `xla`.
 
     Returns:
       `[batch, seq, heads, dim]` in the query's dtype.
+
+    Raises:
+      ValueError: `implementation` is none of these.
     """
+    if implementation == "gpu":
+        implementation = "cudnn" if _fits_cudnn(query) else "xla"
     if implementation == "cpu":
         return _cpu_attention(query, key, value, segment_ids)
     if implementation not in ("cudnn", "xla"):
-        raise ValueError(f"implementation {implementation!r}: expected cpu, cudnn or xla")
+        raise ValueError(f"implementation {implementation!r}: expected cpu, cudnn, gpu or xla")
     mask = None
     if segment_ids is not None:
         mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
     return jax.nn.dot_product_attention(
         query, key, value, mask=mask, is_causal=True, implementation=implementation
     )
+
+
+def _fits_cudnn(query: jax.Array) -> bool:
+    dim = query.shape[-1]
+    return query.dtype in (jnp.bfloat16, jnp.float16) and dim <= 128 and dim % 8 == 0
 
 
 def _cpu_attention(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -73,6 +71,7 @@ def _chunked_total(chunks: jax.Array, kernel: jax.Array, labels: jax.Array) -> j
 
 def _chunked_forward(chunks: jax.Array, kernel: jax.Array, labels: jax.Array):
     features, vocabulary = kernel.shape
+    raised = _raised(chunks.dtype)
 
     def body(carry: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, jax.Array]):
         total, d_kernel = carry
@@ -80,29 +79,37 @@ def _chunked_forward(chunks: jax.Array, kernel: jax.Array, labels: jax.Array):
         logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
         losses, counted = _token_losses(logits, label)
         d_logits = jax.nn.softmax(logits, axis=-1) - jax.nn.one_hot(label, vocabulary)
-        d_logits = (d_logits * counted[:, None]).astype(hidden.dtype)
+        d_logits = (d_logits * (raised * counted[:, None])).astype(hidden.dtype)
         d_hidden = jnp.matmul(d_logits, kernel.T)
         d_kernel = d_kernel + jnp.matmul(hidden.T, d_logits, preferred_element_type=jnp.float32)
         return (total + losses.sum(), d_kernel), d_hidden
 
     start = (jnp.zeros((), jnp.float32), jnp.zeros((features, vocabulary), jnp.float32))
     (total, d_kernel), d_chunks = jax.lax.scan(body, start, (chunks, labels))
-    return total, (d_chunks, d_kernel.astype(kernel.dtype))
+    # A sum over tokens fits into float16 only once the loss's mean has been taken.
+    wide = jnp.float32 if kernel.dtype == jnp.float16 else kernel.dtype
+    return total, (d_chunks, d_kernel.astype(wide), jnp.zeros((), kernel.dtype))
 
 
-def _chunked_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array):
-    d_chunks, d_kernel = saved
+def _chunked_backward(saved: tuple[jax.Array, jax.Array, jax.Array], gradient: jax.Array):
+    d_chunks, d_kernel, like = saved
+    gradient = gradient.astype(jnp.float32) / _raised(d_chunks.dtype)
     return (
-        d_chunks * gradient.astype(d_chunks.dtype),
-        d_kernel * gradient.astype(d_kernel.dtype),
+        (d_chunks.astype(jnp.float32) * gradient).astype(d_chunks.dtype),
+        (d_kernel.astype(jnp.float32) * gradient).astype(like.dtype),
         None,
     )
+
+
+def _raised(dtype: jnp.dtype) -> float:
+    """Factor on gradients that are kept before fp16's loss scale reaches them: probabilities of
+    rare tokens are below what float16 can hold."""
+    return 1024.0 if dtype == jnp.float16 else 1.0
 
 
 _chunked_total.defvjp(_chunked_forward, _chunked_backward)
 
 
-@functools.cache
 def default_chunk_size(tokens: int, vocabulary: int) -> int:
     """Tokens per chunk such that one chunk's fp32 logits take at most 64 MiB, or the whole where
     that is small."""

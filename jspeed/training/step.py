@@ -97,13 +97,11 @@ def make_train_step(
         if schedule is not None:
             metrics["learning_rate"] = jnp.asarray(schedule(state.updates), jnp.float32)
         loss_scale = state.loss_scale
-        if settings.loss_scale is not None:
-            loss_scale = settings.loss_scale.update(state.loss_scale, finite)
-            metrics["loss_scale"] = state.loss_scale.scale
+        if settings.loss_scale is not None and loss_scale is not None:
+            metrics["loss_scale"] = loss_scale.scale
+            metrics["loss_scale_exhausted"] = settings.loss_scale.is_exhausted(loss_scale, finite)
+            loss_scale = settings.loss_scale.update(loss_scale, finite)
             metrics["next_loss_scale"] = loss_scale.scale
-            metrics["loss_scale_exhausted"] = settings.loss_scale.is_exhausted(
-                state.loss_scale, finite
-            )
         master, copies = publish(new.master, layout)
         return _replace(new, master=master, copies=copies, loss_scale=loss_scale), metrics
 

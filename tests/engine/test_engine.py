@@ -1,4 +1,5 @@
-"""The engine's public face: what DeepSpeed's users call, and what they are told where it differs."""
+"""The engine's public face: what DeepSpeed's users call, and what they are told where it
+differs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A run that is killed and resumed has the loss curve of one that was left alone, to the last bit."""
+"""A run that is killed and resumed has the loss curve of one that was left alone, to the last
+bit."""
 
 from __future__ import annotations
 
@@ -70,7 +71,8 @@ def test_killed_five_times(undisturbed, tmp_path):
             ready = lambda: any(saving.glob("*.saving*"))  # noqa: E731
         else:
             after = time.monotonic() + rng.random() * 0.2
-            ready = lambda: _steps_written(directory) >= step and time.monotonic() > after  # noqa: E731, B023
+            ready = lambda: _steps_written(directory) >= step and time.monotonic() > after  # noqa:
+            E731, B023
         kills.append(_kill_when(process, ready))
     assert all(kills), f"a run ended before its kill: {kills} at {moments}"
     output = _finish(start(run, "--resume"))

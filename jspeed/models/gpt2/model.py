@@ -10,6 +10,7 @@ from flax import nnx
 
 from jspeed.models.gpt2.config import GPT2Config
 from jspeed.nn import LayerNorm, Linear, causal_attention, scan_layers, stack_layers
+from jspeed.nn.attention import Implementation
 
 _STDDEV = 0.02
 
@@ -24,7 +25,7 @@ class Attention(nnx.Module):
         self.qkv = Linear(width, 3 * width, stddev=_STDDEV, bias=True, rngs=rngs)
         self.proj = Linear(width, width, stddev=residual, bias=True, rngs=rngs)
         self.heads = config.heads
-        self.implementation = config.attention
+        self.implementation: Implementation = config.attention
 
     def __call__(self, x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
         batch, seq, width = x.shape

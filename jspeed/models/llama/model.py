@@ -8,6 +8,7 @@ from flax import nnx
 
 from jspeed.models.llama.config import LlamaConfig
 from jspeed.nn import Linear, RMSNorm, causal_attention, scan_layers, stack_layers
+from jspeed.nn.attention import Implementation
 from jspeed.nn.rope import apply_rope, rope_frequencies
 
 _STDDEV = 0.02
@@ -28,7 +29,7 @@ class Attention(nnx.Module):
         self.o = linear(config.heads * dim, width)
         self.heads, self.kv_heads, self.dim = config.heads, config.kv_heads, dim
         self.theta, self.scaling = config.rope_theta, config.rope_scaling
-        self.implementation = config.attention
+        self.implementation: Implementation = config.attention
 
     def __call__(
         self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array | None

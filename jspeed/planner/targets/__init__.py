@@ -42,7 +42,7 @@ def described_devices(target: str, count: int, *, per_host: int = 8) -> list[Any
         raise JspeedError(
             f"{count} GPUs do not fill hosts of {per_host}. Use a multiple of {per_host}."
         )
-    text = resources.files(__package__).joinpath(f"{target}.txt").read_text()
+    text = resources.files(__name__).joinpath(f"{target}.txt").read_text()
     topology = topologies.get_topology_desc(
         platform="cuda",
         topology_name="",
