@@ -50,9 +50,9 @@ def main(overrides: list[str]) -> None:
 
     batches = data.train_iterator(engine.train_batch_size())
     for step in range(1, config.run.steps + 1):
-        metrics = engine.train_batch(next(batches))
+        loss = float(engine.train_batch(next(batches))["loss"])
         if step % 10 == 0 or step == config.run.steps:
-            print(f"step {step}: loss {float(metrics['loss']):.4f}")
+            print(f"step {step}: loss {loss:.4f}")
 
     total = weight = 0.0
     for batch in data.validation_batches(engine.train_batch_size()):

@@ -18,6 +18,8 @@ from jspeed.layout.explain import STATE_ROLES, Explanation, LeafExplanation, Sha
 from jspeed.layout.rules import spec_text
 from jspeed.layout.zero import Role
 
+_SHORTEST_PATH = 20
+
 
 def explain_command(
     run: str, overrides: Sequence[str], *, as_json: bool, devices: int | None
@@ -66,7 +68,7 @@ def render(explanation: RunExplanation, console: Console) -> None:
     state = explanation.state
     console.print(Text(_heading(state), "bold"))
     console.print()
-    console.print(_table(state))
+    _print_table(state, console)
     console.print()
     for line in _totals(state):
         console.print(Text(line))
@@ -95,30 +97,50 @@ def _heading(state: Explanation) -> str:
     )
 
 
-def _table(state: Explanation) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
-    table.add_column("parameter", overflow="fold")
-    table.add_column("shape", overflow="fold")
-    table.add_column("split over", overflow="fold")
-    for role in STATE_ROLES:
-        table.add_column(role.value, justify="right", no_wrap=True)
-    grouped: dict[str, list[Row]] = {}
+Cells = tuple[str, ...]
+
+
+def _print_table(state: Explanation, console: Console) -> None:
+    """One line per row, the rows of each rule under the rule."""
+    head: Cells = ("parameter", "shape", "split over", *(role.value for role in STATE_ROLES))
+    sums = (bytes_text(state.role_bytes(role)) for role in STATE_ROLES)
+    total: Cells = ("on one device", "", "", *sums)
+    grouped: dict[str, list[Cells]] = {}
     for row in rows(state.leaves):
-        grouped.setdefault(row.leaves[0].rule, []).append(row)
-    for rule, members in grouped.items():
-        table.add_row()
-        table.add_row(Text(rule, "cyan"))
-        for row in members:
-            leaf = row.leaves[0]
-            table.add_row(
-                Text(f"  {row.label}"),
-                Text("x".join(map(str, leaf.shape)) or "scalar"),
-                Text(spec_text(leaf.home.spec)),
-                *(Text(bytes_text(row.bytes(role))) for role in STATE_ROLES),
-            )
-    table.add_row()
-    totals = (bytes_text(state.role_bytes(role)) for role in STATE_ROLES)
-    table.add_row(Text("on one device", "bold"), "", "", *(Text(text, "bold") for text in totals))
+        grouped.setdefault(row.leaves[0].rule, []).append(_cells(row))
+    lines = [head, total, *(cells for group in grouped.values() for cells in group)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    # Numbers and shapes stay whole; on a narrow terminal paths are folded.
+    room = console.width - sum(widths[1:]) - 2 * len(widths)
+    widths[0] = min(widths[0], max(room, _SHORTEST_PATH))
+    console.print(_grid([head], widths, "bold"))
+    for rule, group in grouped.items():
+        console.print()
+        console.print(Text(rule, "cyan"))
+        console.print(_grid(group, widths, ""))
+    console.print()
+    console.print(_grid([total], widths, "bold"))
+
+
+def _cells(row: Row) -> Cells:
+    leaf = row.leaves[0]
+    return (
+        f"  {row.label}",
+        "x".join(map(str, leaf.shape)) or "scalar",
+        spec_text(leaf.home.spec),
+        *(bytes_text(row.bytes(role)) for role in STATE_ROLES),
+    )
+
+
+def _grid(lines: Sequence[Cells], widths: Sequence[int], style: str) -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for position, width in enumerate(widths):
+        right = position >= len(widths) - len(STATE_ROLES)
+        table.add_column(
+            width=width, justify="right" if right else "left", overflow="fold", style=style
+        )
+    for cells in lines:
+        table.add_row(*map(Text, cells))
     return table
 
 

@@ -54,6 +54,7 @@ def step_options(config: Config, layout: Layout) -> dict[str, Any] | None:
         communication,
         compute_dtype=layout.compute_dtype,
         reduce_dtype=layout.reduce_dtype,
+        automatic_axes=bool(layout.automatic_axes),
     )
     return dict(options) or None
 

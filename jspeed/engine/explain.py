@@ -28,7 +28,7 @@ from jspeed.engine.build import RunPlan, mesh_shape, plan_run
 from jspeed.layout.at_use import AtHome, Report, call_with_gather_at_use
 from jspeed.layout.explain import Explanation, StateArray, explain
 from jspeed.layout.mesh import AnyMesh, make_abstract_mesh
-from jspeed.layout.rules import Entry
+from jspeed.layout.rules import Entry, axes_of
 from jspeed.layout.zero import Layout, Role, manual_spec
 from jspeed.models import build_model
 from jspeed.nn import language_model_loss
@@ -80,6 +80,7 @@ def explain_run(config: Config, *, devices: int | None = None) -> RunExplanation
     program = _program(config, config.model, remarks)
     config = config.resolve_auto(_facts(config, remarks))
     plan = plan_run(_with_fitting_batch(config, mesh, remarks), program, mesh)
+    remarks += _idle_axes(plan.layout)
     notes = gather_notes(program, language_model_loss, plan.layout, _token_batch(config, plan))
     state = explain_plan(program, plan, notes)
     return RunExplanation(state, tuple(remarks), tuple(map(str, config.switched_on_later())))
@@ -235,10 +236,22 @@ def _facts(config: Config, remarks: list[str]) -> AutoFacts:
     rates = any(path.endswith("lr") for path in config.autos)
     sizes = any("batch_size" in path for path in config.autos)
     return AutoFacts(
-        total_steps=config.run.steps if config.run else 1,
+        total_steps=(config.run.steps if config.run else 0) or 1,
         learning_rate=1.0 if rates else None,
         micro_batch_size=1 if sizes else None,
     )
+
+
+def _idle_axes(layout: Layout) -> list[str]:
+    """A `tensor` axis that no rule names holds the same parameters on all of its devices."""
+    size = layout.sizes["tensor"]
+    entries = (entry for leaf in layout.leaves.values() for entry in leaf.base)
+    if size == 1 or any("tensor" in axes_of(entry) for entry in entries):
+        return []
+    return [
+        f'"mesh.tensor": {size}, but no rule splits a parameter over it: each is held {size} '
+        'times. Add rules as "mesh.rules".'
+    ]
 
 
 def _with_fitting_batch(config: Config, mesh: AnyMesh, remarks: list[str]) -> Config:

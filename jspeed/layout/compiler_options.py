@@ -49,6 +49,7 @@ def compiler_options(
     *,
     compute_dtype: str,
     reduce_dtype: str | None = None,
+    automatic_axes: bool = False,
     described: bool = False,
 ) -> Options:
     """The options to compile a train step with, for `jax.jit(..., compiler_options=...)`.
@@ -58,6 +59,8 @@ def compiler_options(
       zero: overlap and bucket sizes.
       compute_dtype: that weights are gathered in; a bucket's elements times its size is in bytes.
       reduce_dtype: that gradients are reduced in; the compute dtype when None.
+      automatic_axes: whether `tensor` or `seq` splits anything, so that layers hold collectives of
+        their own.
       described: the target is a description of a GPU. Products then go to the library, as they do
         on a GPU after autotuning, which needs one.
     """
@@ -66,6 +69,10 @@ def compiler_options(
     options: Options = {}
     if zero.overlaps:
         options["optimization_level"] = _O1
+        if automatic_axes:
+            # With one collective at a time, a gather would have to end before the next reduction
+            # over `tensor` and found no matrix product to run behind.
+            options["xla_gpu_experimental_parallel_collective_overlap_limit"] = 2
     gather = zero.prefetch_bucket_size if zero.stage == 3 else zero.allgather_bucket_size
     gather_bytes = gather * jnp.dtype(compute_dtype).itemsize
     reduce_bytes = zero.reduce_bucket_size * jnp.dtype(reduce_dtype or compute_dtype).itemsize

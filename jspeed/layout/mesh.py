@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ ZERO_AXES = ("data", "expert")
 AUTOMATIC_AXES = ("seq", "tensor")
 """Left to XLA's partitioner inside the step."""
 
-AnyMesh = Mesh | AbstractMesh
+AnyMesh: TypeAlias = Mesh | AbstractMesh
 """Of devices, or of axis sizes alone: enough to decide where everything would live."""
 
 

@@ -45,16 +45,20 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """`x @ kernel (+ bias)` in the kernel's dtype; `kernel` is `[inputs, outputs]`."""
+    """`x @ kernel (+ bias)` in the kernel's dtype; `kernel` is `[inputs, outputs...]`.
+
+    Several output dimensions, as the three of a fused query, key and value projection, keep the
+    heads in a dimension of their own, which a `tensor` axis can then split.
+    """
 
     def __init__(
-        self, inputs: int, outputs: int, *, stddev: float, bias: bool, rngs: nnx.Rngs
+        self, inputs: int, *outputs: int, stddev: float, bias: bool, rngs: nnx.Rngs
     ) -> None:
-        self.kernel = nnx.Param(stddev * jax.random.normal(rngs.params(), (inputs, outputs)))
-        self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32)) if bias else None
+        self.kernel = nnx.Param(stddev * jax.random.normal(rngs.params(), (inputs, *outputs)))
+        self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...]
+        y = jnp.tensordot(x, self.kernel[...], axes=1)
         return y if self.bias is None else y + self.bias[...]
 
 

@@ -1,7 +1,8 @@
-"""What a compiled module communicates: every array that travels, how often, over which mesh axes, and behind what.
+"""What a compiled module communicates: every array that travels, how often, over which mesh axes,
+and behind what.
 
-XLA combines many collectives into one instruction with many operands. Here each array is listed on its own, so that
-"one all-gather per layer and weight" can be counted whatever was combined.
+XLA combines many collectives into one instruction with many operands. Here each array is listed on
+its own, so that "one all-gather per layer and weight" can be counted whatever was combined.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Collective:
       operand: what one device gives.
       result: what one device gets.
       count: how often in one run of the module, trip counts multiplied in.
-      axes: the mesh axes over which it communicates, slowest first; `("?",)` when its groups are no product of axes.
+      axes: the mesh axes over which it communicates, slowest first; `("?",)` when its groups are no
+        product of axes.
       asynchronous: whether other work can run meanwhile.
       name: of the instruction; arrays that XLA combined share it.
       op_name: where it comes from in the traced program.
@@ -58,7 +60,8 @@ class Collective:
 
     @property
     def whole(self) -> ArrayType:
-        """The larger of operand and result: the array before a reduce-scatter, after an all-gather."""
+        """The larger of operand and result: the array before a reduce-scatter, after an
+        all-gather."""
         return max(self.operand, self.result, key=lambda array: array.elements)
 
 

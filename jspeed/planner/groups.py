@@ -1,7 +1,7 @@
 """From the device groups of a collective to the mesh axes it communicates over.
 
-XLA writes groups in three ways: as lists `{{0,1},{2,3}}`, as a reshaped and transposed count `[2,4]<=[4,2]T(1,0)`,
-and as axes of a mesh of its own `mesh['a'=2,'b'=4] {'b'}`.
+XLA writes groups in three ways: as lists `{{0,1},{2,3}}`, as a reshaped and transposed count
+`[2,4]<=[4,2]T(1,0)`, and as axes of a mesh of its own `mesh['a'=2,'b'=4] {'b'}`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def group_axes(text: str, mesh: Mapping[str, int]) -> tuple[str, ...]:
       mesh: axis name -> size, in the mesh's order; devices are numbered in row-major order.
 
     Returns:
-      The axes; `()` when every device is on its own; `("?",)` when the groups are no product of whole axes.
+      The axes; `()` when every device is on its own; `("?",)` when the groups are no product of
+      whole axes.
 
     Raises:
       JspeedError: the text is in a form that is not known.
@@ -63,7 +64,8 @@ def parse_groups(text: str, devices: int) -> list[list[int]]:
         return _mesh_groups(by_axes)
     if not text.startswith("{"):
         raise JspeedError(
-            f"replica_groups={text[:60]} is in a form that is not known; expected {{{{0,1}},{{2,3}}}}, [2,2]<=[4] or "
+            f"replica_groups={text[:60]} is in a form that is not known; expected "
+            f"{{{{0,1}},{{2,3}}}}, [2,2]<=[4] or "
             "mesh['a'=2,'b'=2] {'b'}. This version of XLA is newer than jspeed."
         )
     groups = _lists(text)

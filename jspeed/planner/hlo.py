@@ -1,4 +1,5 @@
-"""Reads the text of a compiled module: computations and their instructions (`compiled.as_text()`)."""
+"""Reads the text of a compiled module: computations and their instructions
+(`compiled.as_text()`)."""
 
 from __future__ import annotations
 
@@ -14,9 +15,20 @@ _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([0-9,]*)\]")
 _NAMES = re.compile(r"%?([\w.\-]+)")
 _BITS = {
-    "pred": 8, "token": 0, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "f4e2m1fn": 4,
+    "pred": 8,
+    "token": 0,
+    "s4": 4,
+    "u4": 4,
+    "s2": 2,
+    "u2": 2,
+    "f4e2m1fn": 4,
     **{f"{kind}{bits}": bits for kind in "su" for bits in (8, 16, 32, 64)},
-    "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128,
+    "bf16": 16,
+    "f16": 16,
+    "f32": 32,
+    "f64": 64,
+    "c64": 64,
+    "c128": 128,
 }
 
 
@@ -45,7 +57,8 @@ class Instruction:
       name: unique in the module.
       opcode: for example `fusion` or `all-gather-start`.
       type: of the result as text; `arrays` reads it.
-      operands: names of instructions in the same computation (of a constant or parameter: what stands there).
+      operands: names of instructions in the same computation (of a constant or parameter: what
+        stands there).
       attributes: all that follows the operands, as text.
       root: whether it is the computation's result.
     """
@@ -67,7 +80,8 @@ class Instruction:
         return _balanced(self.attributes, found.end()) if found else None
 
     def called(self) -> tuple[str, ...]:
-        """The computations that this instruction runs, other than elementwise reductions and fused ones."""
+        """The computations that this instruction runs, other than elementwise reductions and fused
+        ones."""
         names: list[str] = []
         for key in _CALLED.get(self.opcode, ()):
             names.extend(_NAMES.findall(self.attribute(key) or ""))
@@ -139,7 +153,8 @@ def parse_module(text: str) -> Module:
             lines.append(_instruction(line, found))
     if not entry:
         raise JspeedError(
-            f"This is not the text of a compiled module (it begins {text[:40]!r} and has no ENTRY computation). "
+            f"This is not the text of a compiled module (it begins {text[:40]!r} and has no ENTRY "
+            "computation). "
             "Pass compiled.as_text()."
         )
     return Module(entry, "is_scheduled=true" in text.split("\n", 1)[0], computations)

@@ -111,27 +111,40 @@ def compile_step(
         communication or CommunicationSettings(stage, False, 0, 0, 0),
         compute_dtype=compute_dtype,
         reduce_dtype=reduce_dtype,
+        automatic_axes=bool(layout.automatic_axes),
         described=True,
     )
-    compiled = (
-        jax.jit(
-            step,
-            donate_argnums=0,
-            out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None),
-            compiler_options=dict(options),
-        )
-        .lower(state, _batch_shapes(batch, layout, accumulation))
-        .compile()
-    )
-    memory = compiled.memory_analysis()
+    lowered = jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None),
+        compiler_options=dict(options),
+    ).lower(state, _batch_shapes(batch, layout, accumulation))
+    compiled = compile_described(lowered)
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None, "XLA gave no memory analysis"
+    assert text is not None, "XLA gave no program text"
     return CompiledStep(
-        text=compiled.as_text(),
+        text=text,
         layout=layout,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
     )
+
+
+def compile_described(lowered: Any) -> Any:
+    """Compiles a program for described devices, past the persistent cache.
+
+    Without a device the cache can write an executable but not read it again.
+    """
+    enabled = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        return lowered.compile()
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
 
 
 def _batch_shapes(

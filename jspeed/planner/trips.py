@@ -1,8 +1,9 @@
 """How often each computation of a compiled module runs.
 
-XLA peels and unrolls loops, so an instruction's place in the text does not say how often it runs. `executions` follows
-calls from the entry and multiplies the trip counts of the `while` loops on the way. XLA notes most of them; it leaves
-the note out on a loop that it peeled, and there the scalars that decide the condition are evaluated.
+XLA peels and unrolls loops, so an instruction's place in the text does not say how often it runs.
+`executions` follows calls from the entry and multiplies the trip counts of the `while` loops on the
+way. XLA notes most of them; it leaves the note out on a loop that it peeled, and there the scalars
+that decide the condition are evaluated.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ Environment = Callable[[int, tuple[int, ...]], int]
 
 
 def executions(module: Module) -> dict[str, int]:
-    """How often each computation runs in one run of the module; each branch of a conditional counts as taken.
+    """How often each computation runs in one run of the module; each branch of a conditional counts
+    as taken.
 
     Raises:
       JspeedError: a loop's trip count is neither noted nor a function of constants.
@@ -78,8 +80,10 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
         return _counted(module, computation, loop)
     except (KeyError, ValueError) as error:
         raise JspeedError(
-            f"The trip count of {loop.name} in {computation.name} cannot be told: XLA did not note it, and its "
-            f"condition does not follow from constants ({error}). Counts of what runs inside would be wrong."
+            f"The trip count of {loop.name} in {computation.name} cannot be told: XLA did not "
+            "note it, and its "
+            f"condition does not follow from constants ({error}). Counts of what runs inside "
+            "would be wrong."
         ) from error
 
 

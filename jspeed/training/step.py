@@ -156,19 +156,14 @@ def publish(master: Any, layout: Layout) -> tuple[Any, dict[str, jax.Array]]:
     copies: dict[str, jax.Array] = {}
     gathering: dict[str, jax.Array] = {}
     for path, leaf in named_leaves(master):
-        whole_master = layout.role_spec(path, Role.MASTER) != layout.role_spec(path, Role.MOMENTS)
-        if whole_master:
+        in_shards = layout.role_spec(path, Role.MOMENTS) != layout.leaves[path].base
+        if layout.has_copy(path):
+            cast = leaf.astype(layout.compute_dtype)
+            (gathering if in_shards else copies)[path] = cast
+        elif layout.role_spec(path, Role.MASTER) != layout.role_spec(path, Role.MOMENTS):
             gathering[path] = leaf
-        else:
-            stored[path] = jax.lax.with_sharding_constraint(
-                leaf, layout.sharding(path, Role.MASTER)
-            )
-            if layout.has_copy(path):
-                cast = leaf.astype(layout.compute_dtype)
-                if layout.zero_splits(path):
-                    gathering[path] = cast
-                else:
-                    copies[path] = cast
+            continue
+        stored[path] = jax.lax.with_sharding_constraint(leaf, layout.sharding(path, Role.MASTER))
     if gathering:
         for path, whole in _gather_all(gathering, layout).items():
             (copies if layout.has_copy(path) else stored)[path] = whole

@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,28 +50,55 @@ def jspeed(*arguments: str, **variables: str) -> Ran:
     return Ran(done.returncode, done.stdout, done.stderr)
 
 
-def jspeed_until(line_with: str, number: signal.Signals, *arguments: str, **variables: str) -> Ran:
-    """Runs `jspeed ...` and sends a signal once a line of its output holds some text."""
+def jspeed_until(
+    ready: Callable[[subprocess.Popen[str]], str],
+    number: signal.Signals,
+    *arguments: str,
+    **variables: str,
+) -> Ran:
+    """Runs `jspeed ...` and sends a signal once `ready` returns, with the output it has read."""
     process = subprocess.Popen(
         command(*arguments),
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         env=environment(**variables),
     )
-    assert process.stdout is not None
     try:
-        seen = []
-        for line in process.stdout:
-            seen.append(line)
-            if line_with in line:
-                process.send_signal(number)
-                break
-        out, err = process.communicate(timeout=120)
+        seen = ready(process)
+        process.send_signal(number)
+        rest, _ = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert any(line_with in line for line in seen), "".join(seen) + err
-    return Ran(process.returncode, "".join(seen) + out, err)
+    return Ran(process.returncode, seen + rest, "")
+
+
+def line_with(text: str) -> Callable[[subprocess.Popen[str]], str]:
+    """Waits for a line of output that holds some text."""
+
+    def ready(process: subprocess.Popen[str]) -> str:
+        seen = ""
+        assert process.stdout is not None
+        for line in process.stdout:
+            seen += line
+            if text in line:
+                return seen
+        raise AssertionError(f"{text!r} never came:\n{seen}")
+
+    return ready
+
+
+def file_at(path: Path, *, then: float) -> Callable[[subprocess.Popen[str]], str]:
+    """Waits for a file, and some seconds more."""
+
+    def ready(process: subprocess.Popen[str]) -> str:
+        while not path.exists():
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.01)
+        time.sleep(then)
+        return ""
+
+    return ready
 
 
 def write(path: Path, content: Any) -> str:

@@ -147,10 +147,8 @@ def test_any_number_of_devices_without_devices() -> None:
 def test_the_mesh_says_how_many_devices(changes: dict[str, Any], devices: int) -> None:
     explanation = explain_run(load_config(run_file(**changes)))
     assert explanation.state.devices == devices
-    open_mesh = changes.get("mesh", {}).get("data") is None
-    assert [f"laid out for {devices}." in text for text in explanation.remarks] == [
-        True
-    ] * open_mesh
+    said = [text for text in explanation.remarks if f"laid out for {devices}." in text]
+    assert len(said) == (changes.get("mesh", {}).get("data") is None)
 
 
 def test_batch_sizes_that_do_not_hold_are_a_remark() -> None:
@@ -161,6 +159,17 @@ def test_batch_sizes_that_do_not_hold_are_a_remark() -> None:
         "batch 1 x 16 data-parallel devices = 16 (remainder 8). The nearest that hold: "
         '"train_batch_size" 16.',
     )
+
+
+def test_an_axis_that_splits_nothing_is_a_remark() -> None:
+    rules = [["blocks/mlp/fc/kernel", [None, None, "tensor"]]]
+    idle = explain_run(load_config(run_file(mesh={"tensor": 2})), devices=4)
+    used = explain_run(load_config(run_file(mesh={"tensor": 2, "rules": rules})), devices=4)
+    assert idle.remarks == (
+        '"mesh.tensor": 2, but no rule splits a parameter over it: each is held 2 times. Add rules '
+        'as "mesh.rules".',
+    )
+    assert used.remarks == ()
 
 
 def test_keys_that_are_not_built_yet_are_listed() -> None:

@@ -31,7 +31,9 @@ def with_weights(config: GPT2Config, weights: dict[str, np.ndarray]) -> GPT2:
     model = GPT2(config, rngs=nnx.Rngs(0))
     pure = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     assert {path for path, _ in named_leaves(pure)} == set(weights)
-    nnx.update(model, map_named(lambda path, _: jnp.asarray(weights[path]), pure))
+    # Queries, keys and values have a dimension of their own here, in the same order.
+    shaped = map_named(lambda path, leaf: jnp.asarray(weights[path]).reshape(leaf.shape), pure)
+    nnx.update(model, shaped)
     return model
 
 

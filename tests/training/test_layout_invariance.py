@@ -81,8 +81,10 @@ def test_mics_equals_one_device(stage, reference):
 def test_tensor_rules_equal_one_device(stage, reference):
     """data 4 x tensor 2, with rules by hand, beside ZeRO."""
     rules = [
-        ["blocks/(attn/qkv|mlp/fc)/kernel", [None, None, "tensor"]],
-        ["blocks/(attn/qkv|mlp/fc)/bias", [None, "tensor"]],
+        ["blocks/attn/qkv/kernel", [None, None, None, "tensor"]],
+        ["blocks/attn/qkv/bias", [None, None, "tensor"]],
+        ["blocks/mlp/fc/kernel", [None, None, "tensor"]],
+        ["blocks/mlp/fc/bias", [None, "tensor"]],
         ["blocks/(attn|mlp)/proj/kernel", [None, "tensor", None]],
     ]
     config = ds_config(stage=stage, micro=2, mesh={"data": 4, "tensor": 2, "rules": rules})

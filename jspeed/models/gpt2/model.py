@@ -22,7 +22,7 @@ class Attention(nnx.Module):
         width = config.hidden_size
         # Residual projections start smaller by the root of their number (GPT-2, section 2.3).
         residual = _STDDEV / math.sqrt(2 * config.layers)
-        self.qkv = Linear(width, 3 * width, stddev=_STDDEV, bias=True, rngs=rngs)
+        self.qkv = Linear(width, 3, width, stddev=_STDDEV, bias=True, rngs=rngs)
         self.proj = Linear(width, width, stddev=residual, bias=True, rngs=rngs)
         self.heads = config.heads
         self.implementation: Implementation = config.attention

@@ -23,7 +23,8 @@ def has_gpu_compiler() -> bool:
 
 
 def described_devices(target: str, count: int, *, per_host: int = 8) -> list[Any]:
-    """`count` described GPUs in hosts of `per_host`; arrays cannot be put on them, programs can be compiled for them.
+    """`count` described GPUs in hosts of `per_host`; arrays cannot be put on them, programs can be
+    compiled for them.
 
     Raises:
       MissingExtraError: the CUDA compiler plugin is not installed.

@@ -1,0 +1,93 @@
+"""Every example runs as a user runs it, and learns what it says it learns."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+
+
+def run(name: str, *arguments: str, tmp_path: Path) -> str:
+    """Output of an example on 8 virtual devices."""
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "8",
+        "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": os.path.expanduser("~/.cache/jspeed/test-xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    }
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    return done.stdout
+
+
+def numbers(output: str, pattern: str) -> list[float]:
+    return [float(found) for found in re.findall(pattern, output)]
+
+
+def test_every_example_is_tested_and_short():
+    names = {path.name for path in EXAMPLES.glob("*.py")}
+    tested = Path(__file__).read_text()
+    assert {name for name in names if f'run("{name}"' not in tested} == set()
+    for name in names:
+        assert len((EXAMPLES / name).read_text().splitlines()) <= 80, name
+
+
+def test_gpt_on_text(tmp_path):
+    """A tiny model on the text that comes with jspeed, read as bytes."""
+    small = [
+        "run.dir=out",
+        "run.steps=30",
+        "model.layers=1",
+        "model.hidden_size=32",
+        "model.heads=2",
+        "model.sequence_length=32",
+        "data.sequence_length=32",
+        "data.source=golden",
+        "data.tokenizer.kind=byte",
+        "data.tokenizer.vocab_size=null",
+        "optimizer.params.lr=0.01",
+    ]
+    output = run("gpt_on_text.py", *small, tmp_path=tmp_path)
+    assert "ZeRO stage 3 on 8 devices" in output
+    losses = numbers(output, r"loss ([\d.]+)")
+    assert losses[-1] < losses[0] - 0.2
+    assert numbers(output, r"perplexity ([\d.]+)")[0] < 100  # 257 at the start
+    assert (tmp_path / "out" / "checkpoints" / "latest").read_text().strip() == "global_step30"
+
+
+def test_nnx_convnet_digits(tmp_path):
+    output = run("nnx_convnet_digits.py", "7", tmp_path=tmp_path)
+    accuracy = numbers(output, r"test accuracy ([\d.]+)%")
+    assert len(accuracy) == 7
+    assert accuracy[-1] > 95
+
+
+def test_linen_transformer(tmp_path):
+    """A tenth of the digits are right by chance."""
+    output = run("linen_transformer.py", "40", tmp_path=tmp_path)
+    assert numbers(output, r"([\d.]+)% right")[-1] > 60
+
+
+def test_own_loop(tmp_path):
+    """Half of the points are right by chance."""
+    output = run("own_loop.py", "600", tmp_path=tmp_path)
+    validation = numbers(output, r"validation ([\d.]+)")
+    assert len(validation) == 6
+    assert validation[-1] < validation[0] / 2
+    assert numbers(output, r"best after step \d+: loss ([\d.]+)") == [min(validation)]
+    assert numbers(output, r"([\d.]+)% right")[0] > 90
