@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -22,6 +23,7 @@ from jspeed.engine.not_in_jspeed import raise_called, raise_not_in_jspeed
 from jspeed.engine.reporting import Reporter
 from jspeed.layout.rules import Rule
 from jspeed.layout.zero import Layout
+from jspeed.training.contracts import check_callable
 from jspeed.training.program import LossFn, Program, make_program
 from jspeed.training.state import TrainState, abstract_state, create_state
 from jspeed.training.step import Metrics, make_eval_step, make_train_step
@@ -69,6 +71,9 @@ def initialize(
       ConfigError, LayoutError, ModelError: what cannot be, and what would.
     """
     loaded = config if isinstance(config, Config) else load_config(config)
+    check_callable(loss_fn, "loss_fn", ("model", "batch", "rng"))
+    if eval_fn is not None:
+        check_callable(eval_fn, "eval_fn", ("model", "batch", "rng"))
     program = make_program(model, model_parameters, tuple(stacked))
     mesh = plan_devices(loaded, devices)
     loaded = loaded.resolve_auto(compilation.auto_facts(loaded, program, mesh))
@@ -128,6 +133,9 @@ class Engine:
             program, self.plan.optimizer, self.layout, seed=seed, loss_scale=self.plan.loss_scale
         )
         self.global_steps = 0
+        # Virtual CPU devices share one pool of threads: two programs with collectives in flight
+        # can wait for each other for ever.
+        self._one_at_a_time = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
         self._metrics: Metrics | None = None
         self._store: checkpoints.EngineCheckpoints | None = None
         self._compile_step()
@@ -175,6 +183,8 @@ class Engine:
           DataError: the batch has another number of rows.
         """
         self.state, metrics = self.train_step(self.state, self.place_batch(batch))
+        if self._one_at_a_time:
+            jax.block_until_ready(metrics["loss"])
         self._metrics = metrics
         self.global_steps += 1
         if self._reporter is not None:
@@ -194,6 +204,8 @@ class Engine:
         rows = np.shape(jax.tree.leaves(batch)[0])[0]
         placed = BatchPlacer(self.layout, rows=rows, accumulation=None)(batch)
         total, weight = self._eval_jit(self.state, placed)
+        if self._one_at_a_time:
+            jax.block_until_ready(weight)
         return {"loss": total / weight, "total": total, "weight": weight}
 
     def abstract_state(self) -> TrainState:
@@ -353,6 +365,12 @@ class Engine:
     def parameters(self) -> dict[str, np.ndarray]:
         """All parameters in fp32, whole, on the host: path -> array. Needs their memory there."""
         return {path: np.asarray(leaf) for path, leaf in named_leaves(self.state.master)}
+
+    @property
+    def module(self) -> Any:
+        """The model with a copy of its present parameters in fp32: an NNX module, or a callable."""
+        copy = jax.tree.map(jnp.copy, (self.state.master, self.state.mutable))
+        return self._program.bind(*copy)
 
     @property
     def skipped_steps(self) -> int:

@@ -85,6 +85,7 @@ class Loop:
       display: where progress goes.
       settings: how the run goes.
       files: to keep with each checkpoint.
+      requested: a signal that already asked to stop.
     """
 
     engine: Engine
@@ -94,6 +95,7 @@ class Loop:
     display: Display
     settings: LoopSettings
     files: dict[str, bytes] = field(default_factory=dict)
+    requested: signal.Signals | None = None
     _arrived: float = field(default=0.0, init=False)
 
     def run(self) -> State:
@@ -103,7 +105,7 @@ class Loop:
         pending: _Pending | None = None
         saved = engine.global_steps if engine.global_steps else -1
         self._arrived = time.perf_counter()
-        with StopRequests() as stop:
+        with StopRequests(requested=self.requested, notify=self._stopping) as stop:
             while engine.global_steps < settings.steps and stop.requested is None:
                 started = time.perf_counter()
                 batch = next(self.batches)
@@ -132,6 +134,10 @@ class Loop:
             state = "preempted" if stop.requested is signal.SIGTERM else "interrupted"
         self._note(state)
         return state
+
+    def _stopping(self, request: signal.Signals) -> None:
+        if request is signal.SIGINT:
+            self.display.say("stopping after this step; Ctrl-C again stops at once.")
 
     def _note(self, state: State) -> None:
         if jax.process_index() == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from jspeed.engine.compilation import enable_compile_cache
 from jspeed.engine.engine import Engine, initialize
 from jspeed.engine.loop import Loop, LoopSettings
 from jspeed.engine.progress import Display
+from jspeed.engine.signals import StopRequests
 from jspeed.engine.status import State, Status, read_status
 from jspeed.models import ModelFactory, build_model
 from jspeed.monitor import Monitor, make_monitor
@@ -88,7 +90,7 @@ def load_data(config: Config) -> TextDataset:
 
 
 def train_run(config: Config, *, display: Display, resume: bool, overwrite: bool) -> RunResult:
-    """Trains as a run file says.
+    """Trains as a run file says; SIGTERM is heeded from the first line on.
 
     Args:
       config: a complete run file.
@@ -99,6 +101,13 @@ def train_run(config: Config, *, display: Display, resume: bool, overwrite: bool
     Raises:
       JspeedError: what is wrong and what to do; an earlier run's files are untouched.
     """
+    with StopRequests((signal.SIGTERM,)) as early:
+        return _train_run(config, display, early, resume=resume, overwrite=overwrite)
+
+
+def _train_run(
+    config: Config, display: Display, early: StopRequests, *, resume: bool, overwrite: bool
+) -> RunResult:
     model, _, run = run_sections(config)
     directory = Path(run.dir)
     _check_earlier_run(directory, resume=resume, overwrite=overwrite)
@@ -138,6 +147,7 @@ def train_run(config: Config, *, display: Display, resume: bool, overwrite: bool
             display=display,
             settings=settings,
             files={_TOKENIZER: _tokenizer_bytes(data, directory)},
+            requested=early.requested,
         )
         try:
             state = loop.run()

@@ -72,7 +72,7 @@ def compiler_options(
         if automatic_axes:
             # With one collective at a time, a gather would have to end before the next reduction
             # over `tensor` and found no matrix product to run behind.
-            options["xla_gpu_experimental_parallel_collective_overlap_limit"] = 2
+            options["xla_gpu_experimental_parallel_collective_overlap_limit"] = 4
     gather = zero.prefetch_bucket_size if zero.stage == 3 else zero.allgather_bucket_size
     gather_bytes = gather * jnp.dtype(compute_dtype).itemsize
     reduce_bytes = zero.reduce_bucket_size * jnp.dtype(reduce_dtype or compute_dtype).itemsize

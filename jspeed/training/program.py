@@ -41,6 +41,11 @@ class Program(Protocol):
         """The values of a model that exists already, or None if `init` makes them."""
         ...
 
+    def bind(self, params: Any, mutable: Any) -> Any:
+        """The model with these values, as its library knows it: an NNX module, the variables of a
+        Linen module, the parameters of a pair."""
+        ...
+
     def call(
         self, loss_fn: LossFn, params: Any, mutable: Any, batch: Any, rng: jax.Array, *, train: bool
     ) -> tuple[Any, Any]:

@@ -130,6 +130,10 @@ class FunctionProgram:
     def given(self) -> tuple[Any, Any] | None:
         return None if self.create is not None else as_arrays(self._split(self.values))
 
+    def bind(self, params: Any, mutable: Any) -> Any:
+        """Variables for `module.apply`, or parameters for `apply`."""
+        return {"params": params, **mutable} if self.has_collections else params
+
     def call(
         self, loss_fn: LossFn, params: Any, mutable: Any, batch: Any, rng: jax.Array, *, train: bool
     ) -> tuple[Any, Any]:

@@ -99,13 +99,8 @@ def state_shardings(shapes: TrainState, layout: Layout) -> Any:
     whole: Any = layout.replicated()
 
     def moments(path: str, leaf: Any) -> Any:
-        parts = path.split("/")
-        for start in range(len(parts)):
-            candidate = "/".join(parts[start:])
-            placed = layout.leaves.get(candidate)
-            if placed is not None and placed.shape == tuple(leaf.shape):
-                return layout.sharding(candidate, Role.MOMENTS)
-        return whole
+        owner = layout.owner(path, leaf.shape)
+        return whole if owner is None else layout.sharding(owner, Role.MOMENTS)
 
     return TrainState(
         step=whole,

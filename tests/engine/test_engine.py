@@ -17,6 +17,7 @@ from jspeed.core.errors import (
     ConfigError,
     DataError,
     LayoutError,
+    ModelError,
     NotInJspeedError,
 )
 from jspeed.models import ModelFactory
@@ -293,3 +294,33 @@ def test_save_16bit_model(tmp_path):
     saved = load_file(path)
     for name, value in engine.parameters().items():
         assert np.array_equal(saved[name], value.astype(jnp.bfloat16))
+
+
+def test_module_holds_copies():
+    engine = make_engine()
+    batch = batches(1)[0]
+    module = engine.module
+    loss = language_model_loss(module, batch, jax.random.key(0))
+    assert float(loss.total / loss.weight) == pytest.approx(
+        float(engine.eval_batch(batch)["loss"]), rel=1e-5
+    )
+    engine.train_batch(batch)
+    assert np.isfinite(np.asarray(module.wte[...])).all()  # not consumed by the step
+
+
+def test_loss_fn_with_the_wrong_arguments():
+    with pytest.raises(ModelError, match="loss_fn"):
+        jspeed.initialize(
+            model=ModelFactory("gpt2", TINY),
+            loss_fn=lambda model, batch: 0.0,
+            config=ds_config(stage=0, micro=16),
+        )
+
+
+def test_steps_may_be_called_without_reading_anything():
+    """Two programs in flight on virtual devices would wait for each other for ever."""
+    engine = make_engine(ds_config(stage=3, micro=1), devices=8)
+    batch = batches(1)[0]
+    for _ in range(40):
+        engine.train_batch(batch)
+    assert engine.global_steps == int(engine.state.step) == 40

@@ -3,6 +3,7 @@ bit."""
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import time
@@ -97,3 +98,15 @@ def test_resume_on_fewer_devices_and_another_stage(undisturbed, tmp_path):
     assert sorted(found) == sorted(curve)
     # Adam over 24 steps; fp32 sums in another order.
     assert max(abs(found[step] / curve[step] - 1) for step in curve) < 1e-5
+
+
+def test_sigterm_before_the_first_step(tmp_path):
+    """While data and model are being made: the run is `preempted`, resumable, and exits 0."""
+    directory = tmp_path / "run"
+    process = start(write_run(tmp_path / "run.json", tiny_run(directory)))
+    line = process.stdout.readline()  # the summary, printed before the loop begins
+    assert "parameters" in line
+    process.send_signal(signal.SIGTERM)
+    output = line + process.communicate(timeout=90)[0]
+    assert process.returncode == 0, output
+    assert json.loads((directory / "status.json").read_text())["status"] == "preempted"

@@ -39,16 +39,24 @@ TENSOR_RULES = (
 _COMPILED: dict[tuple, CompiledStep] = {}
 
 
-def compiled(stage: int, tensor: int = 1, reduce_dtype: str | None = None) -> CompiledStep:
+def compiled(
+    stage: int,
+    tensor: int = 1,
+    reduce_dtype: str | None = None,
+    *,
+    width: int = WIDTH,
+    sequence: int = SEQ,
+    rows: int = 2,
+) -> CompiledStep:
     """The step, compiled once for all tests that look at it."""
-    key = (stage, tensor, reduce_dtype)
+    key = (stage, tensor, reduce_dtype, width)
     if key not in _COMPILED:
-        cfg = config(LAYERS, WIDTH, heads=4, vocab=VOCAB, sequence=SEQ)
+        cfg = config(LAYERS, width, heads=4, vocab=VOCAB, sequence=sequence)
         program, loss_fn = build("scanned", cfg)
         _COMPILED[key] = compile_step(
             program,
             loss_fn,
-            {name: ((2, SEQ), "int32") for name in ("input_ids", "labels")},
+            dict.fromkeys(("input_ids", "labels"), ((rows, sequence), "int32")),
             shape=resolve_mesh(devices=8, tensor=tensor),
             stage=stage,
             accumulation=MICROBATCHES,
@@ -172,10 +180,14 @@ def test_tensor_state_bytes():
     assert math.isclose(state, 12 * step.parameters / 8, rel_tol=0.05)
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
-def test_gathers_run_behind_matrix_products(tensor):
+@pytest.mark.parametrize(
+    ("tensor", "width", "sequence", "rows"),
+    # Beside tensor's own reductions, products of the smallest shapes are too short to hide behind.
+    [(1, WIDTH, SEQ, 2), (2, 512, 256, 4)],
+)
+def test_gathers_run_behind_matrix_products(tensor, width, sequence, rows):
     """In the layer loops of stage 3 a product stands between a gather's start and its end."""
-    step = compiled(3, tensor=tensor)
+    step = compiled(3, tensor=tensor, width=width, sequence=sequence, rows=rows)
     in_loops = [
         overlap
         for overlap in step.overlaps

@@ -159,6 +159,19 @@ def test_a_linen_model_is_called_like_its_apply():
     assert float(program.call(loss, *program.given(), jnp.ones((4, 2)), KEY, train=True)[0]) == 6.0
 
 
+def test_bound_values_are_what_the_library_takes():
+    module = nn.BatchNorm(use_running_average=True)
+    variables = module.init(KEY, jnp.ones((1, 2)))
+    program = make_program(module, variables)
+    assert program.bind(*program.given()).keys() == {"params", "batch_stats"}
+    np.testing.assert_array_equal(
+        module.apply(program.bind(*program.given()), jnp.ones((3, 2))),
+        module.apply(variables, jnp.ones((3, 2))),
+    )
+    pair = make_program((lambda key: {"w": jnp.ones(2)}, lambda p, x: x @ p["w"]))
+    assert pair.bind({"w": 1}, {}) == {"w": 1}
+
+
 # --- errors
 
 
