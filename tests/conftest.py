@@ -1,4 +1,4 @@
-"""All tests run on 8 virtual CPU devices; environment and devices are fixed before JAX is imported."""
+"""All tests run on 8 virtual CPU devices, which are fixed before JAX is imported."""
 
 import os
 

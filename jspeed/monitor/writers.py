@@ -70,7 +70,9 @@ class WandbWriter:
         MissingExtraError: wandb is not installed.
     """
 
-    def __init__(self, *, project: str | None, group: str | None = None, team: str | None = None) -> None:
+    def __init__(
+        self, *, project: str | None, group: str | None = None, team: str | None = None
+    ) -> None:
         package = _import("wandb", "wandb")
         self._run = package.init(project=project, group=group, entity=team)
 

@@ -30,5 +30,6 @@ def test_links_lead_somewhere(page):
 
 def test_shipped_run_file_stands_in_the_documentation():
     shipped = json.loads((ROOT / "configs" / "gpt2_tiny.json").read_text())
-    blocks = re.findall(r"```json\n(\{.*?\n\})\n```", (ROOT / "docs" / "run-file.md").read_text(), re.S)
+    page = (ROOT / "docs" / "run-file.md").read_text()
+    blocks = re.findall(r"```json\n(\{.*?\n\})\n```", page, re.S)
     assert shipped in [json.loads(block) for block in blocks]

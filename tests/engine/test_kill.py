@@ -68,12 +68,13 @@ def test_killed_five_times(undisturbed, tmp_path):
     kills = []
     for kind, step in moments:
         process = start(run, "--resume")
-        if kind == "save":
-            ready = lambda: any(saving.glob("*.saving*"))  # noqa: E731
-        else:
-            after = time.monotonic() + rng.random() * 0.2
-            ready = lambda: _steps_written(directory) >= step and time.monotonic() > after  # noqa:
-            E731, B023
+        after = time.monotonic() + rng.random() * 0.2
+
+        def ready(kind=kind, step=step, after=after) -> bool:
+            if kind == "save":
+                return any(saving.glob("*.saving*"))
+            return _steps_written(directory) >= step and time.monotonic() > after
+
         kills.append(_kill_when(process, ready))
     assert all(kills), f"a run ended before its kill: {kills} at {moments}"
     output = _finish(start(run, "--resume"))

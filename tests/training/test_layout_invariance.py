@@ -119,8 +119,8 @@ def _write_table(rows) -> None:
     lines = [
         "# Layout invariance",
         "",
-        "Largest relative difference from one device over 20 steps of a tiny GPT-2 in fp32 with SGD: of the",
-        "loss, and of any parameter relative to its norm. Written by `make test-all`",
+        "Largest relative difference from one device over 20 steps of a tiny GPT-2 in fp32",
+        "with SGD: of the loss, and of any parameter relative to its norm. By `make test-all`",
         "(`tests/training/test_layout_invariance.py`) on 8 virtual CPU devices.",
         "",
         "| devices | ZeRO stage | microbatches | loss | parameters |",
