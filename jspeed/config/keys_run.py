@@ -56,7 +56,7 @@ MODEL_KEYS = section(
     mapped("remat", choice("none", "full"), "none", "what the backward pass computes again"),
     mapped("attention.implementation", choice("auto", "xla", "cudnn", "cpu"), "auto",
            "which attention computes the same; auto picks by platform"),
-    mapped("loss_chunk_size", _COUNT, None, "tokens whose logits exist at once; null: 64 MiB of them"),
+    mapped("loss_chunk_size", _COUNT, None, "tokens whose logits exist at once; null: 64 MiB"),
 )  # fmt: skip
 
 DATA_KEYS = section(

@@ -22,11 +22,6 @@ Literal = jax_core.Literal
 Var = jax_core.Var
 
 
-def is_drop_var(var: Any) -> bool:
-    """Whether an equation throws this output away."""
-    return type(var).__name__ == "DropVar"
-
-
 def input_vars(jaxpr: Jaxpr) -> list[Var]:
     """The constant variables of a jaxpr followed by its arguments."""
     return [*jaxpr.constvars, *jaxpr.invars]

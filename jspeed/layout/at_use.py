@@ -1,14 +1,16 @@
 """Moves the gathering of ZeRO-sharded parameters to where a user's unmodified model uses them.
 
-The loss function is traced once, on parameters of their whole shape, to a jaxpr: the model as data. It is then
-evaluated with shards in place of the parameters, gathering each at its first use:
+The loss function is traced once, on parameters of their whole shape, to a jaxpr: the model as data.
+It is then evaluated with shards in place of the parameters, gathering each at its first use:
 
-- a `scan` over stacked layers takes its slices of the shards along and gathers one layer at a time, inside the loop;
+- a `scan` over stacked layers takes its slices of the shards along and gathers one layer at a time,
+  inside the loop;
 - a `jit` or `jax.checkpoint` that holds such loops, or layers of its own, is entered;
 - every other equation gets its parameters gathered just before the run of equations it stands in.
 
-Each run that gathers is put in a `jax.checkpoint` whose policy keeps all activations and refuses what was gathered,
-so that weights are gathered again for the backward pass instead of being kept (`refetch`). No module system is
+Each run that gathers is put in a `jax.checkpoint` whose policy keeps all activations and refuses
+what was gathered, so that weights are gathered again for the backward pass instead of being kept
+(`refetch`). No module system is
 involved: NNX, Linen and plain functions all end as the same jaxpr.
 """
 
@@ -29,7 +31,6 @@ from jspeed.core._compat import (
     equation_context,
     eval_jaxpr,
     input_vars,
-    is_drop_var,
     open_jaxpr,
     scan_counts,
     sub_jaxprs,
@@ -38,7 +39,8 @@ from jspeed.layout.gather import GatherPlan, use_sharded, use_whole
 
 _CALLS = frozenset({"jit", "pjit", "closed_call", "core_call"})
 _REMAT = frozenset({"checkpoint", "remat", "remat2"})
-# Not worth keeping for the backward pass, and the form in which a gathered weight would otherwise be kept.
+# Not worth keeping for the backward pass, and the form in which a gathered weight would otherwise
+# be kept.
 _REFUSED = frozenset(
     {
         "reshape",
@@ -59,13 +61,15 @@ _GATHERS = frozenset({"all_gather", "shard_map"})
 
 
 def keep_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A `jax.checkpoint` policy: save everything except gathered weights and mere changes of form."""
+    """A `jax.checkpoint` policy: save everything except gathered weights and mere changes of
+    form."""
     return primitive.name not in _REFUSED and primitive.name not in _GATHERS
 
 
 @dataclass(frozen=True)
 class AtHome:
-    """A parameter that has not been gathered: its shard, or for ZeRO-2 the whole and a gradient placeholder."""
+    """A parameter that has not been gathered: its shard, or for ZeRO-2 the whole and a gradient
+    placeholder."""
 
     name: str
     plan: GatherPlan
@@ -105,7 +109,8 @@ def call_with_gather_at_use(
     """Calls `function(parameters, *args)` with parameters gathered where they are used.
 
     Args:
-      function: takes a list of whole parameters, in the order of `homes`, and `args`; returns any pytree of arrays.
+      function: takes a list of whole parameters, in the order of `homes`, and `args`; returns any
+        pytree of arrays.
       homes: one entry per parameter; plain arrays are passed through.
       args: pytrees of arrays.
       refetch: gather again for the backward pass (ZeRO-3) instead of keeping what was gathered.
@@ -216,9 +221,7 @@ class _Interpreter:
         inside = set(map(id, eqns))
         later = {v for e in jaxpr.eqns if id(e) not in inside for v in _variables(e.invars)}
         later.update(_variables(jaxpr.outvars))
-        results = [
-            var for eqn in eqns for var in eqn.outvars if not is_drop_var(var) and var in later
-        ]
+        results = [var for eqn in eqns for var in eqn.outvars if var in later]
         owners = [env[var] for var in homes]
 
         def body(arrays: list[tuple[jax.Array, ...]], values: list[Any]) -> list[Any]:
@@ -300,7 +303,8 @@ class _Interpreter:
         return [*carry, *ys]
 
     def _remat(self, eqn: JaxprEqn, inputs: list[Any], in_loop: bool) -> list[Any]:
-        """A `jax.checkpoint` of the user's: its own policy, which also refuses what is gathered inside."""
+        """A `jax.checkpoint` of the user's: its own policy, which also refuses what is gathered
+        inside."""
         owners = [value if isinstance(value, AtHome) else None for value in inputs]
         arrays = [value.arrays() if isinstance(value, AtHome) else (value,) for value in inputs]
         theirs = eqn.params["policy"]
@@ -349,8 +353,9 @@ def _kept_home(eqn: JaxprEqn, env: dict[Any, Any]) -> bool:
         )
         return True
     if name == "slice" and params["strides"] is None:
+        whole = _whole_shape(value).shape
         start, limit = list(params["start_indices"]), list(params["limit_indices"])
-        if start[dim] == 0 and limit[dim] == eqn.invars[0].aval.shape[dim] and ndim > 1:
+        if start[dim] == 0 and limit[dim] == whole[dim] and ndim > 1:
             limit[dim] = value.shard.shape[dim]
             env[eqn.outvars[0]] = replace(value, shard=jax.lax.slice(value.shard, start, limit))
             return True

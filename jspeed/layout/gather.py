@@ -1,12 +1,13 @@
 """Gather at use: the collectives between a parameter's home shard and the place it is used.
 
-`use_sharded` is what stands between a ZeRO-sharded parameter and the mathematics: forwards it casts the shard to the
-compute dtype and all-gathers it, backwards it reduce-scatters the gradient (Rajbhandari et al., ZeRO, 2020, section
-5.3). `use_whole` serves ZeRO-2: the parameter is whole already, only its gradient leaves reduced and scattered.
+`use_sharded` is what stands between a ZeRO-sharded parameter and the mathematics: forwards it casts
+the shard to the compute dtype and all-gathers it, backwards it reduce-scatters the gradient
+(Rajbhandari et al., ZeRO, 2020, section 5.3). `use_whole` serves ZeRO-2: the parameter is whole
+already, only its gradient leaves reduced and scattered.
 
-All functions run inside a `shard_map` that is manual over the batch axes. Where automatic axes (`tensor`, `seq`) are
-larger than one, each collective sits in a small nested `shard_map` with the weight's own spec; otherwise XLA gathers
-the automatic axes around it.
+All functions run inside a `shard_map` that is manual over the batch axes. Where automatic axes
+(`tensor`, `seq`) are larger than one, each collective sits in a small nested `shard_map` with the
+weight's own spec; otherwise XLA gathers the automatic axes around it.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from jspeed.core._compat import context_mesh, shard_map
 class GatherPlan:
     """How one parameter is gathered and its gradient reduced.
 
-    `dim` counts from the end, so that the plan still holds for a slice of stacked layers. `auto_spec` is the spec over
-    the automatic axes, one entry per dimension of the whole leaf, also aligned at the end.
+    `dim` counts from the end, so that the plan still holds for a slice of stacked layers.
+    `auto_spec` is the spec over the automatic axes, one entry per dimension of the whole leaf, also
+    aligned at the end.
     """
 
     axes: tuple[str, ...]
@@ -65,7 +67,8 @@ def all_gather(plan: GatherPlan, shard: jax.Array) -> jax.Array:
 
 
 def reduce_scatter(plan: GatherPlan, gradient: jax.Array) -> jax.Array:
-    """Whole local gradients `[.., d, ..]` -> the summed shard `[.., d / n, ..]`, carried in `reduce_dtype`."""
+    """Whole local gradients `[.., d, ..]` -> the summed shard `[.., d / n, ..]`, carried in
+    `reduce_dtype`."""
     dim = gradient.ndim + plan.dim
 
     def scatter(g: jax.Array) -> jax.Array:
@@ -76,12 +79,14 @@ def reduce_scatter(plan: GatherPlan, gradient: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def use_sharded(plan: GatherPlan, shard: jax.Array) -> jax.Array:
-    """ZeRO-3: the whole parameter in the compute dtype; its gradient comes back as a summed shard."""
+    """ZeRO-3: the whole parameter in the compute dtype; its gradient comes back as a summed
+    shard."""
     return all_gather(plan, shard.astype(plan.compute_dtype))
 
 
 def _use_sharded_fwd(plan: GatherPlan, shard: jax.Array):
-    # The collective itself, not `use_sharded` again: remat policies must see a gather, not a custom call.
+    # The collective itself, not `use_sharded` again: remat policies must see a gather, not a custom
+    # call.
     return all_gather(plan, shard.astype(plan.compute_dtype)), jnp.zeros((), shard.dtype)
 
 
@@ -94,7 +99,8 @@ use_sharded.defvjp(_use_sharded_fwd, _use_sharded_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def use_whole(plan: GatherPlan, whole: jax.Array, gradient_shard: jax.Array) -> jax.Array:
-    """ZeRO-2: the stored whole parameter; its gradient goes, summed and scattered, to `gradient_shard`.
+    """ZeRO-2: the stored whole parameter; its gradient goes, summed and scattered, to
+    `gradient_shard`.
 
     `gradient_shard` is a placeholder of the shard's shape, whose value is never read.
     """

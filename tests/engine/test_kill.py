@@ -16,7 +16,7 @@ from tests.engine.runs import losses, start, tiny_run, write_run
 SEED = 20260
 
 
-def _finish(process, timeout=120) -> str:
+def _finish(process, timeout=400) -> str:
     output, _ = process.communicate(timeout=timeout)
     assert process.returncode == 0, output
     return output
@@ -40,7 +40,7 @@ def _steps_written(directory: Path) -> int:
         return 0
 
 
-def _kill_when(process, condition, timeout=90.0) -> bool:
+def _kill_when(process, condition, timeout=300.0) -> bool:
     """SIGKILLs the process once the condition holds; False if it ended before."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
@@ -108,6 +108,6 @@ def test_sigterm_before_the_first_step(tmp_path):
     line = process.stdout.readline()  # the summary, printed before the loop begins
     assert "parameters" in line
     process.send_signal(signal.SIGTERM)
-    output = line + process.communicate(timeout=90)[0]
+    output = line + process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
     assert json.loads((directory / "status.json").read_text())["status"] == "preempted"
