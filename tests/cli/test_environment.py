@@ -25,7 +25,9 @@ def no_driver(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A machine without a driver whose user has set nothing."""
     monkeypatch.setattr(environment, "has_accelerator", lambda: False)
     for name in ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "XLA_FLAGS"):
-        monkeypatch.delenv(name, raising=False)
+        # Set first: only then is what the code under test puts there removed again.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     return monkeypatch
 
 

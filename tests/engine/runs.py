@@ -40,7 +40,8 @@ def tiny_run(directory: Path, **changes: Any) -> dict[str, Any]:
 
 def start(run_file: Path, *arguments: str) -> subprocess.Popen[str]:
     """Starts `jspeed train` on a run file; output is captured."""
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    own = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
+    environment = {k: v for k, v in os.environ.items() if k not in own}
     environment["JAX_PLATFORMS"] = "cpu"
     return subprocess.Popen(
         [sys.executable, "-m", "jspeed.cli", "train", str(run_file), *arguments],
