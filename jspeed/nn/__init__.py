@@ -1,5 +1,6 @@
 """Layers and losses that the model families are built from."""
 
+from jspeed.nn.activations import gelu, swiglu
 from jspeed.nn.attention import causal_attention, choose_implementation
 from jspeed.nn.blocks import (
     LayerNorm,
@@ -9,7 +10,9 @@ from jspeed.nn.blocks import (
     scan_layers,
     stack_layers,
 )
+from jspeed.nn.dense import dense
 from jspeed.nn.losses import IGNORED, cross_entropy, linear_cross_entropy
+from jspeed.nn.recompute import keeping_only_inputs
 
 __all__ = [
     "IGNORED",
@@ -19,8 +22,12 @@ __all__ = [
     "causal_attention",
     "choose_implementation",
     "cross_entropy",
+    "dense",
+    "gelu",
+    "keeping_only_inputs",
     "language_model_loss",
     "linear_cross_entropy",
     "scan_layers",
     "stack_layers",
+    "swiglu",
 ]

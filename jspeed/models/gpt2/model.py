@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jspeed.models.gpt2.config import GPT2Config
-from jspeed.nn import LayerNorm, Linear, causal_attention, scan_layers, stack_layers
+from jspeed.nn import LayerNorm, Linear, causal_attention, gelu, scan_layers, stack_layers
 from jspeed.nn.attention import Implementation
 
 _STDDEV = 0.02
@@ -29,13 +29,12 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
         batch, seq, width = x.shape
-        qkv = self.qkv(x).reshape(batch, seq, 3, self.heads, width // self.heads)
+        query, key, value = (
+            part.reshape(batch, seq, self.heads, width // self.heads)
+            for part in jnp.unstack(self.qkv(x), axis=2)
+        )
         out = causal_attention(
-            qkv[:, :, 0],
-            qkv[:, :, 1],
-            qkv[:, :, 2],
-            segment_ids=segment_ids,
-            implementation=self.implementation,
+            query, key, value, segment_ids=segment_ids, implementation=self.implementation
         )
         return self.proj(out.reshape(batch, seq, width))
 
@@ -50,7 +49,7 @@ class MLP(nnx.Module):
         self.proj = Linear(inner, width, stddev=residual, bias=True, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.proj(jax.nn.gelu(self.fc(x), approximate=True))
+        return self.proj(gelu(self.fc(x)))
 
 
 class Block(nnx.Module):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jspeed.models.llama.config import LlamaConfig
-from jspeed.nn import Linear, RMSNorm, causal_attention, scan_layers, stack_layers
+from jspeed.nn import Linear, RMSNorm, causal_attention, scan_layers, stack_layers, swiglu
 from jspeed.nn.attention import Implementation
 from jspeed.nn.rope import apply_rope, rope_frequencies
 
@@ -59,7 +59,7 @@ class MLP(nnx.Module):
         self.down = Linear(inner, width, stddev=_STDDEV, bias=False, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down(swiglu(self.gate(x), self.up(x)))
 
 
 class Block(nnx.Module):

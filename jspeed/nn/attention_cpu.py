@@ -1,0 +1,159 @@
+"""Causal attention for CPUs: blocks of queries against the keys they can see, gradient included.
+
+XLA's CPU backend runs plain batched matrix products `[batch, rows, inner] x [batch, inner,
+columns]` near the machine's limit, but streams everything between them through memory. So
+
+- queries are cut into blocks, and a block meets only the keys up to its own end: with eight blocks
+  9/16 of the products and of the memory traffic remain;
+- the backward pass keeps queries, keys, values, the output and one number per row, the logarithm of
+  the softmax's sum, and computes the weights again (FlashAttention, Dao et al., 2022, algorithm 4),
+  so no array of `seq x seq` is kept between the passes.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+_MASKED = -1e30
+# Smaller blocks make the products too small to be worth their dispatch, more blocks save little.
+_SMALLEST_BLOCK = 64
+_MOST_BLOCKS = 8
+
+_Saved = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]
+
+
+@jax.custom_vjp
+def cpu_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array | None
+) -> jax.Array:
+    """Softmax attention in which a token sees itself and what came before it.
+
+    Products take operands in the given dtype and sum in fp32; the softmax is fp32.
+
+    Args:
+      query: `[batch, seq, heads, dim]`.
+      key: `[batch, seq, kv_heads, dim]` with `heads % kv_heads == 0`.
+      value: like `key`.
+      segment_ids: `[batch, seq]` int32; tokens see only their own segment. None: one segment.
+
+    Returns:
+      `[batch, seq, heads, dim]` in the query's dtype. It can be differentiated once, in reverse
+      mode.
+    """
+    return _forward(query, key, value, segment_ids)[0]
+
+
+def _forward(
+    query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array | None
+) -> tuple[jax.Array, _Saved]:
+    batch, _, _, dim = query.shape
+    kv_heads = key.shape[2]
+    q, k, v = (
+        _by_head(query, kv_heads),
+        _by_head(key, kv_heads)[:, 0],
+        _by_head(value, kv_heads)[:, 0],
+    )
+    outputs, normalisers = [], []
+    for start, stop in query_blocks(query.shape[1]):
+        rows = _rows(q, start, stop)
+        scores = _masked_scores(rows, k[:, :stop], segment_ids, batch, start, stop)
+        highest = scores.max(-1, keepdims=True)
+        weights = jnp.exp(scores - highest)
+        total = weights.sum(-1, keepdims=True)
+        out = _product(weights.astype(v.dtype), v[:, :stop], 2, 1) / total
+        outputs.append(out.astype(query.dtype).reshape(*q.shape[:2], stop - start, dim))
+        normaliser = highest + jnp.log(total)
+        normalisers.append(normaliser.reshape(*q.shape[:2], stop - start))
+    out = _from_heads(jnp.concatenate(outputs, axis=2), batch)
+    return out, (q, k, v, out, jnp.concatenate(normalisers, axis=2), segment_ids)
+
+
+def _backward(saved: _Saved, d_out: jax.Array):
+    q, k, v, out, normaliser, segment_ids = saved
+    batch = out.shape[0]
+    scale = q.shape[-1] ** -0.5
+    g = _by_head(d_out, k.shape[0] // batch)
+    # The row sums of weights * d_weights, which the softmax's gradient subtracts, are those of
+    # out * d_out (algorithm 4, line 19).
+    sums = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1, keepdims=True)
+    sums = _by_head(sums, k.shape[0] // batch)[..., 0]
+    blocks = query_blocks(q.shape[2])
+    d_queries, d_keys, d_values = [], [], []
+    for start, stop in blocks:
+        rows, d_rows = _rows(q, start, stop), _rows(g, start, stop)
+        scores = _masked_scores(rows, k[:, :stop], segment_ids, batch, start, stop)
+        weights = jnp.exp(scores - _rows(normaliser[..., None], start, stop))
+        d_weights = _product(d_rows, v[:, :stop], 2, 2)
+        d_scores = weights * (d_weights - _rows(sums[..., None], start, stop)) * scale
+        d_scores = d_scores.astype(q.dtype)
+        d_query = _product(d_scores, k[:, :stop], 2, 1).astype(q.dtype)
+        d_queries.append(d_query.reshape(*q.shape[:2], stop - start, q.shape[-1]))
+        d_keys.append(_product(d_scores, rows, 1, 1))
+        d_values.append(_product(weights.astype(v.dtype), d_rows, 1, 1))
+    d_query = _from_heads(jnp.concatenate(d_queries, axis=2), batch)
+    d_key = _from_heads(_sum_of_prefixes(d_keys, blocks).astype(k.dtype)[:, None], batch)
+    d_value = _from_heads(_sum_of_prefixes(d_values, blocks).astype(v.dtype)[:, None], batch)
+    return d_query, d_key, d_value, None
+
+
+cpu_attention.defvjp(_forward, _backward)
+
+
+def query_blocks(seq: int) -> list[tuple[int, int]]:
+    """How a sequence is cut: `(start, stop)` of at most eight blocks, the last one perhaps
+    shorter."""
+    size = max(_SMALLEST_BLOCK, -(-seq // _MOST_BLOCKS))
+    return [(start, min(start + size, seq)) for start in range(0, seq, size)]
+
+
+def _by_head(x: jax.Array, kv_heads: int) -> jax.Array:
+    """`[batch, seq, heads, dim]` -> `[batch x kv_heads, heads / kv_heads, seq, dim]`."""
+    batch, seq, heads, dim = x.shape
+    grouped = x.reshape(batch, seq, kv_heads, heads // kv_heads, dim)
+    return grouped.transpose(0, 2, 3, 1, 4).reshape(batch * kv_heads, heads // kv_heads, seq, dim)
+
+
+def _from_heads(x: jax.Array, batch: int) -> jax.Array:
+    """The inverse of `_by_head`."""
+    _, group, seq, dim = x.shape
+    split = x.reshape(batch, -1, group, seq, dim).transpose(0, 3, 1, 2, 4)
+    return split.reshape(batch, seq, -1, dim)
+
+
+def _rows(x: jax.Array, start: int, stop: int) -> jax.Array:
+    """A block of queries, those of a group that share keys one after another."""
+    return x[:, :, start:stop].reshape(x.shape[0], -1, x.shape[-1])
+
+
+def _product(left: jax.Array, right: jax.Array, left_sum: int, right_sum: int) -> jax.Array:
+    """A batched matrix product over one dimension of each, summed in fp32."""
+    dimensions = (((left_sum,), (right_sum,)), ((0,), (0,)))
+    return jax.lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)
+
+
+def _masked_scores(
+    rows: jax.Array,
+    keys: jax.Array,
+    segment_ids: jax.Array | None,
+    batch: int,
+    start: int,
+    stop: int,
+) -> jax.Array:
+    """The scores of a block `[batch x kv_heads, group x block, stop]` in fp32."""
+    visible = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None]
+    if segment_ids is not None:
+        own = segment_ids[:, start:stop, None] == segment_ids[:, None, :stop]
+        visible = visible & own[:, None]
+    scores = _product(rows, keys, 2, 2)
+    per_example = scores.reshape(batch, -1, stop - start, stop) * rows.shape[-1] ** -0.5
+    return jnp.where(visible, per_example, _MASKED).reshape(scores.shape)
+
+
+def _sum_of_prefixes(parts: list[jax.Array], blocks: list[tuple[int, int]]) -> jax.Array:
+    """Sums arrays that each reach from the first key to the end of their own block."""
+    pieces = [
+        sum((part[:, start:stop] for part in parts[index + 1 :]), parts[index][:, start:stop])
+        for index, (start, stop) in enumerate(blocks)
+    ]
+    return jnp.concatenate(pieces, axis=1)
