@@ -90,6 +90,8 @@ def build_model(model: ModelConfig, *, vocab_size: int, platform: str) -> ModelF
         "norm_epsilon": model.norm_epsilon,
         "loss_chunk_size": model.loss_chunk_size,
         "attention": choose_implementation(model.attention.implementation, platform),
+        # On CPUs memory is the bottleneck; on GPUs XLA fuses activations into their neighbours.
+        "recompute_activation": platform == "cpu",
     }
     if model.tie_embeddings is not None:
         common["tie_embeddings"] = model.tie_embeddings

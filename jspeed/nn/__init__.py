@@ -12,7 +12,6 @@ from jspeed.nn.blocks import (
 )
 from jspeed.nn.dense import dense
 from jspeed.nn.losses import IGNORED, cross_entropy, linear_cross_entropy
-from jspeed.nn.recompute import keeping_only_inputs
 
 __all__ = [
     "IGNORED",
@@ -24,7 +23,6 @@ __all__ = [
     "cross_entropy",
     "dense",
     "gelu",
-    "keeping_only_inputs",
     "language_model_loss",
     "linear_cross_entropy",
     "scan_layers",

@@ -1,4 +1,4 @@
-"""Activation functions that keep nothing but their inputs for the backward pass."""
+"""Activation functions, each also in a form that keeps nothing but its inputs."""
 
 from __future__ import annotations
 
@@ -7,13 +7,34 @@ import jax
 from jspeed.nn.recompute import keeping_only_inputs
 
 
-@keeping_only_inputs
-def gelu(x: jax.Array) -> jax.Array:
-    """GELU in its tanh form (Hendrycks and Gimpel, 2016, section 2), elementwise."""
+def gelu(x: jax.Array, *, recompute: bool = False) -> jax.Array:
+    """GELU in its tanh form (Hendrycks and Gimpel, 2016, section 2), elementwise.
+
+    Args:
+      x: any shape, floating point.
+      recompute: keep only `x` for the backward pass; see `keeping_only_inputs`.
+    """
+    return (_lean_gelu if recompute else _gelu)(x)
+
+
+def swiglu(gate: jax.Array, up: jax.Array, *, recompute: bool = False) -> jax.Array:
+    """`silu(gate) * up`, elementwise (Shazeer, GLU Variants Improve Transformer, 2020, section 2).
+
+    Args:
+      gate: any shape, floating point.
+      up: like `gate`.
+      recompute: keep only `gate` and `up` for the backward pass; see `keeping_only_inputs`.
+    """
+    return (_lean_swiglu if recompute else _swiglu)(gate, up)
+
+
+def _gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=True)
 
 
-@keeping_only_inputs
-def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """`silu(gate) * up` (Shazeer, GLU Variants Improve Transformer, 2020, equation 6)."""
+def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     return jax.nn.silu(gate) * up
+
+
+_lean_gelu = keeping_only_inputs(_gelu)
+_lean_swiglu = keeping_only_inputs(_swiglu)

@@ -47,15 +47,11 @@ def cpu_attention(
 def _forward(
     query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array | None
 ) -> tuple[jax.Array, _Saved]:
-    batch, _, _, dim = query.shape
-    kv_heads = key.shape[2]
-    q, k, v = (
-        _by_head(query, kv_heads),
-        _by_head(key, kv_heads)[:, 0],
-        _by_head(value, kv_heads)[:, 0],
-    )
+    batch, seq, _, dim = query.shape
+    q, k, v = (_by_head(x, key.shape[2]) for x in (query, key, value))
+    k, v = k[:, 0], v[:, 0]
     outputs, normalisers = [], []
-    for start, stop in query_blocks(query.shape[1]):
+    for start, stop in query_blocks(seq):
         rows = _rows(q, start, stop)
         scores = _masked_scores(rows, k[:, :stop], segment_ids, batch, start, stop)
         highest = scores.max(-1, keepdims=True)

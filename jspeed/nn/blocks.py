@@ -3,7 +3,6 @@ with its loss."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -14,7 +13,6 @@ from flax import nnx
 from jspeed.core.loss import LossSum
 from jspeed.nn.dense import dense
 from jspeed.nn.losses import default_chunk_size, linear_cross_entropy
-from jspeed.nn.recompute import keeping_only_inputs
 
 Layer = TypeVar("Layer", bound=nnx.Module)
 
@@ -28,15 +26,10 @@ class LayerNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        normalise = functools.partial(_layer_norm, epsilon=self.epsilon)
-        return keeping_only_inputs(normalise)(x, self.scale[...], self.bias[...])
-
-
-def _layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, *, epsilon: float) -> jax.Array:
-    wide = x.astype(jnp.float32)
-    centred = wide - wide.mean(-1, keepdims=True)
-    normed = centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + epsilon)
-    return (normed * scale + bias).astype(x.dtype)
+        wide = x.astype(jnp.float32)
+        centred = wide - wide.mean(-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + self.epsilon)
+        return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -47,14 +40,9 @@ class RMSNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        normalise = functools.partial(_rms_norm, epsilon=self.epsilon)
-        return keeping_only_inputs(normalise)(x, self.scale[...])
-
-
-def _rms_norm(x: jax.Array, scale: jax.Array, *, epsilon: float) -> jax.Array:
-    wide = x.astype(jnp.float32)
-    normed = wide * jax.lax.rsqrt((wide**2).mean(-1, keepdims=True) + epsilon)
-    return (normed * scale).astype(x.dtype)
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt((wide**2).mean(-1, keepdims=True) + self.epsilon)
+        return (normed * self.scale[...]).astype(x.dtype)
 
 
 class Linear(nnx.Module):

@@ -9,7 +9,10 @@ from jspeed.nn.attention import Implementation
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """GPT-2 (Radford et al., 2019): learned positions, pre-norm blocks, GELU, tied embeddings."""
+    """GPT-2 (Radford et al., 2019): learned positions, pre-norm blocks, GELU, tied embeddings.
+
+    With `recompute_activation` the backward pass computes GELU again instead of keeping its parts.
+    """
 
     vocab_size: int
     layers: int
@@ -23,3 +26,4 @@ class GPT2Config:
     remat: str = "none"
     attention: Implementation = "xla"
     loss_chunk_size: int | None = None
+    recompute_activation: bool = False

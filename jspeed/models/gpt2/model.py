@@ -47,9 +47,10 @@ class MLP(nnx.Module):
         residual = _STDDEV / math.sqrt(2 * config.layers)
         self.fc = Linear(width, inner, stddev=_STDDEV, bias=True, rngs=rngs)
         self.proj = Linear(inner, width, stddev=residual, bias=True, rngs=rngs)
+        self.recompute = config.recompute_activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.proj(gelu(self.fc(x)))
+        return self.proj(gelu(self.fc(x), recompute=self.recompute))
 
 
 class Block(nnx.Module):

@@ -10,7 +10,11 @@ from jspeed.nn.rope import RopeScaling
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Llama 2 and 3 (Touvron et al., 2023; Dubey et al., 2024)."""
+    """Llama 2 and 3 (Touvron et al., 2023; Dubey et al., 2024).
+
+    With `recompute_activation` the backward pass computes SwiGLU again instead of keeping its
+    parts.
+    """
 
     vocab_size: int
     layers: int
@@ -26,3 +30,4 @@ class LlamaConfig:
     remat: str = "none"
     attention: Implementation = "xla"
     loss_chunk_size: int | None = None
+    recompute_activation: bool = False

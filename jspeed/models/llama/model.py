@@ -57,9 +57,10 @@ class MLP(nnx.Module):
         self.gate = Linear(width, inner, stddev=_STDDEV, bias=False, rngs=rngs)
         self.up = Linear(width, inner, stddev=_STDDEV, bias=False, rngs=rngs)
         self.down = Linear(inner, width, stddev=_STDDEV, bias=False, rngs=rngs)
+        self.recompute = config.recompute_activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(swiglu(self.gate(x), self.up(x)))
+        return self.down(swiglu(self.gate(x), self.up(x), recompute=self.recompute))
 
 
 class Block(nnx.Module):
