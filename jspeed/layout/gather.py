@@ -13,8 +13,8 @@ weight's own spec; otherwise XLA gathers the automatic axes around it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,13 @@ from jspeed.core._compat import context_mesh, shard_map
 class GatherPlan:
     """How one parameter is gathered and its gradient reduced.
 
-    `dim` counts from the end, so that the plan still holds for a slice of stacked layers.
-    `auto_spec` is the spec over the automatic axes, one entry per dimension of the whole leaf, also
-    aligned at the end.
+    Attributes:
+      axes: that the shards lie on.
+      dim: that is split, counted from the end, so that the plan also holds for one layer's slice.
+      auto_axes: the automatic axes larger than one.
+      auto_spec: the spec over automatic axes, one entry per dimension, aligned at the end.
+      compute_dtype: that is gathered.
+      reduce_dtype: that gradients are reduced in.
     """
 
     axes: tuple[str, ...]
@@ -38,7 +42,6 @@ class GatherPlan:
     auto_spec: tuple[str | tuple[str, ...] | None, ...] = ()
     compute_dtype: str = "float32"
     reduce_dtype: str = "float32"
-    stored_whole: bool = False
 
     def island_spec(self, ndim: int) -> PartitionSpec:
         """The spec over automatic axes for a (possibly sliced) leaf with `ndim` dimensions."""
@@ -67,8 +70,10 @@ def all_gather(plan: GatherPlan, shard: jax.Array) -> jax.Array:
 
 
 def reduce_scatter(plan: GatherPlan, gradient: jax.Array) -> jax.Array:
-    """Whole local gradients `[.., d, ..]` -> the summed shard `[.., d / n, ..]`, carried in
-    `reduce_dtype`."""
+    """Whole local gradients `[.., d, ..]` -> the summed shard `[.., d / n, ..]`.
+
+    The shard is in `reduce_dtype`, which is also what travels.
+    """
     dim = gradient.ndim + plan.dim
 
     def scatter(g: jax.Array) -> jax.Array:
@@ -79,14 +84,12 @@ def reduce_scatter(plan: GatherPlan, gradient: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def use_sharded(plan: GatherPlan, shard: jax.Array) -> jax.Array:
-    """ZeRO-3: the whole parameter in the compute dtype; its gradient comes back as a summed
-    shard."""
+    """ZeRO-3: the whole parameter in the compute dtype; its gradient returns as a summed shard."""
     return all_gather(plan, shard.astype(plan.compute_dtype))
 
 
 def _use_sharded_fwd(plan: GatherPlan, shard: jax.Array):
-    # The collective itself, not `use_sharded` again: remat policies must see a gather, not a custom
-    # call.
+    # The collective itself, not `use_sharded` again: remat policies must see a gather.
     return all_gather(plan, shard.astype(plan.compute_dtype)), jnp.zeros((), shard.dtype)
 
 
@@ -99,8 +102,7 @@ use_sharded.defvjp(_use_sharded_fwd, _use_sharded_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def use_whole(plan: GatherPlan, whole: jax.Array, gradient_shard: jax.Array) -> jax.Array:
-    """ZeRO-2: the stored whole parameter; its gradient goes, summed and scattered, to
-    `gradient_shard`.
+    """ZeRO-2: the stored whole parameter; its gradient goes to `gradient_shard`, summed.
 
     `gradient_shard` is a placeholder of the shard's shape, whose value is never read.
     """
@@ -118,3 +120,43 @@ def _use_whole_bwd(plan: GatherPlan, like: jax.Array, gradient: jax.Array):
 
 
 use_whole.defvjp(_use_whole_fwd, _use_whole_bwd)
+
+
+@dataclass(frozen=True)
+class AtHome:
+    """A parameter that has not been gathered.
+
+    Attributes:
+      name: its path.
+      plan: how to gather it.
+      shard: its shard; for ZeRO-2 a placeholder for the shard of its gradient.
+      whole: for ZeRO-2, the parameter itself.
+    """
+
+    name: str
+    plan: GatherPlan
+    shard: jax.Array
+    whole: jax.Array | None = None
+
+    def gather(self) -> jax.Array:
+        """The whole parameter, differentiable in the shard."""
+        if self.whole is None:
+            return use_sharded(self.plan, self.shard)
+        return use_whole(self.plan, self.whole, self.shard)
+
+    def arrays(self) -> tuple[jax.Array, ...]:
+        """What it consists of."""
+        return (self.shard,) if self.whole is None else (self.shard, self.whole)
+
+    def with_arrays(self, arrays: Sequence[jax.Array]) -> AtHome:
+        """The same parameter consisting of other arrays, for example of one layer's slices."""
+        return replace(self, shard=arrays[0], whole=arrays[1] if len(arrays) > 1 else None)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole parameter."""
+        if self.whole is not None:
+            return self.whole.shape
+        shape = list(self.shard.shape)
+        shape[self.plan.dim] *= jax.lax.axis_size(self.plan.axes)
+        return tuple(shape)

@@ -248,18 +248,20 @@ def _place_leaf(
 def _zero_dimension(
     shape: tuple[int, ...], base: tuple[Entry, ...], ways: int, is_stacked: bool
 ) -> tuple[int | None, str]:
-    """The largest dimension that divides evenly, later ones first; never one that `tensor` splits
-    or that stacks layers.
+    """The first dimension that divides evenly and is at least a quarter of the largest such; never
+    one that `tensor` splits or that stacks layers.
 
-    Layers are stacked on small dimensions, so that taking the largest also keeps off the stacking
-    of unknown models.
+    Shards of the first dimension lie one after another in the whole array, so that nothing has to
+    be transposed around a gather. Layers are stacked on small dimensions, so that looking at the
+    large ones also keeps off the stacking of unknown models.
     """
     if ways == 1:
         return None, ""
     free = [d for d in range(1 if is_stacked else 0, len(shape)) if base[d] is None]
     fitting = [d for d in free if shape[d] % ways == 0 and shape[d] > 0]
     if fitting:
-        return max(fitting, key=lambda d: (shape[d], d)), ""
+        largest = max(shape[d] for d in fitting)
+        return min(d for d in fitting if 4 * shape[d] >= largest), ""
     if not shape:
         return None, "a scalar"
     return None, f"no dimension that ZeRO may split divides by {ways}"

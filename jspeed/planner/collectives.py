@@ -191,7 +191,7 @@ def _elements(
 
 def _origins(op_name: str, count: int) -> list[str]:
     """The origins of combined instructions, which XLA writes as `common/(one:other)`."""
-    found = re.fullmatch(r"(.*?)\((.*:.*)\)", op_name)
+    found = re.fullmatch(r"((?:.*?/)?)\((.*:.*)\)", op_name)
     parts = found.group(2).split(":") if found else []
     if found is None or len(parts) != count:
         return [op_name] * count
@@ -211,7 +211,9 @@ def _is_asynchronous(instruction: Instruction, module: Module, computation: str)
     if instruction.opcode.endswith("-start"):
         return _SYNC not in instruction.attributes
     return any(
-        start.opcode == "async-start" and computation in start.called()
+        start.opcode == "async-start"
+        and computation in start.called()
+        and _SYNC not in start.attributes
         for other in module.computations.values()
         for start in other.instructions
     )

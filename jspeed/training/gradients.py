@@ -218,22 +218,23 @@ def local_gradients(
             diff = local.differentiated(master, copies)
             gradient = jax.grad(loss_of, has_aux=True)
 
-            def microbatch(carry: Any, step: Any):
+            def microbatch(index: Any, carry: Any) -> Any:
                 grads, total, weight, mutable = carry
-                micro, index = step
+                micro = jax.tree.map(
+                    lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), batch
+                )
                 new, (loss, mutable) = gradient(
                     diff, mutable, micro, jax.random.fold_in(key, index)
                 )
                 grads = jax.tree.map(lambda a, g: a + g.astype(a.dtype), grads, new)
-                return (grads, total + loss.total, weight + loss.weight, mutable), None
+                return grads, total + loss.total, weight + loss.weight, mutable
 
             zero = jnp.zeros((), jnp.float32)
             accumulators = jax.tree.map(
                 lambda d: jnp.zeros(d.shape, settings.accumulation_dtype), diff
             )
-            carry = (accumulators, zero, zero, mutable)
-            (grads, total, weight, mutable), _ = jax.lax.scan(
-                microbatch, carry, (batch, jnp.arange(settings.accumulation))
+            grads, total, weight, mutable = _repeat(
+                settings.accumulation, microbatch, (accumulators, zero, zero, mutable)
             )
             grads = local.reduce_once(grads)
             sums = jax.lax.psum(jnp.stack([total, weight]), BATCH_AXES)
@@ -270,6 +271,17 @@ def local_gradients(
         return mapped(state.master, state.copies, state.mutable, rng, scale, batch)
 
     return compute
+
+
+def _repeat(turns: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
+    """`carry = body(turn, carry)` for each turn, in a loop whose length XLA does not learn.
+
+    Of a loop that it can count, XLA moves gathers into the turn before, all of a turn's weights
+    with them, and compiles the body twice.
+    """
+    if turns == 1:
+        return body(jnp.int32(0), carry)
+    return jax.lax.fori_loop(0, jax.lax.optimization_barrier(jnp.int32(turns)), body, carry)
 
 
 def _reference_weight(

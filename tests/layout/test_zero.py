@@ -63,9 +63,12 @@ def test_what_each_stage_splits(dtype: str, stage: int) -> None:
 @pytest.mark.parametrize(
     ("shape", "stacked", "dim"),
     [
-        ((8, 16), False, 1),  # the largest
+        ((8, 16), False, 0),  # the first that is not small beside the largest
         ((16, 8), False, 0),
-        ((16, 16), False, 1),  # the later of equals
+        ((16, 16), False, 0),
+        ((8, 32), False, 0),
+        ((8, 40), False, 1),  # small: layers may be stacked on it
+        ((8, 40, 16), False, 1),
         ((12, 8), False, 1),  # the largest that divides
         ((64, 8), True, 1),  # never the one that stacks layers
         ((64, 12), True, None),
