@@ -116,12 +116,16 @@ class Loop:
                 if pending is not None:
                     self._report(pending)
                 pending = _Pending(step, metrics, fetched - started, dispatched - fetched)
+                if metrics["loss"].is_ready():  # the engine waited; see `train_batch`
+                    self._report(pending)
+                    pending = None
                 if settings.save_every and step % settings.save_every == 0:
                     self._save()
                     saved = step
                 if settings.evaluate_every and step % settings.evaluate_every == 0:
-                    self._report(pending)
-                    pending = None
+                    if pending is not None:
+                        self._report(pending)
+                        pending = None
                     self._evaluate(step)
             if pending is not None:
                 self._report(pending)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from jspeed.engine.progress import Silent
 from jspeed.models import ModelFactory
 from jspeed.monitor import Monitor
 from jspeed.nn import language_model_loss
+from tests.engine.runs import losses, start
 from tests.training.curves import BATCH, TINY, batches, ds_config
 
 DYNAMIC = {"enabled": True, "initial_scale_power": 16, "hysteresis": 1}
@@ -52,6 +55,42 @@ def test_half_precision_learns_as_fp32(precision, stage, fp32_loss):
     """The mean of the last 20 of 200 losses; the model has learnt most of what there is by then."""
     assert fp32_loss < 2.0
     assert _final_loss(precision, stage) == pytest.approx(fp32_loss, rel=0.02)
+
+
+CONFIGS = Path(__file__).parent.parent.parent / "configs"
+FP16 = ("bf16.enabled=false", "fp16.enabled=true")
+
+
+@pytest.fixture(scope="module")
+def shipped_fp32_loss(tmp_path_factory) -> float:
+    return _shipped_loss(tmp_path_factory.mktemp("fp32"), "bf16.enabled=false")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("bf16.enabled=true",),
+        FP16,
+        (*FP16, "fp16.loss_scale=1024"),
+    ],
+)
+def test_the_shipped_run_learns_as_in_fp32(changes, shipped_fp32_loss, tmp_path):
+    """All 200 steps of `configs/gpt2_tiny.json` on real text, as `jspeed train` runs them."""
+    assert shipped_fp32_loss < 6.0
+    assert _shipped_loss(tmp_path, *changes) == pytest.approx(shipped_fp32_loss, rel=0.02)
+
+
+def _shipped_loss(directory: Path, *changes: str) -> float:
+    """The mean of the last 20 training losses."""
+    settings = [f"run.dir={directory / 'run'}", *changes]
+    arguments = [argument for setting in settings for argument in ("--set", setting)]
+    process = start(CONFIGS / "gpt2_tiny.json", *arguments)
+    output, _ = process.communicate(timeout=1800)
+    assert process.returncode == 0, output
+    curve = losses(directory / "run")
+    assert sorted(curve) == list(range(1, 201))
+    return float(np.mean([curve[step] for step in range(181, 201)]))
 
 
 def _overflowing_loss(model, batch, rng):
