@@ -6,29 +6,21 @@ from jspeed.optim.build import (
     make_optimizer,
 )
 from jspeed.optim.loss_scale import LossScale, LossScaleState
-from jspeed.optim.norms import (
-    all_finite,
-    clip_by_global_norm_factor,
-    first_nonfinite,
-    global_norm,
-    leaf_paths,
-)
+from jspeed.optim.norms import GradientNorm, clipping_factor, gradient_norm
 from jspeed.optim.optimizer_params import OPTIMIZERS, base_learning_rate
 from jspeed.optim.schedules import SCHEDULES, Schedule, make_schedule
 
 __all__ = [
     "OPTIMIZERS",
     "SCHEDULES",
+    "GradientNorm",
     "LossScale",
     "LossScaleState",
     "Schedule",
-    "all_finite",
     "applied_steps",
     "base_learning_rate",
-    "clip_by_global_norm_factor",
-    "first_nonfinite",
-    "global_norm",
-    "leaf_paths",
+    "clipping_factor",
+    "gradient_norm",
     "make_betas_schedule",
     "make_optimizer",
     "make_schedule",

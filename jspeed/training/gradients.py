@@ -218,23 +218,22 @@ def local_gradients(
             diff = local.differentiated(master, copies)
             gradient = jax.grad(loss_of, has_aux=True)
 
-            def microbatch(index: Any, carry: Any) -> Any:
-                grads, total, weight, mutable = carry
+            def microbatch(index: Any, mutable: Any) -> Any:
                 micro = jax.tree.map(
                     lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), batch
                 )
                 new, (loss, mutable) = gradient(
                     diff, mutable, micro, jax.random.fold_in(key, index)
                 )
-                grads = jax.tree.map(lambda a, g: a + g.astype(a.dtype), grads, new)
-                return grads, total + loss.total, weight + loss.weight, mutable
+                new = jax.tree.map(lambda g: g.astype(settings.accumulation_dtype), new)
+                return (new, loss.total, loss.weight), mutable
 
             zero = jnp.zeros((), jnp.float32)
             accumulators = jax.tree.map(
                 lambda d: jnp.zeros(d.shape, settings.accumulation_dtype), diff
             )
-            grads, total, weight, mutable = _repeat(
-                settings.accumulation, microbatch, (accumulators, zero, zero, mutable)
+            (grads, total, weight), mutable = _sum_over(
+                settings.accumulation, microbatch, (accumulators, zero, zero), mutable
             )
             grads = local.reduce_once(grads)
             sums = jax.lax.psum(jnp.stack([total, weight]), BATCH_AXES)
@@ -273,15 +272,24 @@ def local_gradients(
     return compute
 
 
-def _repeat(turns: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
-    """`carry = body(turn, carry)` for each turn, in a loop whose length XLA does not learn.
+def _sum_over(
+    turns: int, body: Callable[[Any, Any], tuple[Any, Any]], zeros: Any, state: Any
+) -> tuple[Any, Any]:
+    """The sum of `terms` over `terms, state = body(turn, state)`, and the last state.
 
-    Of a loop that it can count, XLA moves gathers into the turn before, all of a turn's weights
-    with them, and compiles the body twice.
+    The loop is one whose length XLA does not learn. Of a loop that it can count, XLA moves gathers
+    into the turn before, all of a turn's weights with them, and compiles the body twice.
     """
     if turns == 1:
-        return body(jnp.int32(0), carry)
-    return jax.lax.fori_loop(0, jax.lax.optimization_barrier(jnp.int32(turns)), body, carry)
+        return body(jnp.int32(0), state)
+
+    def turn(index: Any, carry: Any) -> Any:
+        sums, state = carry
+        terms, state = body(index, state)
+        return jax.tree.map(jnp.add, sums, terms), state
+
+    length = jax.lax.optimization_barrier(jnp.int32(turns))
+    return jax.lax.fori_loop(0, length, turn, (zeros, state))
 
 
 def _reference_weight(

@@ -21,7 +21,7 @@ from jspeed.core.tree import map_named, named_leaves
 from jspeed.layout.gather import all_gather
 from jspeed.layout.mesh import BATCH_AXES
 from jspeed.layout.zero import Layout, Role
-from jspeed.optim import LossScale, clip_by_global_norm_factor
+from jspeed.optim import LossScale, clipping_factor, gradient_norm
 from jspeed.training.gradients import GradientSettings, local_evaluation, local_gradients
 from jspeed.training.program import LossFn, Program
 from jspeed.training.state import TrainState
@@ -67,10 +67,9 @@ def make_train_step(
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         scale = state.loss_scale.scale if state.loss_scale is not None else jnp.float32(1.0)
         grads, loss, weight, mutable = compute(state, scale, batch)
-        finite_leaves = jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(grads)])
-        finite = finite_leaves.all()
-        factor, norm = clip_by_global_norm_factor(grads, settings.gradient_clipping)
+        norm, finite, first_nonfinite = gradient_norm(grads)
         if settings.gradient_clipping:
+            factor = clipping_factor(norm, settings.gradient_clipping)
             grads = jax.tree.map(lambda g: g * factor, grads)
         master = _constrain(state.master, layout, Role.MOMENTS)
         updates, opt_state = optimizer.update(grads, state.opt_state, master)
@@ -92,7 +91,7 @@ def make_train_step(
             "weight": weight,
             "grad_norm": norm,
             "finite": finite,
-            "first_nonfinite": jnp.where(finite, -1, jnp.argmin(finite_leaves)).astype(jnp.int32),
+            "first_nonfinite": first_nonfinite,
         }
         if schedule is not None:
             metrics["learning_rate"] = jnp.asarray(schedule(state.updates), jnp.float32)
