@@ -55,7 +55,7 @@ def rows(leaves: Sequence[LeafExplanation]) -> list[Row]:
     for leaf in leaves:
         pattern = "/".join("*" if part.isdigit() else part for part in leaf.path.split("/"))
         shares: tuple[tuple[Role, Share], ...] = tuple(leaf.shares.items())
-        key = (pattern, leaf.shape, leaf.rule, leaf.whole_because, shares)
+        key = (pattern, leaf.shape, leaf.logical_axes, leaf.rule, leaf.whole_because, shares)
         groups.setdefault(key, []).append(leaf)
     return [
         Row(group[0].path if len(group) == 1 else str(key[0]), tuple(group))
@@ -100,35 +100,65 @@ def _heading(state: Explanation) -> str:
 Cells = tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Lines:
+    """The cells of the table; `groups` has the rows of each rule."""
+
+    head: Cells
+    groups: dict[str, list[Cells]]
+    total: Cells
+
+    @property
+    def widths(self) -> list[int]:
+        lines = [
+            self.head,
+            self.total,
+            *(cells for group in self.groups.values() for cells in group),
+        ]
+        return [max(map(len, column)) for column in zip(*lines, strict=True)]
+
+
 def _print_table(state: Explanation, console: Console) -> None:
-    """One line per row, the rows of each rule under the rule."""
-    head: Cells = ("parameter", "shape", "split over", *(role.value for role in STATE_ROLES))
-    sums = (bytes_text(state.role_bytes(role)) for role in STATE_ROLES)
-    total: Cells = ("on one device", "", "", *sums)
-    grouped: dict[str, list[Cells]] = {}
-    for row in rows(state.leaves):
-        grouped.setdefault(row.leaves[0].rule, []).append(_cells(row))
-    lines = [head, total, *(cells for group in grouped.values() for cells in group)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    """One line per row, the rows of each rule under the rule; names of dimensions where they
+    fit."""
+    lines = _lines(state, with_names=True)
+    named = any(leaf.logical_axes for leaf in state.leaves)
+    if not named or sum(lines.widths) + 2 * len(lines.widths) > console.width:
+        lines = _lines(state, with_names=False)
+    widths = lines.widths
     # Numbers and shapes stay whole; on a narrow terminal paths are folded.
     room = console.width - sum(widths[1:]) - 2 * len(widths)
     widths[0] = min(widths[0], max(room, _SHORTEST_PATH))
-    console.print(_grid([head], widths, "bold"))
-    for rule, group in grouped.items():
+    console.print(_grid([lines.head], widths, "bold"))
+    for rule, group in lines.groups.items():
         console.print()
         console.print(Text(rule, "cyan"))
         console.print(_grid(group, widths, ""))
     console.print()
-    console.print(_grid([total], widths, "bold"))
+    console.print(_grid([lines.total], widths, "bold"))
 
 
-def _cells(row: Row) -> Cells:
-    leaf = row.leaves[0]
-    return (
-        f"  {row.label}",
-        "x".join(map(str, leaf.shape)) or "scalar",
-        spec_text(leaf.home.spec),
-        *(bytes_text(row.bytes(role)) for role in STATE_ROLES),
+def _lines(state: Explanation, *, with_names: bool) -> Lines:
+    def cells(first: str, names: str, *rest: str) -> Cells:
+        return (first, names, *rest) if with_names else (first, *rest)
+
+    groups: dict[str, list[Cells]] = {}
+    for row in rows(state.leaves):
+        leaf = row.leaves[0]
+        line = cells(
+            f"  {row.label}",
+            " ".join(leaf.logical_axes or ()),
+            "x".join(map(str, leaf.shape)) or "scalar",
+            spec_text(leaf.home.spec),
+            *(bytes_text(row.bytes(role)) for role in STATE_ROLES),
+        )
+        groups.setdefault(leaf.rule, []).append(line)
+    roles = [role.value for role in STATE_ROLES]
+    sums = [bytes_text(state.role_bytes(role)) for role in STATE_ROLES]
+    return Lines(
+        cells("parameter", "dimensions", "shape", "split over", *roles),
+        groups,
+        cells("on one device", "", "", "", *sums),
     )
 
 

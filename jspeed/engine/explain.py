@@ -91,7 +91,7 @@ def explain_plan(
 ) -> Explanation:
     """Explains where the training state of a planned run lives; the plan's mesh may be abstract."""
     state = abstract_state(program, plan.optimizer, plan.layout, plan.loss_scale)
-    return explain(plan.layout, state_arrays(state, plan.layout), notes)
+    return explain(plan.layout, state_arrays(state, plan.layout), notes, program.logical_axes)
 
 
 def state_arrays(state: TrainState, layout: Layout) -> list[StateArray]:

@@ -116,7 +116,7 @@ class Loop:
                 if pending is not None:
                     self._report(pending)
                 pending = _Pending(step, metrics, fetched - started, dispatched - fetched)
-                if metrics["loss"].is_ready():  # the engine waited; see `train_batch`
+                if _is_ready(metrics["loss"]):  # the engine waited; see `train_batch`
                     self._report(pending)
                     pending = None
                 if settings.save_every and step % settings.save_every == 0:
@@ -221,3 +221,7 @@ class Loop:
     def _prune(self) -> None:
         if self.settings.keep_checkpoints is not None:
             self.engine.prune_checkpoints(self.settings.keep_checkpoints)
+
+
+def _is_ready(array: jax.Array) -> bool:
+    return array.is_ready()  # pyright: ignore[reportAttributeAccessIssue]

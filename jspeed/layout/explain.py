@@ -77,6 +77,7 @@ class LeafExplanation:
       rule: what placed it, in words.
       whole_because: why ZeRO keeps it whole although the stage splits; empty if it does not.
       shares: by role; a role that is not stored is missing.
+      logical_axes: one name per dimension, or None for a model that names none.
     """
 
     path: str
@@ -84,6 +85,7 @@ class LeafExplanation:
     rule: str
     whole_because: str
     shares: Mapping[Role, Share]
+    logical_axes: tuple[str, ...] | None = None
 
     @property
     def elements(self) -> int:
@@ -103,6 +105,7 @@ class LeafExplanation:
         return {
             "path": self.path,
             "shape": list(self.shape),
+            "logical_axes": None if self.logical_axes is None else list(self.logical_axes),
             "dtype": self.home.dtype,
             "rule": self.rule,
             "spec": _spec_json(self.home.spec),
@@ -177,7 +180,10 @@ class Explanation:
 
 
 def explain(
-    layout: Layout, arrays: Iterable[StateArray], notes: Sequence[tuple[str, str]] = ()
+    layout: Layout,
+    arrays: Iterable[StateArray],
+    notes: Sequence[tuple[str, str]] = (),
+    logical_axes: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Explanation:
     """Explains where a training state lives.
 
@@ -185,6 +191,7 @@ def explain(
       layout: of the parameters.
       arrays: of the state, each parameter's master among them.
       notes: what gathering at use reported, see `jspeed.layout.at_use.Report`.
+      logical_axes: path -> one name per dimension, for the parameters whose model names them.
 
     Returns:
       Bytes that are exact for the arrays given: specs split evenly, or the layout would not exist.
@@ -208,6 +215,7 @@ def explain(
                 for role in STATE_ROLES
                 if role in found[path]
             },
+            logical_axes=(logical_axes or {}).get(path),
         )
         for path, leaf in layout.leaves.items()
     )

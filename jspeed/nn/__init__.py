@@ -11,12 +11,15 @@ from jspeed.nn.blocks import (
     stack_layers,
 )
 from jspeed.nn.dense import dense
+from jspeed.nn.logical_axes import LOGICAL_AXES, LogicalAxes
 from jspeed.nn.losses import IGNORED, cross_entropy, linear_cross_entropy
 
 __all__ = [
     "IGNORED",
+    "LOGICAL_AXES",
     "LayerNorm",
     "Linear",
+    "LogicalAxes",
     "RMSNorm",
     "causal_attention",
     "choose_implementation",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import jax
 
+from jspeed.core.shapes import Array, Float
 from jspeed.nn.recompute import keeping_only_inputs
 
 
-def gelu(x: jax.Array, *, recompute: bool = False) -> jax.Array:
+def gelu(x: Float[Array, "*shape"], *, recompute: bool = False) -> Float[Array, "*shape"]:
     """GELU in its tanh form (Hendrycks and Gimpel, 2016, section 2), elementwise.
 
     Args:
@@ -17,7 +18,9 @@ def gelu(x: jax.Array, *, recompute: bool = False) -> jax.Array:
     return (_lean_gelu if recompute else _gelu)(x)
 
 
-def swiglu(gate: jax.Array, up: jax.Array, *, recompute: bool = False) -> jax.Array:
+def swiglu(
+    gate: Float[Array, "*shape"], up: Float[Array, "*shape"], *, recompute: bool = False
+) -> Float[Array, "*shape"]:
     """`silu(gate) * up`, elementwise (Shazeer, GLU Variants Improve Transformer, 2020, section 2).
 
     Args:

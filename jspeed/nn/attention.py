@@ -11,6 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from jspeed.core.shapes import Array, Float, Int
 from jspeed.nn.attention_cpu import cpu_attention
 
 Implementation = Literal["auto", "cpu", "cudnn", "gpu", "xla"]
@@ -26,13 +27,13 @@ def choose_implementation(requested: Implementation, platform: str) -> Implement
 
 
 def causal_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    query: Float[Array, "batch seq heads dim"],
+    key: Float[Array, "batch seq kv_heads dim"],
+    value: Float[Array, "batch seq kv_heads dim"],
     *,
-    segment_ids: jax.Array | None = None,
+    segment_ids: Int[Array, "batch seq"] | None = None,
     implementation: Implementation = "xla",
-) -> jax.Array:
+) -> Float[Array, "batch seq heads dim"]:
     """Softmax attention in which a token sees itself and what came before it.
 
     Args:

@@ -15,6 +15,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jspeed.core.shapes import Array, Float, Int
+
 _MASKED = -1e30
 # Smaller blocks make the products too small to be worth their dispatch, more blocks save little.
 _SMALLEST_BLOCK = 64
@@ -25,8 +27,11 @@ _Saved = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array 
 
 @jax.custom_vjp
 def cpu_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array | None
-) -> jax.Array:
+    query: Float[Array, "batch seq heads dim"],
+    key: Float[Array, "batch seq kv_heads dim"],
+    value: Float[Array, "batch seq kv_heads dim"],
+    segment_ids: Int[Array, "batch seq"] | None,
+) -> Float[Array, "batch seq heads dim"]:
     """Softmax attention in which a token sees itself and what came before it.
 
     Products take operands in the given dtype and sum in fp32; the softmax is fp32.

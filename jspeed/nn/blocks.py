@@ -11,21 +11,26 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jspeed.core.loss import LossSum
+from jspeed.core.shapes import Array, Float
 from jspeed.nn.dense import dense
+from jspeed.nn.logical_axes import LogicalAxes
 from jspeed.nn.losses import default_chunk_size, linear_cross_entropy
 
 Layer = TypeVar("Layer", bound=nnx.Module)
+
+# How stacking and slicing change the metadata of a Variable: its first dimension is named "layers".
+_STACKED = {nnx.PARTITION_NAME: "layers", "logical_axes": "layers"}
 
 
 class LayerNorm(nnx.Module):
     """Layer normalisation over the last axis, in fp32 (Ba et al., 2016)."""
 
     def __init__(self, features: int, *, epsilon: float) -> None:
-        self.scale = nnx.Param(jnp.ones((features,), jnp.float32))
-        self.bias = nnx.Param(jnp.zeros((features,), jnp.float32))
+        self.scale = nnx.Param(jnp.ones((features,), jnp.float32), logical_axes=("norm",))
+        self.bias = nnx.Param(jnp.zeros((features,), jnp.float32), logical_axes=("norm",))
         self.epsilon = epsilon
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*tokens features"]) -> Float[Array, "*tokens features"]:
         wide = x.astype(jnp.float32)
         centred = wide - wide.mean(-1, keepdims=True)
         normed = centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + self.epsilon)
@@ -36,10 +41,10 @@ class RMSNorm(nnx.Module):
     """Root-mean-square normalisation over the last axis, in fp32 (Zhang and Sennrich, 2019)."""
 
     def __init__(self, features: int, *, epsilon: float) -> None:
-        self.scale = nnx.Param(jnp.ones((features,), jnp.float32))
+        self.scale = nnx.Param(jnp.ones((features,), jnp.float32), logical_axes=("norm",))
         self.epsilon = epsilon
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*tokens features"]) -> Float[Array, "*tokens features"]:
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt((wide**2).mean(-1, keepdims=True) + self.epsilon)
         return (normed * self.scale[...]).astype(x.dtype)
@@ -49,25 +54,34 @@ class Linear(nnx.Module):
     """`x @ kernel (+ bias)` in the kernel's dtype; `kernel` is `[inputs, outputs...]`.
 
     Several output dimensions, as the three of a fused query, key and value projection, keep the
-    heads in a dimension of their own, which a `tensor` axis can then split.
+    heads in a dimension of their own, which a `tensor` axis can then split. `axes` names the
+    kernel's dimensions, see `jspeed.nn.logical_axes`.
     """
 
     def __init__(
-        self, inputs: int, *outputs: int, stddev: float, bias: bool, rngs: nnx.Rngs
+        self,
+        inputs: int,
+        *outputs: int,
+        axes: LogicalAxes,
+        stddev: float,
+        bias: bool,
+        rngs: nnx.Rngs,
     ) -> None:
-        self.kernel = nnx.Param(stddev * jax.random.normal(rngs.params(), (inputs, *outputs)))
-        self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32)) if bias else None
+        kernel = stddev * jax.random.normal(rngs.params(), (inputs, *outputs))
+        self.kernel = nnx.Param(kernel, logical_axes=axes)
+        zeros = jnp.zeros(outputs, jnp.float32)
+        self.bias = nnx.Param(zeros, logical_axes=axes[1:]) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*tokens inputs"]) -> Array:
         y = dense(x, self.kernel[...])
         return y if self.bias is None else y + self.bias[...]
 
 
 def stack_layers(create: Callable[[nnx.Rngs], Layer], layers: int, rngs: nnx.Rngs) -> Layer:
-    """One module whose every parameter has a first dimension of `layers`."""
+    """One module whose every parameter has a first dimension of `layers`, named so too."""
 
     @nnx.split_rngs(splits=layers)
-    @nnx.vmap(in_axes=0, out_axes=0)
+    @nnx.vmap(in_axes=0, out_axes=0, transform_metadata=_STACKED)
     def make(rngs: nnx.Rngs) -> Layer:
         return create(rngs)
 
@@ -89,7 +103,8 @@ def scan_layers(
 
     if remat == "full":
         body = nnx.remat(body, prevent_cse=False)
-    return nnx.scan(body, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, stacked)
+    scan = nnx.scan(body, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry, transform_metadata=_STACKED)
+    return scan(x, stacked)
 
 
 def language_model_loss(model: Any, batch: Any, rng: jax.Array) -> LossSum:

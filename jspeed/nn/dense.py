@@ -7,9 +7,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jspeed.core.shapes import Array, Float
+
 
 @jax.custom_vjp
-def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def dense(x: Float[Array, "*tokens inputs"], kernel: Float[Array, "inputs ..."]) -> Array:
     """`x @ kernel` over the last dimension of `x` and the first of `kernel`.
 
     The value and the gradients are those of `jnp.tensordot(x, kernel, axes=1)`. Differentiating

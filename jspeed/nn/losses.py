@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 
 from jspeed.core.loss import LossSum
+from jspeed.core.shapes import Array, Float, Int
 
 IGNORED = -100
 """Labels with this value do not count, as in the rest of the field."""
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> LossSum:
+def cross_entropy(
+    logits: Float[Array, "*tokens vocabulary"], labels: Int[Array, "*tokens"]
+) -> LossSum:
     """Token cross-entropy.
 
     Args:
@@ -31,7 +34,11 @@ def _token_losses(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.
 
 
 def linear_cross_entropy(
-    hidden: jax.Array, kernel: jax.Array, labels: jax.Array, *, chunk_size: int
+    hidden: Float[Array, "*tokens features"],
+    kernel: Float[Array, "features vocabulary"],
+    labels: Int[Array, "*tokens"],
+    *,
+    chunk_size: int,
 ) -> LossSum:
     """Cross-entropy of `hidden @ kernel`, a chunk of tokens at a time.
 

@@ -6,9 +6,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jspeed.core.shapes import Array, Float, Int
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,11 @@ def rope_frequencies(dim: int, theta: float, scaling: RopeScaling | None = None)
     return frequencies * (keep + (1.0 - keep) / scaling.factor)
 
 
-def apply_rope(x: jax.Array, positions: jax.Array, frequencies: np.ndarray) -> jax.Array:
+def apply_rope(
+    x: Float[Array, "batch seq heads dim"],
+    positions: Int[Array, "#batch seq"],
+    frequencies: np.ndarray,
+) -> Float[Array, "batch seq heads dim"]:
     """Rotates `x` `[batch, seq, heads, dim]` by `positions` `[batch or 1, seq]`, computed in
     fp32."""
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jspeed.core.shapes import Array, Float
+
 # The quintic a x + b x^3 + c x^5 whose slope at 0 is as steep as it may be; singular values end
 # within about 0.7 to 1.2 rather than at 1 exactly, which Muon does not mind.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -14,7 +16,9 @@ STEPS = 5
 _LEGS = (2, 3)
 
 
-def orthogonalize(matrix: jax.Array, *, method: str = "gram") -> jax.Array:
+def orthogonalize(
+    matrix: Float[Array, "*stack rows columns"], *, method: str = "gram"
+) -> Float[Array, "*stack rows columns"]:
     """Returns nearly `U V^T` of `matrix = U S V^T`, for each matrix of a stack.
 
     Five steps of the quintic Newton-Schulz iteration on the matrix divided by its Frobenius norm

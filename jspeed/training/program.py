@@ -7,6 +7,7 @@ carries parameters, mutable collections and random keys. Nothing here knows of d
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import flax.linen as linen
@@ -28,10 +29,13 @@ _EXPECTED = (
 class Program(Protocol):
     """A model that can be created and called without side effects.
 
-    `stacked` are regexes of parameters whose first dimension stacks layers.
+    Attributes:
+      stacked: regexes of parameters whose first dimension stacks layers.
+      logical_axes: path -> one name per dimension, for the parameters whose model names them.
     """
 
     stacked: tuple[str, ...]
+    logical_axes: Mapping[str, tuple[str, ...]]
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         """Creates `(parameters, mutable collections)`, both pytrees of arrays; may be traced."""

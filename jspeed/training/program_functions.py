@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import flax.linen as linen
@@ -94,6 +94,7 @@ class FunctionProgram:
       name: of the model, for messages.
       stacked: see `Program`.
       has_collections: the variables are Linen's collections, "params" among them.
+      logical_axes: see `Program`; such models name none.
     """
 
     apply: Apply
@@ -102,6 +103,7 @@ class FunctionProgram:
     name: str
     stacked: tuple[str, ...] = ()
     has_collections: bool = False
+    logical_axes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.create is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,11 +25,13 @@ class NnxProgram:
       module: the module, if it exists already; it is never changed.
       create: the function `rngs -> module` otherwise.
       stacked: see `Program`.
+      logical_axes: see `Program`; read from the `logical_axes` that an `nnx.Param` carries.
     """
 
     module: nnx.Module | None
     create: Any
     stacked: tuple[str, ...] = ()
+    logical_axes: Mapping[str, tuple[str, ...]] = field(init=False, repr=False)
     _graph: Any = field(init=False, repr=False)
     _params: Any = field(init=False, repr=False)
     _rest: Any = field(init=False, repr=False)
@@ -41,6 +43,7 @@ class NnxProgram:
             module = nnx.eval_shape(lambda: self._make(_streams(jax.random.key(0))))
         self._graph, self._params, self._rest = _split(module)
         self._random = _random_state(self._rest)
+        self.logical_axes = _logical_axes(self._params)
         if not self.stacked:
             self.stacked = tuple(getattr(module, "stacked_parameters", ()))
         name = f"The NNX module {type(module).__name__}"
@@ -120,6 +123,16 @@ def _random_state(rest: Any) -> frozenset[str]:
     """The names of random keys and their counters."""
     flat = nnx.to_flat_state(rest)
     return frozenset("/".join(map(str, path)) for path, v in flat if isinstance(v, nnx.RngState))
+
+
+def _logical_axes(params: Any) -> dict[str, tuple[str, ...]]:
+    """The names of dimensions by path; names that do not fit the dimensions tell nothing."""
+    found: dict[str, tuple[str, ...]] = {}
+    for path, variable in nnx.to_flat_state(params):
+        names = variable.get_metadata().get("logical_axes")
+        if names is not None and len(names) == variable.ndim:
+            found["/".join(map(str, path))] = tuple(names)
+    return found
 
 
 def _filled(state: Any, values: Any) -> Any:

@@ -145,3 +145,14 @@ def test_the_command_needs_neither_devices_nor_data(tmp_path: Path) -> None:
     assert sizes["total"] == sizes["param"] + sizes["master"] + sizes["moments"]
     assert sum(leaf["bytes_per_device"] for leaf in found["leaves"]) == sizes["total"]
     assert not (tmp_path / "run").exists()
+
+
+def test_names_of_dimensions_are_shown_where_they_fit() -> None:
+    explanation = explained(devices=4)
+    line = "blocks/attn/qkv/kernel layers embed qkv heads 1x32x3x32 "
+    wide, narrow = shown(explanation, 130), shown(explanation, 95)
+    assert wide.splitlines()[2].split()[:3] == ["parameter", "dimensions", "shape"]
+    assert line in " ".join(wide.split())
+    assert "dimensions" not in narrow
+    assert "layers embed" not in narrow
+    assert "blocks/attn/qkv/kernel" in narrow

@@ -277,3 +277,12 @@ def test_our_own_models_gather_layer_by_layer() -> None:
             data={"document_mask": True, "tokenizer": {"kind": "bpe", "vocab_size": 64}},
         )
         assert explain_run(load_config(source), devices=4).state.notes == ()
+
+
+def test_every_parameter_of_the_families_names_its_dimensions() -> None:
+    llama = {**MODEL, "family": "llama", "vocab_size": 64, "kv_heads": 1}
+    for model in ({**MODEL, "vocab_size": 64}, llama):
+        found = explain_run(load_config(run_file(model=model)), devices=2).to_json()
+        names = {leaf["path"]: leaf["logical_axes"] for leaf in found["leaves"]}
+        assert all(len(names[leaf["path"]]) == len(leaf["shape"]) for leaf in found["leaves"])
+    assert names["blocks/attn/k/kernel"] == ["layers", "embed", "kv_heads"]

@@ -110,9 +110,11 @@ def test_what_stayed_whole() -> None:
 
 def test_json() -> None:
     layout = placed(MeshShape(data=4, tensor=2), 1, rules=[Rule("w", (None, "tensor"))])
-    state = explain(layout, adam_state(layout), [("w", "used whole in every turn of a loop")])
+    notes = [("w", "used whole in every turn of a loop")]
+    state = explain(layout, adam_state(layout), notes, {"w": ("embed", "mlp")})
     found = json.loads(json.dumps(state.to_json()))
     leaf = found["leaves"].pop()
+    assert found["leaves"][0]["logical_axes"] is None  # "b" has no names
     found["leaves"].clear()
     assert found == {
         "parameters": ELEMENTS,
@@ -134,6 +136,7 @@ def test_json() -> None:
     assert leaf == {
         "path": "w",
         "shape": [64, 32],
+        "logical_axes": ["embed", "mlp"],
         "dtype": "float32",
         "rule": "rule w -> [-, tensor]; ZeRO-1 over data",
         "spec": ["data", "tensor"],

@@ -55,8 +55,8 @@ def test_packed_documents_do_not_see_each_other(weights):
     """The second document's logits are those of the document alone."""
     model = with_weights(CONFIG, weights)
     ids = reference.input_ids()
-    segments = np.array([[1] * 20 + [2] * 12] * 2)
-    positions = np.array([[*range(20), *range(12)]] * 2)
+    segments = jnp.array([[1] * 20 + [2] * 12] * 2)
+    positions = jnp.array([[*range(20), *range(12)]] * 2)
 
     @nnx.jit
     def hidden(model: GPT2, ids: Any) -> jax.Array:
@@ -73,7 +73,7 @@ def test_packed_documents_do_not_see_each_other(weights):
 
 
 def test_remat_changes_memory_and_not_gradients(weights):
-    ids = reference.input_ids()
+    ids = jnp.asarray(reference.input_ids())
     batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
 
     @nnx.jit

@@ -68,8 +68,8 @@ def test_rope_parameters_matter_in_the_reference():
 
 def test_packed_documents_do_not_see_each_other():
     model, ids = with_weights(config_of("llama")), reference.input_ids()
-    segments = np.array([[1] * 20 + [2] * 12] * 2)
-    positions = np.array([[*range(20), *range(12)]] * 2)
+    segments = jnp.array([[1] * 20 + [2] * 12] * 2)
+    positions = jnp.array([[*range(20), *range(12)]] * 2)
     hidden = nnx.jit(
         lambda model, ids: model.hidden(ids, positions=positions, segment_ids=segments)
     )

@@ -7,13 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
 from jspeed.nn import causal_attention, choose_implementation
 
 BATCH, SEQ, DIM = 2, 10, 8
-SEGMENTS = np.array([[1] * 4 + [2] * 6, [1] * 9 + [2]])
+SEGMENTS = jnp.array([[1] * 4 + [2] * 6, [1] * 9 + [2]])
 
 
 def operands(heads: int, kv_heads: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -23,12 +24,12 @@ def operands(heads: int, kv_heads: int) -> tuple[np.ndarray, np.ndarray, np.ndar
     return 2 * q, k, v
 
 
-def dense(q: Any, k: Any, v: Any, segments: np.ndarray | None, lib: Any = np) -> Any:
+def dense(q: Any, k: Any, v: Any, segments: jax.Array | None, lib: Any = np) -> Any:
     """Softmax attention written out, one query head after another."""
     group = q.shape[2] // k.shape[2]
     visible = np.tril(np.ones((SEQ, SEQ), bool))[None].repeat(BATCH, 0)
     if segments is not None:
-        visible &= segments[:, :, None] == segments[:, None, :]
+        visible = visible & (segments[:, :, None] == segments[:, None, :])
     outputs = []
     for head in range(q.shape[2]):
         scores = lib.einsum("bid,bjd->bij", q[:, :, head], k[:, :, head // group]) / DIM**0.5
@@ -44,7 +45,8 @@ def dense(q: Any, k: Any, v: Any, segments: np.ndarray | None, lib: Any = np) ->
 def test_equals_dense_attention(implementation, heads, kv_heads, segments):
     q, k, v = operands(heads, kv_heads)
     expected = dense(*(x.astype(np.float64) for x in (q, k, v)), segments)
-    out = causal_attention(q, k, v, segment_ids=segments, implementation=implementation)
+    arrays = map(jnp.asarray, (q, k, v))
+    out = causal_attention(*arrays, segment_ids=segments, implementation=implementation)
     np.testing.assert_allclose(out, expected, atol=2e-6)
 
 
@@ -76,7 +78,8 @@ def test_what_gpu_means_depends_on_what_cudnn_can_do():
     """cuDNN takes half precision only, so fp32 must go to XLA instead of failing."""
     q, k, v = operands(4, 4)
     expected = dense(q, k, v, None)
-    np.testing.assert_allclose(causal_attention(q, k, v, implementation="gpu"), expected, atol=2e-6)
+    out = causal_attention(*map(jnp.asarray, (q, k, v)), implementation="gpu")
+    np.testing.assert_allclose(out, expected, atol=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +97,9 @@ def test_choice(requested, platform, chosen):
     assert choose_implementation(requested, platform) == chosen
 
 
-def test_unknown_implementation():
-    q, k, v = operands(4, 4)
+def test_unknown_implementation(monkeypatch):
+    # Users call without the checks of signatures that tests have.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    q, k, v = map(jnp.asarray, operands(4, 4))
     with pytest.raises(ValueError, match="implementation 'flash': expected cpu, cudnn, gpu or xla"):
         causal_attention(q, k, v, implementation="flash")  # type: ignore[arg-type]

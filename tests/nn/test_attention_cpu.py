@@ -24,13 +24,13 @@ def operands(seq: int, heads: int, kv_heads: int, *, scale: float = 1.0) -> list
     return [scale * q, k, v, seed]
 
 
-def segments_of(seq: int) -> np.ndarray:
+def segments_of(seq: int) -> jax.Array:
     """Documents that begin within blocks and at their edges."""
     starts = [[0, 3, 64, 70], [0, seq - 1]]
-    return np.stack([np.isin(np.arange(seq), row).cumsum() for row in starts]).astype(np.int32)
+    return jnp.asarray([np.isin(np.arange(seq), row).cumsum() for row in starts], jnp.int32)
 
 
-def dense(q: Any, k: Any, v: Any, segments: np.ndarray | None) -> jax.Array:
+def dense(q: Any, k: Any, v: Any, segments: jax.Array | None) -> jax.Array:
     """Softmax attention with a mask over all pairs, in fp32."""
     seq, group = q.shape[1], q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(jnp.asarray(x, jnp.float32), group, axis=2) for x in (k, v))

@@ -20,13 +20,17 @@ from jspeed.nn import (
     stack_layers,
 )
 
+AXES = ("embed", "mlp")
+
 
 def test_layer_norm():
     norm = LayerNorm(6, epsilon=1e-3)
     norm.scale[...], norm.bias[...] = jnp.arange(1.0, 7.0), jnp.arange(6.0)
     x = np.random.default_rng(0).normal(3, 2, size=(4, 6)).astype(np.float32)
     expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-3)
-    np.testing.assert_allclose(norm(x), expected * np.arange(1, 7) + np.arange(6), atol=2e-5)
+    np.testing.assert_allclose(
+        norm(jnp.asarray(x)), expected * np.arange(1, 7) + np.arange(6), atol=2e-5
+    )
 
 
 def test_rms_norm():
@@ -34,7 +38,7 @@ def test_rms_norm():
     norm.scale[...] = jnp.arange(1.0, 7.0)
     x = np.random.default_rng(0).normal(3, 2, size=(4, 6)).astype(np.float32)
     expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-3) * np.arange(1, 7)
-    np.testing.assert_allclose(norm(x), expected, atol=2e-5)
+    np.testing.assert_allclose(norm(jnp.asarray(x)), expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("make", [LayerNorm, RMSNorm])
@@ -48,28 +52,51 @@ def test_norms_compute_in_fp32_and_keep_the_dtype(make):
 
 
 def test_linear_computes_in_the_kernels_dtype():
-    linear = Linear(4, 3, stddev=0.5, bias=True, rngs=nnx.Rngs(0))
+    linear = Linear(4, 3, axes=AXES, stddev=0.5, bias=True, rngs=nnx.Rngs(0))
     linear.bias[...] = jnp.arange(3.0)
-    x = np.ones((2, 4), np.float32)
+    x = jnp.ones((2, 4))
     expected = np.asarray(linear.kernel[...]).sum(0) + np.arange(3)
     np.testing.assert_allclose(linear(x), np.stack([expected] * 2), rtol=1e-6)
-    assert Linear(4, 3, stddev=0.5, bias=False, rngs=nnx.Rngs(0)).bias is None
+    assert Linear(4, 3, axes=AXES, stddev=0.5, bias=False, rngs=nnx.Rngs(0)).bias is None
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_scanned_layers_are_applied_in_order(remat):
     layers = stack_layers(
-        lambda rngs: Linear(4, 4, stddev=0.5, bias=False, rngs=rngs), 3, nnx.Rngs(0)
+        lambda rngs: Linear(4, 4, axes=AXES, stddev=0.5, bias=False, rngs=rngs), 3, nnx.Rngs(0)
     )
     kernels = np.asarray(layers.kernel[...])
     assert kernels.shape == (3, 4, 4)
     assert np.abs(kernels[0] - kernels[1]).max() > 0.1
     x = np.random.default_rng(0).normal(size=(2, 4)).astype(np.float32)
-    out = scan_layers(layers, x, lambda layer, x: jnp.tanh(layer(x)), remat=remat)
+    out = scan_layers(layers, jnp.asarray(x), lambda layer, x: jnp.tanh(layer(x)), remat=remat)
     expected = x
     for kernel in kernels:
         expected = np.tanh(expected @ kernel)
     np.testing.assert_allclose(out, expected, atol=1e-6)
+
+
+def names(module: nnx.Module) -> dict[str, tuple[str, ...]]:
+    state = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    return {str(path[-1]): variable.get_metadata("logical_axes") for path, variable in state}
+
+
+def test_stacked_layers_have_a_name_for_their_dimension():
+    def make(rngs: nnx.Rngs) -> Linear:
+        return Linear(4, 3, 4, axes=("embed", "qkv", "heads"), stddev=0.5, bias=True, rngs=rngs)
+
+    single = {"kernel": ("embed", "qkv", "heads"), "bias": ("qkv", "heads")}
+    stacked = {name: ("layers", *axes) for name, axes in single.items()}
+    assert names(make(nnx.Rngs(0))) == single
+    layers = stack_layers(make, 3, nnx.Rngs(0))
+    assert names(layers) == stacked
+
+    def call(layer: Linear, x: jax.Array) -> jax.Array:
+        assert names(layer) == single  # a slice has no dimension of layers
+        return layer(x).sum(1)
+
+    scan_layers(layers, jnp.ones((2, 4)), call, remat="none")
+    assert names(layers) == stacked
 
 
 class Echo:
@@ -86,7 +113,7 @@ class Echo:
 
 
 def test_language_model_loss_passes_the_batch_on():
-    ids, labels = np.array([[0, 1, 2]]), np.array([[1, -100, 3]])
+    ids, labels = jnp.array([[0, 1, 2]]), jnp.array([[1, -100, 3]])
     model: Any = Echo()
     loss = language_model_loss(model, {"input_ids": ids, "labels": labels}, jax.random.key(0))
     assert model.seen == (None, None)

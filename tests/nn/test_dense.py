@@ -23,7 +23,7 @@ def test_value_and_gradients_equal_tensordot(x_shape, kernel_shape):
     def both(product):
         def run(x, kernel):
             y, backward = jax.vjp(product, x, kernel)
-            return y, *backward(seed)
+            return y, *backward(jnp.asarray(seed))
 
         return jax.jit(run)(x, kernel)
 

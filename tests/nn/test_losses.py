@@ -41,14 +41,14 @@ def numpy_loss(hidden: np.ndarray, kernel: np.ndarray, labels: np.ndarray) -> tu
 def test_plain_cross_entropy(operands):
     hidden, kernel, labels = operands
     total, counted = numpy_loss(*operands)
-    loss = cross_entropy(hidden @ kernel, labels)
+    loss = cross_entropy(jnp.asarray(hidden @ kernel), jnp.asarray(labels))
     assert float(loss.total) == pytest.approx(total, rel=1e-5)
     assert float(loss.weight) == counted
     assert 0 < counted < TOKENS
 
 
 def value_and_gradients(function: Any, *operands: Any) -> Any:
-    hidden, kernel, labels = operands
+    hidden, kernel, labels = map(jnp.asarray, operands)
     return jax.jit(jax.value_and_grad(lambda h, k: 3.0 * function(h, k, labels), argnums=(0, 1)))(
         hidden, kernel
     )
@@ -64,7 +64,7 @@ def test_chunks_change_nothing(operands, chunk_size):
         return linear_cross_entropy(hidden, kernel, labels, chunk_size=chunk_size).total
 
     total, counted = numpy_loss(*operands)
-    loss = linear_cross_entropy(*operands, chunk_size=chunk_size)
+    loss = linear_cross_entropy(*map(jnp.asarray, operands), chunk_size=chunk_size)
     assert float(loss.total) == pytest.approx(total, rel=1e-5)
     assert float(loss.weight) == counted
     value, (d_hidden, d_kernel) = value_and_gradients(chunked, *operands)
@@ -76,8 +76,8 @@ def test_chunks_change_nothing(operands, chunk_size):
 
 
 def test_nothing_counts_where_all_labels_are_ignored(operands):
-    hidden, kernel, labels = operands
-    loss = linear_cross_entropy(hidden, kernel, np.full_like(labels, IGNORED), chunk_size=5)
+    hidden, kernel, labels = map(jnp.asarray, operands)
+    loss = linear_cross_entropy(hidden, kernel, jnp.full_like(labels, IGNORED), chunk_size=5)
     assert (float(loss.total), float(loss.weight)) == (0.0, 0.0)
 
 
@@ -103,7 +103,7 @@ def test_fp16_survives_a_large_loss_scale_and_rare_tokens(operands):
     hidden, kernel, _ = operands
     hidden, kernel = 0.2 + 0.01 * hidden, 0.1 * kernel
     kernel[:, 0] += 5.3  # token 0 is nearly certain, others have about 4e-8 each
-    labels = np.zeros((ROWS, SEQ), np.int32)
+    labels = jnp.zeros((ROWS, SEQ), jnp.int32)
     half = jnp.asarray(hidden, jnp.float16), jnp.asarray(kernel, jnp.float16)
 
     def gradients(function: Any, hidden: Any, kernel: Any) -> Any:

@@ -308,3 +308,24 @@ def test_batches_whose_rows_do_not_match_are_an_error_that_names_the_leaf():
     with pytest.raises(DataError) as caught:
         engine.train_batch({"x": np.ones((16, 4)), "y": np.ones(12)})
     assert str(caught.value).startswith("batch['y'] has shape [12]; expected 16 examples first")
+
+
+class Named(nnx.Module):
+    def __init__(self, *, rngs: nnx.Rngs) -> None:
+        self.named = nnx.Param(jnp.ones((2, 3)), logical_axes=("embed", "mlp"))
+        self.unnamed = nnx.Linear(2, 3, rngs=rngs)
+        self.wrong = nnx.Param(jnp.ones((2, 3)), logical_axes=("embed",))
+
+
+def test_names_of_dimensions_are_read_where_they_fit():
+    expected = {"named": ("embed", "mlp")}
+    assert make_program(Named).logical_axes == expected
+    assert make_program(Named(rngs=nnx.Rngs(0))).logical_axes == expected
+
+
+def test_models_without_names_have_none():
+    assert make_program(Deep).logical_axes == {}
+    pair = (lambda key: {"w": jnp.ones((2, 2))}, lambda params, x: x @ params["w"])
+    assert make_program(pair).logical_axes == {}
+    variables = {"params": {"kernel": jnp.ones((2, 2))}}
+    assert make_program(nn.Dense(2), variables).logical_axes == {}

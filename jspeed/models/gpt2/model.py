@@ -9,7 +9,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jspeed.models.gpt2.config import GPT2Config
-from jspeed.nn import LayerNorm, Linear, causal_attention, gelu, scan_layers, stack_layers
+from jspeed.nn import (
+    LayerNorm,
+    Linear,
+    LogicalAxes,
+    causal_attention,
+    gelu,
+    scan_layers,
+    stack_layers,
+)
 from jspeed.nn.attention import Implementation
 
 _STDDEV = 0.02
@@ -22,8 +30,9 @@ class Attention(nnx.Module):
         width = config.hidden_size
         # Residual projections start smaller by the root of their number (GPT-2, section 2.3).
         residual = _STDDEV / math.sqrt(2 * config.layers)
-        self.qkv = Linear(width, 3, width, stddev=_STDDEV, bias=True, rngs=rngs)
-        self.proj = Linear(width, width, stddev=residual, bias=True, rngs=rngs)
+        qkv, proj = ("embed", "qkv", "heads"), ("heads", "embed")
+        self.qkv = Linear(width, 3, width, axes=qkv, stddev=_STDDEV, bias=True, rngs=rngs)
+        self.proj = Linear(width, width, axes=proj, stddev=residual, bias=True, rngs=rngs)
         self.heads = config.heads
         self.implementation: Implementation = config.attention
 
@@ -45,8 +54,9 @@ class MLP(nnx.Module):
     def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs) -> None:
         width, inner = config.hidden_size, config.intermediate_size
         residual = _STDDEV / math.sqrt(2 * config.layers)
-        self.fc = Linear(width, inner, stddev=_STDDEV, bias=True, rngs=rngs)
-        self.proj = Linear(inner, width, stddev=residual, bias=True, rngs=rngs)
+        fc, proj = ("embed", "mlp"), ("mlp", "embed")
+        self.fc = Linear(width, inner, axes=fc, stddev=_STDDEV, bias=True, rngs=rngs)
+        self.proj = Linear(inner, width, axes=proj, stddev=residual, bias=True, rngs=rngs)
         self.recompute = config.recompute_activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -79,14 +89,17 @@ class GPT2(nnx.Module):
     def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs) -> None:
         vocabulary, width = config.vocab_size, config.hidden_size
 
-        def normal(*shape: int) -> jax.Array:
-            return _STDDEV * jax.random.normal(rngs.params(), shape)
+        def normal(*shape: int, axes: LogicalAxes) -> nnx.Param[jax.Array]:
+            value = _STDDEV * jax.random.normal(rngs.params(), shape)
+            return nnx.Param(value, logical_axes=axes)
 
-        self.wte = nnx.Param(normal(vocabulary, width))
-        self.wpe = nnx.Param(normal(config.sequence_length, width))
+        self.wte = normal(vocabulary, width, axes=("vocab", "embed"))
+        self.wpe = normal(config.sequence_length, width, axes=("position", "embed"))
         self.blocks = stack_layers(lambda rngs: Block(config, rngs=rngs), config.layers, rngs)
         self.ln_f = LayerNorm(width, epsilon=config.norm_epsilon)
-        self.lm_head = None if config.tie_embeddings else nnx.Param(normal(width, vocabulary))
+        self.lm_head = (
+            None if config.tie_embeddings else normal(width, vocabulary, axes=("embed", "vocab"))
+        )
         self.remat = config.remat
         self.loss_chunk_size = config.loss_chunk_size
 

@@ -7,7 +7,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jspeed.models.llama.config import LlamaConfig
-from jspeed.nn import Linear, RMSNorm, causal_attention, scan_layers, stack_layers, swiglu
+from jspeed.nn import (
+    Linear,
+    LogicalAxes,
+    RMSNorm,
+    causal_attention,
+    scan_layers,
+    stack_layers,
+    swiglu,
+)
 from jspeed.nn.attention import Implementation
 from jspeed.nn.rope import apply_rope, rope_frequencies
 
@@ -20,13 +28,13 @@ class Attention(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
         width, dim = config.hidden_size, config.head_dim
 
-        def linear(inputs: int, outputs: int) -> Linear:
-            return Linear(inputs, outputs, stddev=_STDDEV, bias=False, rngs=rngs)
+        def linear(inputs: int, outputs: int, axes: LogicalAxes) -> Linear:
+            return Linear(inputs, outputs, axes=axes, stddev=_STDDEV, bias=False, rngs=rngs)
 
-        self.q = linear(width, config.heads * dim)
-        self.k = linear(width, config.kv_heads * dim)
-        self.v = linear(width, config.kv_heads * dim)
-        self.o = linear(config.heads * dim, width)
+        self.q = linear(width, config.heads * dim, ("embed", "heads"))
+        self.k = linear(width, config.kv_heads * dim, ("embed", "kv_heads"))
+        self.v = linear(width, config.kv_heads * dim, ("embed", "kv_heads"))
+        self.o = linear(config.heads * dim, width, ("heads", "embed"))
         self.heads, self.kv_heads, self.dim = config.heads, config.kv_heads, dim
         self.theta, self.scaling = config.rope_theta, config.rope_scaling
         self.implementation: Implementation = config.attention
@@ -54,9 +62,13 @@ class MLP(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
         width, inner = config.hidden_size, config.intermediate_size
-        self.gate = Linear(width, inner, stddev=_STDDEV, bias=False, rngs=rngs)
-        self.up = Linear(width, inner, stddev=_STDDEV, bias=False, rngs=rngs)
-        self.down = Linear(inner, width, stddev=_STDDEV, bias=False, rngs=rngs)
+
+        def linear(inputs: int, outputs: int, axes: LogicalAxes) -> Linear:
+            return Linear(inputs, outputs, axes=axes, stddev=_STDDEV, bias=False, rngs=rngs)
+
+        self.gate = linear(width, inner, ("embed", "mlp"))
+        self.up = linear(width, inner, ("embed", "mlp"))
+        self.down = linear(inner, width, ("mlp", "embed"))
         self.recompute = config.recompute_activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -87,13 +99,16 @@ class Llama(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
         vocabulary, width = config.vocab_size, config.hidden_size
 
-        def normal(*shape: int) -> jax.Array:
-            return _STDDEV * jax.random.normal(rngs.params(), shape)
+        def normal(*shape: int, axes: LogicalAxes) -> nnx.Param[jax.Array]:
+            value = _STDDEV * jax.random.normal(rngs.params(), shape)
+            return nnx.Param(value, logical_axes=axes)
 
-        self.embedding = nnx.Param(normal(vocabulary, width))
+        self.embedding = normal(vocabulary, width, axes=("vocab", "embed"))
         self.blocks = stack_layers(lambda rngs: Block(config, rngs=rngs), config.layers, rngs)
         self.norm = RMSNorm(width, epsilon=config.norm_epsilon)
-        self.lm_head = None if config.tie_embeddings else nnx.Param(normal(width, vocabulary))
+        self.lm_head = (
+            None if config.tie_embeddings else normal(width, vocabulary, axes=("embed", "vocab"))
+        )
         self.remat = config.remat
         self.loss_chunk_size = config.loss_chunk_size
 

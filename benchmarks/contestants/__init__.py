@@ -1,0 +1,1 @@
+"""Programs that `interleave.race` starts. Each trains one shape with one library."""
