@@ -8,21 +8,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from jspeed.config import BatchConfig, Config, load_config
 from jspeed.core.errors import ConfigError
-from jspeed.core.tree import named_leaves
 from jspeed.engine import checkpoints, compilation
+from jspeed.engine.accessors import Accessors
 from jspeed.engine.batches import BatchPlacer
 from jspeed.engine.build import RunPlan, ScheduleFn, plan_devices, plan_run
 from jspeed.engine.not_in_jspeed import raise_called, raise_not_in_jspeed
 from jspeed.engine.reporting import Reporter
 from jspeed.layout.rules import Rule
-from jspeed.layout.zero import Layout
 from jspeed.training.contracts import check_callable
 from jspeed.training.program import LossFn, Program, make_program
 from jspeed.training.state import TrainState, abstract_state, create_state
@@ -92,7 +90,7 @@ def initialize(
     )
 
 
-class Engine:
+class Engine(Accessors):
     """Trains one model on one mesh. Made by `initialize`.
 
     Attributes:
@@ -162,10 +160,6 @@ class Engine:
             rows=self.plan.batch.train_batch_size // jax.process_count(),
             accumulation=self.plan.batch.accumulation,
         )
-
-    @property
-    def layout(self) -> Layout:
-        return self.plan.layout
 
     def train_batch(self, batch: Any) -> Metrics:
         """One optimizer step on one global batch.
@@ -359,81 +353,6 @@ class Engine:
             self.wait_for_checkpoint()
             self._store = checkpoints.EngineCheckpoints(directory)
         return self._store
-
-    # ---------------------------------------------------------------------
-
-    def parameters(self) -> dict[str, np.ndarray]:
-        """All parameters in fp32, whole, on the host: path -> array. Needs their memory there."""
-        return {path: np.asarray(leaf) for path, leaf in named_leaves(self.state.master)}
-
-    @property
-    def module(self) -> Any:
-        """The model with a copy of its present parameters in fp32: an NNX module, or a callable."""
-        copy = jax.tree.map(jnp.copy, (self.state.master, self.state.mutable))
-        return self._program.bind(*copy)
-
-    @property
-    def skipped_steps(self) -> int:
-        """Steps that changed nothing because a gradient was not finite. Waits for the device."""
-        return int(self.state.step) - int(self.state.updates)
-
-    @property
-    def global_samples(self) -> int:
-        return self.global_steps * self.train_batch_size()
-
-    @property
-    def micro_steps(self) -> int:
-        return self.global_steps * self.gradient_accumulation_steps()
-
-    @property
-    def world_size(self) -> int:
-        return self.layout.mesh.size
-
-    @property
-    def global_rank(self) -> int:
-        return jax.process_index()
-
-    def train_batch_size(self) -> int:
-        return self.plan.batch.train_batch_size
-
-    def train_micro_batch_size_per_gpu(self) -> int:
-        return self.plan.batch.micro_batch_size
-
-    def gradient_accumulation_steps(self) -> int:
-        return self.plan.batch.accumulation
-
-    def zero_optimization_stage(self) -> int:
-        return self.layout.stage
-
-    def fp16_enabled(self) -> bool:
-        return self.layout.compute_dtype == "float16"
-
-    def bfloat16_enabled(self) -> bool:
-        return self.layout.compute_dtype == "bfloat16"
-
-    def gradient_clipping(self) -> float:
-        return self.plan.step.gradient_clipping
-
-    def get_lr(self) -> list[float]:
-        """The learning rate that the next step will use; empty if the optimizer hides it."""
-        if self.plan.schedule is None:
-            return []
-        return [float(self.plan.schedule(self.state.updates))]
-
-    def get_global_grad_norm(self) -> float | None:
-        """The gradient norm of the last step before clipping, or None before the first."""
-        return None if self._metrics is None else float(self._metrics["grad_norm"])
-
-    def loss_scale(self) -> float:
-        """fp16's current loss scale; 1 otherwise."""
-        scale = self.state.loss_scale
-        return 1.0 if scale is None else float(scale.scale)
-
-    def was_step_applied(self) -> bool:
-        """Whether the last step changed the parameters."""
-        return self._metrics is not None and bool(
-            self._metrics["finite"] | (not self.plan.step.skip_nonfinite)
-        )
 
     def __getattr__(self, name: str) -> Any:
         return raise_not_in_jspeed(name)

@@ -300,7 +300,8 @@ def test_module_holds_copies():
     engine = make_engine()
     batch = batches(1)[0]
     module = engine.module
-    loss = language_model_loss(module, batch, jax.random.key(0))
+    placed = jax.tree.map(jnp.asarray, batch)
+    loss = language_model_loss(module, placed, jax.random.key(0))
     assert float(loss.total / loss.weight) == pytest.approx(
         float(engine.eval_batch(batch)["loss"]), rel=1e-5
     )
