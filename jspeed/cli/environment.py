@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes.util
+import importlib.metadata
 import os
 import sys
 import tempfile
@@ -15,14 +17,51 @@ from jspeed.core.errors import ConfigError
 if TYPE_CHECKING:
     from jspeed.config import Config
 
-_DRIVER_FILES = ("/dev/nvidia0", "/proc/driver/nvidia/version", "/dev/kfd", "/dev/dxg")
+# What a machine shows of an accelerator -> distributions one of which JAX needs to use it. The CUDA
+# plugin alone does not do: without the CUDA libraries it only compiles.
+_ACCELERATORS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    (
+        ("/dev/nvidia0", "/proc/driver/nvidia/version", "/dev/dxg"),
+        ("nvidia-cublas-cu12", "nvidia-cublas"),
+    ),
+    (("/dev/kfd",), ("jax-rocm7-plugin", "jax-rocm60-plugin")),
+)
 # What CUDA's compiler plugin writes to standard error where there is no driver.
 _NOISE = ("written to STDERR", "cudart_stub.cc")
+_UNUSED = (
+    "This machine has an accelerator, but the installed JAX cannot use it: running on the CPU. For "
+    'NVIDIA GPUs: pip install "jspeed[cuda12]" on Python 3.11, "jspeed[cuda13]" on newer ones.\n'
+)
+
+
+def has_driver() -> bool:
+    """Whether this machine seems to have a GPU or TPU."""
+    files = [path for paths, _ in _ACCELERATORS for path in paths]
+    return any(Path(path).exists() for path in files) or "TPU_NAME" in os.environ
 
 
 def has_accelerator() -> bool:
-    """Whether this machine seems to have a GPU or TPU driver."""
-    return any(Path(path).exists() for path in _DRIVER_FILES) or "TPU_NAME" in os.environ
+    """Whether this machine seems to have a GPU or TPU that the installed JAX can use.
+
+    CUDA that is installed beside Python, not from wheels, is found as a shared library.
+    """
+    if "TPU_NAME" in os.environ and _is_installed("libtpu"):
+        return True
+    for paths, distributions in _ACCELERATORS:
+        if any(Path(path).exists() for path in paths):
+            if any(_is_installed(name) for name in distributions):
+                return True
+            if "nvidia-cublas" in distributions and ctypes.util.find_library("cublas"):
+                return True
+    return False
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def prepare_jax(config: Config, devices: int | None = None) -> None:
@@ -39,6 +78,8 @@ def prepare_jax(config: Config, devices: int | None = None) -> None:
       ConfigError: virtual devices were asked for where JAX will use an accelerator.
     """
     if not has_accelerator():
+        if has_driver() and "JAX_PLATFORMS" not in os.environ:
+            sys.stderr.write(_UNUSED)
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         wanted = devices or mesh_devices(config)
@@ -76,7 +117,8 @@ def device_overrides(config: Config, devices: int) -> list[str]:
 def _import_jax() -> None:
     # XLA's own messages below errors are not for users.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    if has_accelerator():
+    # A wrong XLA_FLAGS ends the process at once; what XLA says of it must not be caught.
+    if has_accelerator() or "XLA_FLAGS" in os.environ:
         return
     with without_noise() as heard:
         import jax

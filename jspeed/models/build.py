@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from flax import nnx
 
@@ -14,12 +14,6 @@ from jspeed.models.gpt2 import GPT2, GPT2Config
 from jspeed.models.llama import Llama, LlamaConfig
 from jspeed.nn.attention import choose_implementation
 from jspeed.nn.rope import RopeScaling
-
-
-class LanguageModel(Protocol):
-    """What every family offers; see `jspeed.nn.language_model_loss`."""
-
-    stacked_parameters: tuple[str, ...]
 
 
 @dataclass(frozen=True)

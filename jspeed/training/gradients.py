@@ -66,11 +66,6 @@ def treatment(layout: Layout, path: str) -> str:
     return _LOCAL
 
 
-def reduces_per_microbatch(layout: Layout) -> bool:
-    """Whether any gradient is reduced inside the backward pass."""
-    return any(treatment(layout, path) != _LOCAL for path in layout.leaves)
-
-
 class _Local:
     """The parameters as one device's part of the step sees them."""
 
@@ -237,14 +232,16 @@ def local_gradients(
             )
             grads = local.reduce_once(grads)
             sums = jax.lax.psum(jnp.stack([total, weight]), BATCH_AXES)
-            unscale = 1.0 / (factor * sums[1])
+            # A batch that counts nothing has no loss: gradients of 0, and no update of NaN.
+            counted = jnp.where(sums[1] > 0, sums[1], 1.0)
+            unscale = 1.0 / (factor * counted)
             if settings.sum_over_shards:
                 unscale = unscale * layout.batch_shards
             grads = jax.tree.map(lambda g: g * unscale, grads)
             tree = jax.tree.unflatten(
                 treedef, [grads[path] for path, _ in named_leaves(master_tree)]
             )
-            return tree, sums[0] / sums[1], sums[1], _average(mutable)
+            return tree, sums[0] / counted, sums[1], _average(mutable)
 
         grad_specs = map_named(
             lambda path, _: manual_spec(layout.role_spec(path, Role.GRAD)), state.master

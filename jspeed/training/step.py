@@ -19,7 +19,6 @@ from jax.sharding import PartitionSpec
 from jspeed.core._compat import shard_map
 from jspeed.core.tree import map_named, named_leaves
 from jspeed.layout.gather import all_gather
-from jspeed.layout.mesh import BATCH_AXES
 from jspeed.layout.zero import Layout, Role
 from jspeed.optim import LossScale, clipping_factor, gradient_norm
 from jspeed.training.gradients import GradientSettings, local_evaluation, local_gradients
@@ -185,8 +184,3 @@ def _gather_all(shards: dict[str, jax.Array], layout: Layout) -> dict[str, jax.A
 def _fully_manual(layout: Layout, path: str) -> Any:
     plan = layout.plan(path)
     return type(plan)(plan.axes, plan.dim, (), (), plan.compute_dtype, plan.reduce_dtype)
-
-
-def batch_partition(layout: Layout, leading: int) -> PartitionSpec:
-    """Where a batch with `leading` dimensions before its examples lives."""
-    return PartitionSpec(*(None,) * leading, BATCH_AXES)

@@ -67,6 +67,44 @@ def test_the_cpu_is_cut_into_the_devices_of_the_mesh(
     assert os.environ["JAX_PLATFORMS"] == "cpu"
 
 
+@pytest.mark.parametrize(
+    ("driver", "installed", "usable"),
+    [
+        ("/dev/nvidia0", set(), False),
+        ("/dev/nvidia0", {"jax-cuda13-plugin"}, False),  # compiles, but has no CUDA to run on
+        ("/dev/nvidia0", {"nvidia-cublas-cu12"}, True),
+        ("/dev/nvidia0", {"nvidia-cublas"}, True),
+        ("/dev/kfd", {"nvidia-cublas"}, False),
+        ("/dev/kfd", {"jax-rocm7-plugin"}, True),
+        ("/nothing", {"nvidia-cublas"}, False),
+    ],
+)
+def test_an_accelerator_is_one_that_jax_can_use(
+    monkeypatch: pytest.MonkeyPatch, driver: str, installed: set[str], usable: bool
+) -> None:
+    monkeypatch.delenv("TPU_NAME", raising=False)
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) == driver)
+    monkeypatch.setattr(environment, "_is_installed", lambda name: name in installed)
+    monkeypatch.setattr("ctypes.util.find_library", lambda name: None)
+    assert environment.has_accelerator() is usable
+
+
+def test_an_accelerator_that_jax_cannot_use_leaves_the_cpu(
+    no_driver: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    no_driver.setattr(environment, "has_driver", lambda: True)
+    prepare_jax(config(data=4))
+    assert (os.environ["JAX_PLATFORMS"], os.environ["JAX_NUM_CPU_DEVICES"]) == ("cpu", "4")
+    assert "the installed JAX cannot use it: running on the CPU" in capsys.readouterr().err
+
+
+def test_a_wrong_xla_flag_is_named(tmp_path: Path) -> None:
+    run = write(tmp_path / "run.json", tiny_run(tmp_path / "run"))
+    result = jspeed("train", run, XLA_FLAGS="--xla_no_such_flag=1")
+    assert result.code != 0
+    assert "xla_no_such_flag" in result.err
+
+
 def test_virtual_devices_are_not_silently_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "has_accelerator", lambda: True)
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)

@@ -157,6 +157,7 @@ def test_tensor_axis_keeps_its_shards(stage):
     assert over_tensor, "the rules split nothing"
     gathers = [c for c in over_tensor if c.kind in ("all-gather", "all-to-all")]
     assert not gathers, [(c.kind, c.whole, c.count, c.op_name) for c in gathers]
+    assert wire_types(step, ("reduce-scatter", "all-gather", "all-reduce")) == {"bf16"}
     scattered, gathered = weights(step, "reduce-scatter"), weights(step, "all-gather")
     if stage == 1:
         local = {LAYERS * QKV // 2: 1, LAYERS * PROJ // 2: 1, LAYERS * MLP // 2: 2, WTE: 1}
