@@ -3,7 +3,8 @@
     python examples/gpt_on_text.py
     python examples/gpt_on_text.py run.steps=50 zero_optimization.stage=1 model.layers=6
 
-Every value of the run file can be replaced on the command line.
+Values of the run file can be replaced on the command line. This loop reads those of the model, the
+mesh, training and the data; evaluation and checkpoints in between are what `jspeed train` adds.
 """
 
 import math

@@ -3,9 +3,9 @@
 from jspeed.config.key import later, mapped, section
 from jspeed.config.kinds import Bool, Int, Number, ShardingRules, Text, choice
 
-_PIPE = "training over pipeline stages is not built yet; plans and explain understand it"
-_EXPERT = "expert parallelism is not built yet; plans and explain understand it"
-_SEQ = "sequence parallelism is not built yet; plans and explain understand it"
+_PIPE = "training over pipeline stages is not built yet"
+_EXPERT = "expert parallelism is not built yet"
+_SEQ = "sequence parallelism is not built yet"
 _COUNT = Int(1)
 
 MESH_KEYS = section(

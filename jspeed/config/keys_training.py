@@ -21,7 +21,7 @@ BATCH_KEYS = (
     mapped("train_micro_batch_size_per_gpu", Int(1), None,
            "the rows one device handles at a time", auto=_FACTS),
     mapped("gradient_accumulation_steps", Int(1), None,
-           "the microbatches of one step, accumulated before one reduction", auto=_FACTS),
+           "the microbatches of one step, accumulated before the update", auto=_FACTS),
     refused("managed_gradient_accumulation", Bool(), True,
             "one jitted step owns accumulation; write a loop of your own on engine.train_step"),
     automatic("dataloader_drop_last", Bool(), False,

@@ -140,11 +140,11 @@ def test_warm_up_takes_two_steps_at_least():
          '"zero_optimization.cpu_offload"): offloading to host memory or NVMe is not built yet. '
          "Switch it off to train."),
         ({"mesh": {"pipe": 2}},
-         '"mesh.pipe": 2: training over pipeline stages is not built yet; plans and explain '
-         "understand it. Switch it off to train."),
+         '"mesh.pipe": 2: training over pipeline stages is not built yet. '
+         "Switch it off to train."),
         ({"sequence_parallel_size": 2},
-         '"mesh.seq": 2 (from "sequence_parallel_size"): sequence parallelism is not built yet; '
-         "plans and explain understand it. Switch it off to train."),
+         '"mesh.seq": 2 (from "sequence_parallel_size"): sequence parallelism is not built yet. '
+         "Switch it off to train."),
         ({"activation_checkpointing": {"cpu_checkpointing": True}},
          '"activation_checkpointing.cpu_checkpointing": true: activation checkpointing by this '
          'section is not built yet; use "model": {"remat": "full"}. Switch it off to train.'),
