@@ -42,8 +42,9 @@ def causal_attention(
       value: like `key`.
       segment_ids: `[batch, seq]` int32; tokens see only their own segment. None: one segment.
       implementation: `cudnn` or `xla` of `jax.nn.dot_product_attention`, or `cpu`; these never
-        fall back. `gpu` is `cudnn` where that can compute it (half precision, `dim` at most 128
-        and a multiple of 8), otherwise `xla`.
+        fall back, and given segments `cudnn` and `xla` make a mask `[batch, 1, seq, seq]`. `gpu` is
+        `cudnn` where that can compute it (half precision, `dim` at most 128 and a multiple of 8),
+        otherwise `xla`; given segments it is the formulation of `cpu`, which makes no such mask.
 
     Returns:
       `[batch, seq, heads, dim]` in the query's dtype.
@@ -52,7 +53,8 @@ def causal_attention(
       ValueError: `implementation` is none of these.
     """
     if implementation == "gpu":
-        implementation = "cudnn" if _fits_cudnn(query) else "xla"
+        unmasked: Implementation = "cudnn" if _fits_cudnn(query) else "xla"
+        implementation = unmasked if segment_ids is None else "cpu"
     if implementation == "cpu":
         return cpu_attention(query, key, value, segment_ids)
     if implementation not in ("cudnn", "xla"):

@@ -103,3 +103,19 @@ def test_unknown_implementation(monkeypatch):
     q, k, v = map(jnp.asarray, operands(4, 4))
     with pytest.raises(ValueError, match="implementation 'flash': expected cpu, cudnn, gpu or xla"):
         causal_attention(q, k, v, implementation="flash")  # type: ignore[arg-type]
+
+
+def test_segments_make_no_dense_mask_on_gpus():
+    """Of `[seq, seq]` nothing is computed or kept, forwards or backwards."""
+    seq = 1024
+    x = jax.ShapeDtypeStruct((1, seq, 2, 16), jnp.bfloat16)
+    segments = jnp.zeros((1, seq), jnp.int32)
+
+    def loss(q, k, v):
+        out = causal_attention(q, k, v, segment_ids=segments, implementation="gpu")
+        return out.astype(jnp.float32).sum()
+
+    closed = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(x, x, x)
+    shapes = {var.aval.shape for eqn in closed.jaxpr.eqns for var in eqn.outvars}
+    assert (128, seq) in {shape[-2:] for shape in shapes}
+    assert (seq, seq) not in {shape[-2:] for shape in shapes}
