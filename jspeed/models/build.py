@@ -84,8 +84,9 @@ def build_model(model: ModelConfig, *, vocab_size: int, platform: str) -> ModelF
         "norm_epsilon": model.norm_epsilon,
         "loss_chunk_size": model.loss_chunk_size,
         "attention": choose_implementation(model.attention.implementation, platform),
-        # On CPUs memory is the bottleneck; on GPUs XLA fuses activations into their neighbours.
-        "recompute_activation": platform == "cpu",
+        # Scanned layers keep what each operation keeps, which is cheaper to compute again than to
+        # hold; on CPUs, where a norm is several passes over memory, only activations are.
+        "recompute": ("activation",) if platform == "cpu" else ("activation", "norm"),
     }
     if model.tie_embeddings is not None:
         common["tie_embeddings"] = model.tie_embeddings

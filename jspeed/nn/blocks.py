@@ -3,6 +3,7 @@ with its loss."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from jspeed.core.shapes import Array, Float
 from jspeed.nn.dense import dense
 from jspeed.nn.logical_axes import LogicalAxes
 from jspeed.nn.losses import default_chunk_size, linear_cross_entropy
+from jspeed.nn.recompute import keeping_only_inputs
 
 Layer = TypeVar("Layer", bound=nnx.Module)
 
@@ -23,31 +25,51 @@ _STACKED = {nnx.PARTITION_NAME: "layers", "logical_axes": "layers"}
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalisation over the last axis, in fp32 (Ba et al., 2016)."""
+    """Layer normalisation over the last axis, in fp32 (Ba et al., 2016).
 
-    def __init__(self, features: int, *, epsilon: float) -> None:
+    With `recompute` only the inputs are kept for the backward pass; see `keeping_only_inputs`.
+    """
+
+    def __init__(self, features: int, *, epsilon: float, recompute: bool = False) -> None:
         self.scale = nnx.Param(jnp.ones((features,), jnp.float32), logical_axes=("norm",))
         self.bias = nnx.Param(jnp.zeros((features,), jnp.float32), logical_axes=("norm",))
         self.epsilon = epsilon
+        self.recompute = recompute
 
     def __call__(self, x: Float[Array, "*tokens features"]) -> Float[Array, "*tokens features"]:
-        wide = x.astype(jnp.float32)
-        centred = wide - wide.mean(-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + self.epsilon)
-        return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
+        normalise = functools.partial(_layer_norm, epsilon=self.epsilon)
+        call = keeping_only_inputs(normalise) if self.recompute else normalise
+        return call(x, self.scale[...], self.bias[...])
+
+
+def _layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, *, epsilon: float) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(-1, keepdims=True)
+    normed = centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + epsilon)
+    return (normed * scale + bias).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation over the last axis, in fp32 (Zhang and Sennrich, 2019)."""
+    """Root-mean-square normalisation over the last axis, in fp32 (Zhang and Sennrich, 2019).
 
-    def __init__(self, features: int, *, epsilon: float) -> None:
+    With `recompute` only the inputs are kept for the backward pass; see `keeping_only_inputs`.
+    """
+
+    def __init__(self, features: int, *, epsilon: float, recompute: bool = False) -> None:
         self.scale = nnx.Param(jnp.ones((features,), jnp.float32), logical_axes=("norm",))
         self.epsilon = epsilon
+        self.recompute = recompute
 
     def __call__(self, x: Float[Array, "*tokens features"]) -> Float[Array, "*tokens features"]:
-        wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt((wide**2).mean(-1, keepdims=True) + self.epsilon)
-        return (normed * self.scale[...]).astype(x.dtype)
+        normalise = functools.partial(_rms_norm, epsilon=self.epsilon)
+        call = keeping_only_inputs(normalise) if self.recompute else normalise
+        return call(x, self.scale[...])
+
+
+def _rms_norm(x: jax.Array, scale: jax.Array, *, epsilon: float) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt((wide**2).mean(-1, keepdims=True) + epsilon)
+    return (normed * scale).astype(x.dtype)
 
 
 class Linear(nnx.Module):

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
+
+Recomputed = Literal["activation", "norm"]
+"""Parts of a layer whose insides can be computed again instead of being kept."""
 
 
 def keeping_only_inputs(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

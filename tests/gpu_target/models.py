@@ -29,6 +29,7 @@ def config(layers: int, width: int, *, heads: int, vocab: int, sequence: int) ->
         sequence_length=sequence,
         intermediate_size=4 * width,
         attention="xla",
+        recompute=("activation", "norm"),  # as `build_model` has it on GPUs
     )
 
 

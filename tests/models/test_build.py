@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -11,6 +16,7 @@ from jspeed.config import load_config
 from jspeed.core.errors import ConfigError
 from jspeed.core.tree import count_parameters
 from jspeed.models import GPT2, Llama, ModelFactory, build_model
+from jspeed.nn import language_model_loss
 from jspeed.nn.rope import RopeScaling
 
 
@@ -105,3 +111,36 @@ def test_flops_are_six_per_weight_of_a_product_and_attention(family):
     )
     expected = 6 * (products + 64 * 100) + 12 * 2 * 64 * 32
     assert made.flops_per_token(32) == expected
+
+
+@pytest.mark.parametrize(
+    ("platform", "recomputed"), [("cpu", ("activation",)), ("gpu", ("activation", "norm"))]
+)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_what_is_computed_again_changes_no_gradient(family, platform, recomputed):
+    """It changes what is kept between the passes, to fewer numbers."""
+    kept, gradients = {}, {}
+    for recompute in ((), recomputed):
+        made = factory(family=family, platform=platform)
+        assert made.config.recompute == recomputed
+        config = dataclasses.replace(made.config, recompute=recompute, attention="xla")
+        model = ModelFactory(family, config)(nnx.Rngs(0))
+        ids = jnp.arange(32, dtype=jnp.int32).reshape(2, 16)
+        graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+        def loss(params, graph=graph, rest=rest, ids=ids):
+            model = nnx.merge(graph, params, rest)
+            batch = {"input_ids": ids, "labels": ids}
+            return language_model_loss(model, batch, jax.random.key(0)).total
+
+        gradients[recompute] = jax.grad(loss)(params)
+        residuals = jax.tree.leaves(
+            jax.eval_shape(lambda p, loss=loss: jax.vjp(loss, p)[1], params)
+        )
+        kept[recompute] = sum(math.prod(leaf.shape) for leaf in residuals)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        gradients[()],
+        gradients[recomputed],
+    )
+    assert kept[recomputed] < kept[()]

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jspeed.nn.attention import Implementation
+from jspeed.nn.recompute import Recomputed
 
 
 @dataclass(frozen=True)
 class GPT2Config:
     """GPT-2 (Radford et al., 2019): learned positions, pre-norm blocks, GELU, tied embeddings.
 
-    With `recompute_activation` the backward pass computes GELU again instead of keeping its parts.
+    `recompute` names what the backward pass computes again from its inputs: GELU, the norms.
     """
 
     vocab_size: int
@@ -26,4 +27,4 @@ class GPT2Config:
     remat: str = "none"
     attention: Implementation = "xla"
     loss_chunk_size: int | None = None
-    recompute_activation: bool = False
+    recompute: tuple[Recomputed, ...] = ()

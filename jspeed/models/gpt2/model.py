@@ -57,7 +57,7 @@ class MLP(nnx.Module):
         fc, proj = ("embed", "mlp"), ("mlp", "embed")
         self.fc = Linear(width, inner, axes=fc, stddev=_STDDEV, bias=True, rngs=rngs)
         self.proj = Linear(inner, width, axes=proj, stddev=residual, bias=True, rngs=rngs)
-        self.recompute = config.recompute_activation
+        self.recompute = "activation" in config.recompute
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.proj(gelu(self.fc(x), recompute=self.recompute))
@@ -67,9 +67,13 @@ class Block(nnx.Module):
     """One pre-norm transformer block."""
 
     def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs) -> None:
-        self.ln_1 = LayerNorm(config.hidden_size, epsilon=config.norm_epsilon)
+        self.ln_1 = LayerNorm(
+            config.hidden_size, epsilon=config.norm_epsilon, recompute="norm" in config.recompute
+        )
         self.attn = Attention(config, rngs=rngs)
-        self.ln_2 = LayerNorm(config.hidden_size, epsilon=config.norm_epsilon)
+        self.ln_2 = LayerNorm(
+            config.hidden_size, epsilon=config.norm_epsilon, recompute="norm" in config.recompute
+        )
         self.mlp = MLP(config, rngs=rngs)
         self.dropout = nnx.Dropout(config.dropout, rngs=rngs) if config.dropout else None
 
@@ -96,7 +100,9 @@ class GPT2(nnx.Module):
         self.wte = normal(vocabulary, width, axes=("vocab", "embed"))
         self.wpe = normal(config.sequence_length, width, axes=("position", "embed"))
         self.blocks = stack_layers(lambda rngs: Block(config, rngs=rngs), config.layers, rngs)
-        self.ln_f = LayerNorm(width, epsilon=config.norm_epsilon)
+        self.ln_f = LayerNorm(
+            width, epsilon=config.norm_epsilon, recompute="norm" in config.recompute
+        )
         self.lm_head = (
             None if config.tie_embeddings else normal(width, vocabulary, axes=("embed", "vocab"))
         )

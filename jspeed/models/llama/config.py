@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jspeed.nn.attention import Implementation
+from jspeed.nn.recompute import Recomputed
 from jspeed.nn.rope import RopeScaling
 
 
@@ -12,8 +13,7 @@ from jspeed.nn.rope import RopeScaling
 class LlamaConfig:
     """Llama 2 and 3 (Touvron et al., 2023; Dubey et al., 2024).
 
-    With `recompute_activation` the backward pass computes SwiGLU again instead of keeping its
-    parts.
+    `recompute` names what the backward pass computes again from its inputs: SwiGLU, the norms.
     """
 
     vocab_size: int
@@ -30,4 +30,4 @@ class LlamaConfig:
     remat: str = "none"
     attention: Implementation = "xla"
     loss_chunk_size: int | None = None
-    recompute_activation: bool = False
+    recompute: tuple[Recomputed, ...] = ()

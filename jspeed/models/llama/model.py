@@ -69,7 +69,7 @@ class MLP(nnx.Module):
         self.gate = linear(width, inner, ("embed", "mlp"))
         self.up = linear(width, inner, ("embed", "mlp"))
         self.down = linear(inner, width, ("mlp", "embed"))
-        self.recompute = config.recompute_activation
+        self.recompute = "activation" in config.recompute
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down(swiglu(self.gate(x), self.up(x), recompute=self.recompute))
@@ -79,9 +79,13 @@ class Block(nnx.Module):
     """One pre-norm transformer block."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
-        self.attention_norm = RMSNorm(config.hidden_size, epsilon=config.norm_epsilon)
+        self.attention_norm = RMSNorm(
+            config.hidden_size, epsilon=config.norm_epsilon, recompute="norm" in config.recompute
+        )
         self.attn = Attention(config, rngs=rngs)
-        self.mlp_norm = RMSNorm(config.hidden_size, epsilon=config.norm_epsilon)
+        self.mlp_norm = RMSNorm(
+            config.hidden_size, epsilon=config.norm_epsilon, recompute="norm" in config.recompute
+        )
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(
@@ -105,7 +109,9 @@ class Llama(nnx.Module):
 
         self.embedding = normal(vocabulary, width, axes=("vocab", "embed"))
         self.blocks = stack_layers(lambda rngs: Block(config, rngs=rngs), config.layers, rngs)
-        self.norm = RMSNorm(width, epsilon=config.norm_epsilon)
+        self.norm = RMSNorm(
+            width, epsilon=config.norm_epsilon, recompute="norm" in config.recompute
+        )
         self.lm_head = (
             None if config.tie_embeddings else normal(width, vocabulary, axes=("embed", "vocab"))
         )
