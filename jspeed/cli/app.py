@@ -14,6 +14,7 @@ import typer
 
 from jspeed import __version__
 from jspeed.cli.environment import device_overrides, prepare_jax, prepare_jax_on_cpu
+from jspeed.cli.interrupts import note_termination
 from jspeed.config import load_config
 
 app = typer.Typer(
@@ -73,20 +74,22 @@ def train(
     ] = None,
 ) -> None:
     """Train a model as a run file says."""
-    overrides = list(set_ or [])
-    if steps is not None:
-        overrides.append(f"run.steps={steps}")
-    loaded = load_config(run, overrides=tuple(overrides))
-    if devices is not None:
-        overrides += device_overrides(loaded, devices)
+    with note_termination() as terminated:
+        overrides = list(set_ or [])
+        if steps is not None:
+            overrides.append(f"run.steps={steps}")
         loaded = load_config(run, overrides=tuple(overrides))
-    if loaded.model and loaded.data and loaded.run:
-        # Now rather than after JAX is imported and a tokenizer trained.
-        loaded.resolve_auto().require_trainable()
-    prepare_jax(loaded, devices)
-    from jspeed.cli.train import train_command
+        if devices is not None:
+            overrides += device_overrides(loaded, devices)
+            loaded = load_config(run, overrides=tuple(overrides))
+        if loaded.model and loaded.data and loaded.run:
+            # Now rather than after JAX is imported and a tokenizer trained.
+            loaded.resolve_auto().require_trainable()
+        prepare_jax(loaded, devices)
+        from jspeed.cli.train import train_command
 
-    raise typer.Exit(train_command(loaded, resume=resume, overwrite=overwrite))
+        code = train_command(loaded, resume=resume, overwrite=overwrite, terminated=terminated)
+    raise typer.Exit(code)
 
 
 @app.command()

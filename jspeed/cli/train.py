@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 from rich.console import Console
 
@@ -13,17 +15,27 @@ from jspeed.engine.run import RunResult, run_sections, train_run
 from jspeed.monitor import plot_loss
 
 
-def train_command(config: Config, *, resume: bool, overwrite: bool) -> int:
+def train_command(
+    config: Config, *, resume: bool, overwrite: bool, terminated: Callable[[], bool]
+) -> int:
     """Trains and returns the exit code: 0 when finished or preempted, 130 after Ctrl-C."""
     section = run_sections(config)[2]
     console = Console()
     if jax.process_index() == 0:
         every = config.steps_per_print or section.log_every
-        display = TerminalDisplay(console, steps=section.steps, start=0, every=every)
+        display = TerminalDisplay(
+            console,
+            steps=section.steps,
+            start=0,
+            every=every,
+            breakdown=config.wall_clock_breakdown,
+        )
     else:
         display = Silent()
     try:
-        result = train_run(config, display=display, resume=resume, overwrite=overwrite)
+        result = train_run(
+            config, display=display, resume=resume, overwrite=overwrite, terminated=terminated
+        )
     except KeyboardInterrupt:
         console.print("stopped at once; what the latest checkpoint holds is safe.")
         return INTERRUPTED

@@ -93,7 +93,10 @@ def _fact(name: str, default: Any = None) -> Resolver:
     return resolve
 
 
-_HIDDEN = 'the width of the model: "model.hidden_size", or hidden_size from the program'
+_HIDDEN = (
+    'the width of the model: "model.hidden_size" in a run file, an attribute hidden_size of the '
+    'model or of its config, or a number in place of the "auto"'
+)
 _LR = 'the learning rate: "optimizer.params.lr" or "scheduler.params.warmup_max_lr" as a number'
 _BATCH = f'a number for "{TRAIN}" or "{MICRO}"'
 

@@ -13,7 +13,12 @@ _ELASTIC = "elastic batch sizes are not built yet; checkpoints resume on any dev
 _NEBULA = "Nebula is a service of Azure for PyTorch; jspeed's checkpoints are asynchronous already"
 _COUNT = Int(0)
 _JOB = mapped("job_name", Text(filled=True), "DeepSpeedJobName", "the folder in output_path")
-_OUTPUT = mapped("output_path", Text(), "", "where the files go; empty means run.dir")
+_OUTPUT = mapped(
+    "output_path",
+    Text(),
+    "",
+    "where the files go; empty means run.dir, and through jspeed.initialize the current folder",
+)
 _ENABLED = mapped("enabled", Bool(), False, "switches this monitor on")
 
 MONITOR_KEYS = (
@@ -47,11 +52,30 @@ MONITOR_KEYS = (
 _LEVELS = choice("debug", "info", "warning", "error", "critical")
 
 LOG_KEYS = (
-    mapped("steps_per_print", Int(1), None, "steps between progress lines; null: run.log_every"),
-    mapped("wall_clock_breakdown", Bool(), False, "times the parts of a step (and waits for them)"),
+    mapped(
+        "steps_per_print",
+        Int(1),
+        None,
+        "steps between progress lines; null: run.log_every, and none through jspeed.initialize",
+    ),
+    mapped(
+        "wall_clock_breakdown",
+        Bool(),
+        False,
+        "waits for each step; metrics and progress lines get data_seconds, train_seconds, and "
+        "report_seconds and checkpoint_seconds since the step before (jspeed.initialize: "
+        "step_seconds, and wait_seconds for the device); forward, backward and update are one XLA "
+        "program, into which jax.profiler looks",
+    ),
     later("memory_breakdown", Bool(), False, "memory per phase is not reported yet"),
     mapped("dump_state", Bool(), False, "prints the resolved configuration at the start"),
-    mapped("log_level", _LEVELS, None, "the level of jspeed's logger"),
+    mapped(
+        "log_level",
+        _LEVELS,
+        None,
+        "the level of jspeed's logger; null: info where steps_per_print or dump_state of "
+        "jspeed.initialize need it, else as Python's logging is set",
+    ),
     automatic("disable_python_gc", Bool(), False, "a step runs no Python that makes garbage"),
     mapped(
         "timers.throughput.enabled",

@@ -53,7 +53,7 @@ def build_dataset(
         smaller where the corpus is, and is what the model should be made for.
       tokenizer_path: the file of kind `"file"`.
       sequence_length: tokens per sequence.
-      validation_fraction: the share of the sequences that is held out, 0 to 0.5; spread evenly over
+      validation_fraction: the share of the sequences that is held out, below 1; spread evenly over
         the corpus.
       document_mask: whether batches have `segment_ids` and `positions`, so that documents do not
         see each other.

@@ -58,8 +58,9 @@ class PackedSequences:
 class Split:
     """Which of `total` sequences are for validation: `held_out`, spread evenly over the corpus.
 
-    The sequences are taken in `held_out` groups of `total // held_out`; the middle of each group is
-    for validation. What is left behind the last group is for training.
+    The smaller part is spread over the larger: the sequences are taken in as many equal groups as
+    it has, and it gets the middle of each group. What is left behind the last group goes to the
+    larger part.
     """
 
     total: int
@@ -69,19 +70,22 @@ class Split:
     def of(cls, total: int, fraction: float) -> "Split":
         """Returns the split that holds out `fraction` of `total` sequences.
 
-        At least one is held out unless `fraction` is 0.
+        At least one is held out unless `fraction` is 0, and at least one is left to train on.
 
         Raises:
-          DataError: if `fraction` is not in `[0, 0.5]`, or nothing is left to hold out.
+          DataError: if `fraction` is not in `[0, 1)`, or nothing is left to hold out.
         """
-        if not 0 <= fraction <= 0.5:
-            raise DataError(f'"data.validation_fraction": {fraction}. Expected 0 to 0.5.')
+        if not 0 <= fraction < 1:
+            raise DataError(
+                f'"data.validation_fraction": {fraction}. Expected at least 0 and below 1.'
+            )
         if fraction and total < 2:
             raise DataError(
                 f'"data.validation_fraction": {fraction} of {total} sequence leaves none to train '
                 "on. Use more text, shorter sequences, or a fraction of 0."
             )
-        return cls(total, min(max(1, round(total * fraction)), total // 2) if fraction else 0)
+        most = total // 2 if fraction <= 0.5 else total - 1
+        return cls(total, min(max(1, round(total * fraction)), most) if fraction else 0)
 
     @property
     def training(self) -> int:
@@ -90,17 +94,29 @@ class Split:
 
     def validation_index(self, i: int) -> int:
         """Returns where validation sequence `i` stands among all sequences."""
-        group = self.total // self.held_out
-        return i * group + group // 2
+        return self._spread(i) if self.held_out <= self.training else self._between(i)
 
     def training_index(self, i: int) -> int:
         """Returns where training sequence `i` stands among all sequences."""
-        if not self.held_out:
+        return self._between(i) if self.held_out <= self.training else self._spread(i)
+
+    @property
+    def _few(self) -> int:
+        return min(self.held_out, self.training)
+
+    def _spread(self, i: int) -> int:
+        """Where sequence `i` of the smaller part stands."""
+        group = self.total // self._few
+        return i * group + group // 2
+
+    def _between(self, i: int) -> int:
+        """Where sequence `i` of the larger part stands."""
+        if not self._few:
             return i
-        group = self.total // self.held_out
+        group = self.total // self._few
         which, place = divmod(i, group - 1)
-        if which >= self.held_out:
-            return i + self.held_out
+        if which >= self._few:
+            return i + self._few
         return which * group + place + (place >= group // 2)
 
 

@@ -67,8 +67,9 @@ class TokenStream:
         at = int(np.argmax((ids >= self._vocab_size) | (ids < 0)))
         raise DataError(
             f'"{self._paths[part]}": the token at position {offset + at} is {ids[at]}, and the '
-            f"vocabulary has {self._vocab_size} ids (0 to {self._vocab_size - 1}). Set the "
-            'vocabulary that the file was made with, and check "data.dtype".'
+            f"vocabulary has {self._vocab_size} ids (0 to {self._vocab_size - 1}). Set "
+            '"data.tokenizer.vocab_size" (or "data.tokenizer.path") to what the file was made '
+            'with, and check "data.dtype".'
         )
 
 

@@ -7,31 +7,96 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from jspeed.config import Config
 from jspeed.core.tree import named_leaves
 from jspeed.engine.build import RunPlan
+from jspeed.engine.counters import Counters
+from jspeed.engine.state_explanation import explain_plan, gather_notes, microbatch_shapes
+from jspeed.layout.explain import Explanation
 from jspeed.layout.zero import Layout
-from jspeed.training.program import Program
-from jspeed.training.state import TrainState
+from jspeed.training.program import LossFn, Program
+from jspeed.training.state import TrainState, abstract_state
 from jspeed.training.step import Metrics
+
+
+def whole_on_host(leaf: jax.Array, layout: Layout) -> np.ndarray:
+    """An array's whole value, which no device holds before if other processes have parts of it."""
+    if not leaf.is_fully_addressable:
+        leaf = jax.device_put(leaf, layout.replicated())
+    return np.asarray(leaf.addressable_data(0) if leaf.is_fully_replicated else leaf)
 
 
 class Accessors:
     """The read-only half of `Engine`."""
 
+    config: Config
     plan: RunPlan
-    state: TrainState
-    global_steps: int
+    _given: tuple[Any, ...]
     _program: Program
+    _loss_fn: LossFn
     _metrics: Metrics | None
+    _state: TrainState
+    _steps: int | None
+    _counters: Counters
+
+    @property
+    def state(self) -> TrainState:
+        """All arrays of the run; replaced by each `train_batch`.
+
+        After a loop of one's own on `train_step`, set it: the engine counts on from its step.
+        """
+        return self._state
+
+    @state.setter
+    def state(self, state: TrainState) -> None:
+        self._state = state
+        self._steps = None  # read when asked for, so that setting does not wait for the device
+
+    @property
+    def global_steps(self) -> int:
+        """Optimizer steps so far, skipped ones included."""
+        if self._steps is None:
+            self._steps = int(self._state.step)
+        return self._steps
+
+    def counters(self) -> Counters:
+        """The counts of the run at its present step."""
+        return self._counters.at(
+            self.global_steps,
+            rows=self.train_batch_size(),
+            accumulation=self.gradient_accumulation_steps(),
+        )
 
     @property
     def layout(self) -> Layout:
         return self.plan.layout
 
     def parameters(self) -> dict[str, np.ndarray]:
-        """All parameters in fp32, whole, on the host: path -> array. Needs their memory there."""
-        return {path: np.asarray(leaf) for path, leaf in named_leaves(self.state.master)}
+        """All parameters in fp32, whole, on the host: path -> array. Needs their memory there.
+
+        Where there are several processes, all must call it, and all get all parameters.
+        """
+        leaves = named_leaves(self.state.master)
+        return {path: whole_on_host(leaf, self.layout) for path, leaf in leaves}
+
+    def explain(self, batch: Any = None) -> Explanation:
+        """Where every parameter and its optimizer state live, why, and what each device holds.
+
+        Args:
+          batch: as for `train_batch`; only its shapes count. With it, `notes` names the parameters
+            that the model does not let ZeRO-3 gather layer by layer, each with the reason.
+        """
+        notes: tuple[tuple[str, str], ...] = ()
+        if batch is not None:
+            micro = microbatch_shapes(batch, self.plan)
+            notes = gather_notes(self._program, self._loss_fn, self.layout, micro)
+        return explain_plan(self._program, self.plan, notes)
+
+    def abstract_state(self) -> TrainState:
+        """The state as shapes with shardings."""
+        return abstract_state(self._program, self.plan.optimizer, self.layout, self.plan.loss_scale)
 
     @property
     def module(self) -> Any:
@@ -42,19 +107,32 @@ class Accessors:
     @property
     def skipped_steps(self) -> int:
         """Steps that changed nothing because a gradient was not finite. Waits for the device."""
-        return int(self.state.step) - int(self.state.updates)
+        return int(self.state.step) - int(self.state.updates) - self._counters.unscheduled
 
     @property
     def global_samples(self) -> int:
-        return self.global_steps * self.train_batch_size()
+        """Examples so far, each step with the batch size it had."""
+        return self.counters().samples
 
     @property
     def micro_steps(self) -> int:
-        return self.global_steps * self.gradient_accumulation_steps()
+        """Microbatches so far on each device, each step with the accumulation it had."""
+        return self.counters().micro_steps
 
     @property
     def world_size(self) -> int:
         return self.layout.mesh.size
+
+    @property
+    def local_rank(self) -> int:
+        """The number, on its host, of the first device that this process drives."""
+        return self.device.local_hardware_id or 0
+
+    @property
+    def device(self) -> Any:
+        """The first device that this process drives."""
+        assert isinstance(self.layout.mesh, Mesh), "an engine runs on devices"
+        return self.layout.mesh.local_devices[0]
 
     @property
     def global_rank(self) -> int:
@@ -86,6 +164,22 @@ class Accessors:
         if self.plan.schedule is None:
             return []
         return [float(self.plan.schedule(self.state.updates))]
+
+    def get_mom(self) -> list[Any]:
+        """The betas `(beta1, beta2)` or the momentum that the next step will use.
+
+        Empty for an optax optimizer that was passed in, which hides them, and for one without.
+        """
+        momentum = self.plan.momentum
+        value = None if momentum is None else momentum(self.state.updates)
+        if value is None:
+            return []
+        return [tuple(map(float, value)) if isinstance(value, tuple) else float(value)]
+
+    def get_type(self) -> list[str]:
+        """The optimizer's type in the configuration; empty if an optax optimizer was passed in."""
+        section = self.config.optimizer
+        return [section.type] if section is not None and self._given[0] is None else []
 
     def get_global_grad_norm(self) -> float | None:
         """The gradient norm of the last step before clipping, or None before the first."""

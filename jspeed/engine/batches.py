@@ -63,3 +63,25 @@ class BatchPlacer:
                     "first: this process's share of train_batch_size (or of the evaluation batch)."
                 )
         return DataError(f"the batch is empty; expected a pytree of arrays with {self._rows} rows.")
+
+
+def rows_to_evaluate(batch: Any, layout: Layout) -> int:
+    """How many examples a batch for evaluation has.
+
+    Raises:
+      DataError: none, or a number that this process's devices cannot share evenly.
+    """
+    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(batch)]
+    share = layout.batch_shards // jax.process_count()
+    if not shapes:
+        raise DataError("the batch is empty; expected a pytree of arrays [rows, ...].")
+    rows = shapes[0][0] if shapes[0] else 0
+    if rows == 0 or rows % share:
+        path = named_leaves(batch)[0][0]
+        near = max(share, rows // share * share)
+        raise DataError(
+            f"batch[{path!r}] has shape {list(shapes[0])}; expected examples first, as many as "
+            f"this process's {share} batch shard(s) can share evenly. Give {near} or {near + share}"
+            ", or add examples of weight 0."
+        )
+    return rows

@@ -42,6 +42,7 @@ class RunPlan:
       schedule: `updates so far -> learning rate` for reports, or None if the optimizer hides it.
       step: how gradients are treated.
       loss_scale: makes fp16's first loss-scale state, or None.
+      momentum: as `schedule`, -> the betas or the momentum, or None if the optimizer has none.
     """
 
     layout: Layout
@@ -50,6 +51,7 @@ class RunPlan:
     schedule: ScheduleFn | None
     step: StepSettings
     loss_scale: Callable[[], Any] | None
+    momentum: ScheduleFn | None = None
 
 
 def mesh_shape(config: Config, devices: int) -> MeshShape:
@@ -75,6 +77,7 @@ def plan_run(
     optimizer: optax.GradientTransformation | None = None,
     schedule: ScheduleFn | None = None,
     rules: Sequence[Rule] = (),
+    schedule_lead: int = 0,
 ) -> RunPlan:
     """Decides the layout, the batch triangle, the optimizer and the step.
 
@@ -85,6 +88,9 @@ def plan_run(
       optimizer: wins over the configuration's.
       schedule: wins over the configuration's; with an `optimizer` it only serves reports.
       rules: stand before the configuration's `mesh.rules`.
+      schedule_lead: how far the schedule is ahead of the optimizer's own count, which corrects the
+        moments' bias; not 0 once only one of the two was loaded. An `optimizer` of one's own keeps
+        its schedule's count itself.
 
     Raises:
       ConfigError, LayoutError, ModelError: what does not fit, and how it would.
@@ -106,7 +112,7 @@ def plan_run(
         reduce_dtype=precision.communication_dtype,
     )
     batch = resolve_batch(config, layout.batch_shards)
-    optimizer, schedule = _optimizer(config, program, optimizer, schedule)
+    optimizer, schedule, momentum = _optimizer(config, program, optimizer, schedule, schedule_lead)
     scaling = _loss_scale(config)
     gradients = GradientSettings(
         accumulation=batch.accumulation,
@@ -122,7 +128,9 @@ def plan_run(
         skip_nonfinite=precision.check_grad_overflow,
         loss_scale=scaling,
     )
-    return RunPlan(layout, batch, optimizer, schedule, step, scaling.init if scaling else None)
+    return RunPlan(
+        layout, batch, optimizer, schedule, step, scaling.init if scaling else None, momentum
+    )
 
 
 def plan_devices(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
@@ -159,9 +167,18 @@ def _optimizer(
     program: Program,
     optimizer: optax.GradientTransformation | None,
     schedule: ScheduleFn | None,
-) -> tuple[optax.GradientTransformation, ScheduleFn | None]:
+    lead: int,
+) -> tuple[optax.GradientTransformation, ScheduleFn | None, ScheduleFn | None]:
+    """The optimizer, its rate and its momentum by the schedule's position, as far as known."""
     if optimizer is not None:
-        return optimizer, schedule
+        if schedule is None and config.scheduler is not None:
+            raise ConfigError(
+                f'"scheduler": {config.scheduler.type} cannot act on the optax optimizer that was '
+                "passed in, which has its learning rate inside. Put a schedule into it, as "
+                "optax.adamw(optax.warmup_cosine_decay_schedule(...)), and remove the key; or "
+                "leave the optimizer to the configuration."
+            )
+        return optimizer, schedule, None
     section = config.optimizer
     if section is None:
         raise ConfigError(
@@ -185,8 +202,15 @@ def _optimizer(
     made = make_optimizer(
         type=section.type,
         params=section.params,
-        learning_rate=schedule if schedule is not None else base,
-        betas_schedule=betas,
+        learning_rate=base if schedule is None else _led(schedule, lead),
+        betas_schedule=None if betas is None else _led(betas, lead),
         stack_fn=stacked_dimensions,
     )
-    return made, schedule if schedule is not None else optax.constant_schedule(base)
+    constant = section.params.get("betas", section.params.get("momentum"))
+    momentum = betas if betas is not None else lambda _: constant
+    return made, schedule if schedule is not None else optax.constant_schedule(base), momentum
+
+
+def _led(schedule: ScheduleFn, lead: int) -> ScheduleFn:
+    """The schedule by the optimizer's count, when it is `lead` steps further than that."""
+    return schedule if lead == 0 else lambda count: schedule(count + lead)

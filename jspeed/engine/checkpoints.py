@@ -9,23 +9,25 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jspeed.checkpoint import CheckpointStore
 from jspeed.core.errors import CheckpointError, MissingExtraError
 from jspeed.core.tree import map_named, named_leaves
+from jspeed.engine.accessors import Accessors, whole_on_host
+from jspeed.engine.counters import Counters
 from jspeed.engine.reporting import LOGGER
 from jspeed.layout.zero import Layout, Role
+from jspeed.optim import applied_steps
 from jspeed.training.state import TrainState
 from jspeed.training.step import publish
-
-if TYPE_CHECKING:
-    from jspeed.engine.engine import Engine
 
 _SAVED = ("step", "updates", "rng", "master", "opt_state", "mutable", "loss_scale")
 _COUNTERS = ("step", "updates", "rng")
@@ -50,6 +52,25 @@ def _key_shape(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=leaf.sharding)
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint as an engine takes it.
+
+    Attributes:
+      state: the whole new state.
+      counters: the counts to go on from.
+      schedule_lead: see `plan_run`.
+      tag: of the checkpoint.
+      client_state: saved with it.
+    """
+
+    state: TrainState
+    counters: Counters
+    schedule_lead: int
+    tag: str
+    client_state: dict[str, Any]
+
+
 class EngineCheckpoints:
     """A checkpoint directory as an engine uses it."""
 
@@ -62,7 +83,7 @@ class EngineCheckpoints:
 
     def save(
         self,
-        engine: Engine,
+        engine: Accessors,
         tag: str | None,
         client_state: dict[str, Any],
         save_latest: bool,
@@ -77,6 +98,7 @@ class EngineCheckpoints:
         }
         metadata = {
             "step": engine.global_steps,
+            "counters": engine.counters().to_json(),
             "client_state": client_state,
             "config": engine.config.to_dict(),
             "saved_by": {
@@ -89,9 +111,9 @@ class EngineCheckpoints:
         return tag
 
     def load(
-        self, engine: Engine, tag: str | None, *, optimizer: bool, schedule: bool, counters: bool
-    ) -> tuple[str, dict[str, Any]]:
-        """Replaces the engine's state by what a checkpoint holds; nothing changes if it fails."""
+        self, engine: Accessors, tag: str | None, *, optimizer: bool, schedule: bool, counters: bool
+    ) -> Loaded:
+        """What the engine's state becomes; the engine itself is left as it is."""
         tag = tag or self.store.latest()
         metadata = self.store.metadata(tag)
         if "client_state" not in metadata:
@@ -114,13 +136,42 @@ class EngineCheckpoints:
         }
         restored = self.store.restore(tag, like=like, subset=True)
         _check_same_model(engine, found, restored, tag, self.directory, optimizer)
-        engine.state = _rebuild(engine.state, shapes, restored, engine.layout, schedule)
-        engine.global_steps = int(engine.state.step)
-        return metadata.get("tag", tag or ""), metadata["client_state"]
+        state = _rebuild(engine.state, shapes, restored, engine.layout, schedule)
+        if optimizer != schedule:
+            opt_state = _with_schedules_at(state.updates, state.opt_state)
+            state = replace(state, opt_state=opt_state)
+        counts = engine.counters()
+        if counters:
+            counts = _counters(engine, metadata, restored, int(state.updates))
+        return Loaded(
+            state=state,
+            counters=counts,
+            schedule_lead=_lead(state),
+            tag=metadata.get("tag", tag or ""),
+            client_state=metadata["client_state"],
+        )
+
+
+def _counters(
+    engine: Accessors, metadata: dict[str, Any], restored: dict[str, jax.Array], updates: int
+) -> Counters:
+    """The counts to go on from; what the checkpoint's run has skipped stays skipped."""
+    saved = Counters.from_checkpoint(
+        metadata,
+        rows=engine.train_batch_size(),
+        accumulation=engine.gradient_accumulation_steps(),
+    )
+    return replace(saved, unscheduled=saved.unscheduled + int(restored["updates"]) - updates)
+
+
+def _lead(state: TrainState) -> int:
+    """How far the schedule's position is ahead of the optimizer's count."""
+    count = applied_steps(state.opt_state)
+    return 0 if count is None else int(state.updates) - int(count)
 
 
 def _check_same_model(
-    engine: Engine,
+    engine: Accessors,
     found: dict[str, Any],
     restored: dict[str, Any],
     tag: str | None,
@@ -167,6 +218,33 @@ def _rebuild(
     return TrainState(copies=copies, **new)
 
 
+def _with_schedules_at(updates: jax.Array, opt_state: Any) -> Any:
+    """The state of an optax optimizer with its schedules at a position.
+
+    The counts beside moments, which correct their bias, stay. jspeed's own optimizers have only
+    those; their schedules follow `RunPlan`'s lead.
+    """
+
+    def moved(node: Any) -> Any:
+        # Copies: the step consumes its arrays, so none may appear twice in a state.
+        if isinstance(node, optax.ScaleByScheduleState):
+            return node._replace(count=jnp.copy(updates))
+        if isinstance(node, optax.InjectStatefulHyperparamsState):
+            states = jax.tree.map(
+                lambda leaf: jnp.copy(updates) if _is_count(leaf) else leaf, node.hyperparams_states
+            )
+            inner = _with_schedules_at(updates, node.inner_state)
+            return node._replace(hyperparams_states=states, inner_state=inner)
+        return node
+
+    kinds = (optax.ScaleByScheduleState, optax.InjectStatefulHyperparamsState)
+    return jax.tree.map(moved, opt_state, is_leaf=lambda node: isinstance(node, kinds))
+
+
+def _is_count(leaf: Any) -> bool:
+    return leaf.ndim == 0 and jnp.issubdtype(leaf.dtype, jnp.integer)
+
+
 def _copies(master: Any, layout: Layout) -> dict[str, jax.Array]:
     at_moments = map_named(
         lambda path, leaf: jax.lax.with_sharding_constraint(
@@ -193,7 +271,7 @@ def _check_same_tag(tag: str, validation: str) -> None:
     LOGGER.warning("save_checkpoint: %s The first process decides.", text)
 
 
-def save_16bit(engine: Engine, directory: str | os.PathLike[str], filename: str) -> str:
+def save_16bit(engine: Accessors, directory: str | os.PathLike[str], filename: str) -> str:
     """See `Engine.save_16bit_model`."""
     try:
         from safetensors.numpy import save_file
@@ -202,11 +280,10 @@ def save_16bit(engine: Engine, directory: str | os.PathLike[str], filename: str)
             'save_16bit_model needs safetensors: pip install "jspeed[hf]"'
         ) from error
     dtype = "float16" if engine.fp16_enabled() else "bfloat16"
-    whole = engine.layout.replicated()
-    arrays = {}
-    for path, leaf in named_leaves(engine.state.master):
-        gathered = jax.device_put(leaf.astype(dtype), whole)
-        arrays[path] = np.asarray(gathered.addressable_data(0))
+    arrays = {
+        path: whole_on_host(leaf.astype(dtype), engine.layout)
+        for path, leaf in named_leaves(engine.state.master)
+    }
     target = Path(directory) / filename
     if jax.process_index() == 0:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -15,26 +15,56 @@ from jspeed.layout.mesh import BATCH_AXES
 from jspeed.layout.zero import Layout
 from jspeed.training.program import Program
 
+# Where models keep their width, in the order of looking; as Hugging Face's configurations first.
+_WIDTHS = (
+    "hidden_size",
+    "n_embd",
+    "d_model",
+    "embed_dim",
+    "hidden_dim",
+    "width",
+    "dim",
+    "features",
+)
+
 
 def auto_facts(config: Config, program: Program, mesh: Mesh) -> AutoFacts:
-    """What is known of a run when its configuration's "auto" values are resolved."""
-    hidden = config.model.hidden_size if config.model else None
-    if hidden is None:
-        module = getattr(program, "module", None) or getattr(program, "linen_module", None)
-        own = getattr(module, "config", None)
-        for holder in (own, module):
-            for name in ("hidden_size", "features", "d_model", "n_embd"):
-                value = getattr(holder, name, None)
-                if hidden is None and isinstance(value, int):
-                    hidden = value
+    """What is known of a run when its configuration's "auto" values are resolved.
+
+    The width is the `model` section's; otherwise the model's own `config`, `cfg` or module tells it
+    as `hidden_size` or one of its usual names. Of a list of widths the largest counts, as in
+    Hugging Face's integration.
+    """
     size = 1
     for axis in BATCH_AXES:
         size *= mesh.shape[axis]
     return AutoFacts(
-        hidden_size=hidden,
+        hidden_size=config.model.hidden_size if config.model else width_of(program.blueprint),
         total_steps=config.run.steps if config.run else None,
         data_parallel_size=size,
     )
+
+
+def width_of(module: Any) -> int | None:
+    """The width that a model names, or None."""
+    for holder in (getattr(module, "config", None), getattr(module, "cfg", None), module):
+        nested = getattr(holder, "text_config", None)
+        for place in (holder, nested):
+            for name in _WIDTHS:
+                width = _width(getattr(place, name, None))
+                if width is not None:
+                    return width
+            width = _width(getattr(place, "hidden_sizes", None))
+            if width is not None:
+                return width
+    return None
+
+
+def _width(value: Any) -> int | None:
+    if isinstance(value, list | tuple) and value:
+        widths = [_width(item) for item in value]
+        return None if None in widths else max(width for width in widths if width is not None)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
 def step_options(config: Config, layout: Layout) -> dict[str, Any] | None:

@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jspeed.config import BatchConfig, Config, load_config
+from jspeed.config import Config, load_config
 from jspeed.core.errors import ConfigError
-from jspeed.engine import checkpoints, compilation
-from jspeed.engine.accessors import Accessors
-from jspeed.engine.batches import BatchPlacer
+from jspeed.core.tree import named_leaves
+from jspeed.engine import arguments, compilation
+from jspeed.engine.batches import BatchPlacer, rows_to_evaluate
 from jspeed.engine.build import RunPlan, ScheduleFn, plan_devices, plan_run
-from jspeed.engine.not_in_jspeed import raise_called, raise_not_in_jspeed
+from jspeed.engine.checkpointing import Checkpointing
+from jspeed.engine.checkpoints import EngineCheckpoints
+from jspeed.engine.counters import Counters
+from jspeed.engine.not_in_jspeed import (
+    EVAL_BATCH,
+    INITIALIZE,
+    TRAIN_BATCH,
+    raise_called,
+    raise_not_in_jspeed,
+    raise_unpacked,
+    refuses,
+    takes_names_only,
+)
 from jspeed.engine.reporting import Reporter
 from jspeed.layout.rules import Rule
 from jspeed.training.contracts import check_callable
 from jspeed.training.program import LossFn, Program, make_program
-from jspeed.training.state import TrainState, abstract_state, create_state
+from jspeed.training.state import TrainState, abstract_parameters, create_state
 from jspeed.training.step import Metrics, make_eval_step, make_train_step
 
 
+@refuses(INITIALIZE)
+@takes_names_only("model", "loss_fn", "config")
 def initialize(
     *,
     model: Any,
@@ -39,7 +51,7 @@ def initialize(
     rules: Sequence[tuple[str, Sequence[Any]]] = (),
     stacked: Sequence[str] = (),
     devices: Sequence[Any] | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     report: bool = True,
 ) -> Engine:
     """Makes an engine that trains a model as a DeepSpeed configuration says.
@@ -53,13 +65,15 @@ def initialize(
       model_parameters: for Linen modules and pairs: the variables, or a function `key ->
         variables`.
       optimizer: any optax optimizer; wins over the configuration's.
-      lr_scheduler: any optax schedule; wins over the configuration's.
+      lr_scheduler: any optax schedule; wins over the configuration's. An `optimizer` that is passed
+        has its own schedule inside, and this one only serves reports.
       eval_fn: as `loss_fn`, for `eval_batch`; `loss_fn` when None.
       rules: `(regex on the parameter's path, spec)` pairs for `tensor` and `seq`, before those of
         `mesh.rules`.
       stacked: regexes of parameters whose first dimension stacks layers.
       devices: to run on; all devices when None.
-      seed: of initial parameters and of the step's random keys.
+      seed: of initial parameters and of the step's random keys; when None `run.seed` of the
+        configuration, or 0.
       report: log every `steps_per_print` steps and write to the configured monitors.
 
     Returns:
@@ -72,7 +86,14 @@ def initialize(
     check_callable(loss_fn, "loss_fn", ("model", "batch", "rng"))
     if eval_fn is not None:
         check_callable(eval_fn, "eval_fn", ("model", "batch", "rng"))
-    program = make_program(model, model_parameters, tuple(stacked))
+    arguments.check_optimizer(optimizer)
+    arguments.check_schedule(lr_scheduler)
+    arguments.check_devices(devices)
+    own_rules, own_stacked = arguments.read_rules(rules), arguments.read_stacked(stacked)
+    program = make_program(model, model_parameters, own_stacked)
+    if own_stacked:
+        paths = (path for path, _ in named_leaves(abstract_parameters(program)[0]))
+        arguments.check_stacked_used(own_stacked, paths)
     mesh = plan_devices(loaded, devices)
     loaded = loaded.resolve_auto(compilation.auto_facts(loaded, program, mesh))
     loaded.require_trainable()
@@ -84,22 +105,24 @@ def initialize(
         eval_fn=eval_fn or loss_fn,
         optimizer=optimizer,
         schedule=lr_scheduler,
-        rules=tuple(Rule(pattern, tuple(spec)) for pattern, spec in rules),
-        seed=seed,
+        rules=own_rules,
+        seed=_seed(loaded) if seed is None else seed,
         report=report,
     )
 
 
-class Engine(Accessors):
+def _seed(config: Config) -> int:
+    return config.run.seed if config.run else 0
+
+
+class Engine(Checkpointing):
     """Trains one model on one mesh. Made by `initialize`.
 
     Attributes:
       config: the resolved configuration.
       layout: where every parameter lives.
-      state: all arrays of the run; replaced by each `train_batch`.
       train_step: the pure, jitted function `(state, placed batch) -> (state, metrics)`, for loops
-        of one's own; it consumes the state it is given.
-      global_steps: optimizer steps so far, skipped ones included.
+        of one's own; it consumes the state it is given. Afterwards set `engine.state`.
     """
 
     def __init__(
@@ -120,24 +143,42 @@ class Engine(Accessors):
         self._program = program
         self._loss_fn = loss_fn
         self._given = (optimizer, schedule, tuple(rules))
-        self.plan: RunPlan = plan_run(
-            config, program, mesh, optimizer=optimizer, schedule=schedule, rules=rules
-        )
+        self._schedule_lead = 0
+        self.plan: RunPlan = self._plan(mesh)
         self._eval_step = make_eval_step(
             program, eval_fn, self.plan.layout, self.plan.step.gradients
         )
         self._eval_jit: Callable[..., Any] = jax.jit(self._eval_step)
-        self.state: TrainState = create_state(
+        self._state: TrainState = create_state(
             program, self.plan.optimizer, self.layout, seed=seed, loss_scale=self.plan.loss_scale
         )
-        self.global_steps = 0
+        self._steps: int | None = 0
+        self._counters = Counters()
         # Virtual CPU devices share one pool of threads: two programs with collectives in flight
         # can wait for each other for ever.
         self._one_at_a_time = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
         self._metrics: Metrics | None = None
-        self._store: checkpoints.EngineCheckpoints | None = None
+        self._store: EngineCheckpoints | None = None
         self._compile_step()
-        self._reporter = Reporter(config, rows_per_step=self.train_batch_size()) if report else None
+        self._reporter: Reporter | None = None
+        if report:
+            self._reporter = Reporter(
+                config,
+                rows_per_step=self.train_batch_size(),
+                parameters=tuple(self.layout.leaves),
+            )
+
+    def _plan(self, mesh: Mesh) -> RunPlan:
+        optimizer, schedule, rules = self._given
+        return plan_run(
+            self.config,
+            self._program,
+            mesh,
+            optimizer=optimizer,
+            schedule=schedule,
+            rules=rules,
+            schedule_lead=self._schedule_lead,
+        )
 
     def _compile_step(self) -> None:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
@@ -161,6 +202,7 @@ class Engine(Accessors):
             accumulation=self.plan.batch.accumulation,
         )
 
+    @refuses(TRAIN_BATCH)
     def train_batch(self, batch: Any) -> Metrics:
         """One optimizer step on one global batch.
 
@@ -176,15 +218,17 @@ class Engine(Accessors):
         Raises:
           DataError: the batch has another number of rows.
         """
-        self.state, metrics = self.train_step(self.state, self.place_batch(batch))
+        placed, steps = self.place_batch(batch), self.global_steps
+        self._state, metrics = self.train_step(self._state, placed)
         if self._one_at_a_time:
             jax.block_until_ready(metrics["loss"])
         self._metrics = metrics
-        self.global_steps += 1
+        self._steps = steps + 1
         if self._reporter is not None:
-            self._reporter.step(self.global_steps, metrics)
+            self._reporter.step(self._steps, metrics)
         return metrics
 
+    @refuses(EVAL_BATCH)
     def eval_batch(self, batch: Any) -> dict[str, jax.Array]:
         """The loss of a batch in evaluation mode, without changing anything.
 
@@ -194,17 +238,16 @@ class Engine(Accessors):
 
         Returns:
           `loss` (the mean), `total` and `weight`, so that means over several batches can be exact.
+
+        Raises:
+          DataError: the batch is empty, or its rows do not divide.
         """
-        rows = np.shape(jax.tree.leaves(batch)[0])[0]
+        rows = rows_to_evaluate(batch, self.layout)
         placed = BatchPlacer(self.layout, rows=rows, accumulation=None)(batch)
         total, weight = self._eval_jit(self.state, placed)
         if self._one_at_a_time:
             jax.block_until_ready(weight)
         return {"loss": total / weight, "total": total, "weight": weight}
-
-    def abstract_state(self) -> TrainState:
-        """The state as shapes with shardings."""
-        return abstract_state(self._program, self.plan.optimizer, self.layout, self.plan.loss_scale)
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
         """Changes the global batch by changing how many microbatches are accumulated.
@@ -235,95 +278,19 @@ class Engine(Accessors):
         self._rebatch(train, micro_batch_size)
 
     def _rebatch(self, train_batch_size: int, micro_batch_size: int) -> None:
-        sizes = BatchConfig(train_batch_size, micro_batch_size, None)
-        config = dataclasses.replace(self.config, batch=sizes)
-        optimizer, schedule, rules = self._given
-        self.plan = plan_run(
-            config,
-            self._program,
-            self.layout.mesh,
-            optimizer=optimizer,
-            schedule=schedule,
-            rules=rules,
-        )
-        self.config = config
+        counted = self.counters()
+        keys = self.config.to_dict()
+        keys.pop("gradient_accumulation_steps", None)  # follows from the two others
+        keys["train_batch_size"] = train_batch_size
+        keys["train_micro_batch_size_per_gpu"] = micro_batch_size
+        self.config = load_config(keys)
+        self._counters = counted
+        self._replan()
+
+    def _replan(self) -> None:
+        assert isinstance(self.layout.mesh, Mesh), "an engine runs on devices"
+        self.plan = self._plan(self.layout.mesh)
         self._compile_step()
-
-    # --- checkpoints
-    # ----------------------------------------------------------------------------------------------
-
-    def save_checkpoint(
-        self,
-        save_dir: str | os.PathLike[str],
-        tag: str | None = None,
-        client_state: Mapping[str, Any] | None = None,
-        save_latest: bool = True,
-        *,
-        files: Mapping[str, bytes] | None = None,
-        wait: bool = False,
-    ) -> str:
-        """Saves everything that resuming needs, in the background; returns the tag.
-
-        Args:
-          save_dir: directory of the checkpoints.
-          tag: name of this one; `global_step{N}` when None.
-          client_state: JSON-able values of one's own, returned by `load_checkpoint`.
-          save_latest: point `latest` at this checkpoint once it is complete.
-          files: small files to keep beside the arrays.
-          wait: return only once the checkpoint is complete on disk.
-
-        Raises:
-          CheckpointError: the directory cannot be written, or an earlier save failed.
-        """
-        return self._checkpoints(save_dir).save(
-            self, tag, dict(client_state or {}), save_latest, dict(files or {}), wait
-        )
-
-    def load_checkpoint(
-        self,
-        load_dir: str | os.PathLike[str],
-        tag: str | None = None,
-        *,
-        load_optimizer_states: bool = True,
-        load_lr_scheduler_states: bool = True,
-        load_module_only: bool = False,
-    ) -> tuple[str, dict[str, Any]]:
-        """Restores a checkpoint saved by any mesh, ZeRO stage or number of processes.
-
-        Args:
-          load_dir: directory of the checkpoints.
-          tag: which one; the latest when None.
-          load_optimizer_states: False keeps the optimizer's state as it is.
-          load_lr_scheduler_states: False starts the schedule anew.
-          load_module_only: parameters and mutable collections only; step and optimizer stay as they
-            are.
-
-        Returns:
-          `(tag, client_state)`.
-
-        Raises:
-          CheckpointError: missing, incomplete, damaged, foreign, or of another model; names what is
-            wrong.
-        """
-        return self._checkpoints(load_dir).load(
-            self,
-            tag,
-            optimizer=load_optimizer_states and not load_module_only,
-            schedule=load_lr_scheduler_states and not load_module_only,
-            counters=not load_module_only,
-        )
-
-    def save_16bit_model(
-        self, save_dir: str | os.PathLike[str], save_filename: str = "model.safetensors"
-    ) -> str:
-        """Writes the whole parameters in the 16-bit compute dtype (bf16 under fp32) for others.
-
-        Gathers one parameter after the other, under any ZeRO stage. Returns the file's path.
-
-        Raises:
-          MissingExtraError: safetensors is not installed (extra `hf`).
-        """
-        return checkpoints.save_16bit(self, save_dir, save_filename)
 
     def close(self) -> None:
         """Waits for the running save, reports the last step and closes the monitors."""
@@ -333,29 +300,11 @@ class Engine(Accessors):
 
     destroy = close
 
-    def wait_for_checkpoint(self) -> None:
-        """Waits until the save that is running is complete; raises `CheckpointError` if it
-        failed."""
-        if self._store is not None:
-            self._store.wait()
-
-    def latest_checkpoint(self, load_dir: str | os.PathLike[str]) -> str | None:
-        """The tag that `latest` names in a directory, or None where nothing was saved."""
-        return self._checkpoints(load_dir).store.latest()
-
-    def prune_checkpoints(self, keep: int) -> None:
-        """Removes all but the newest `keep` checkpoints of the directory last saved to."""
-        if self._store is not None:
-            self._store.store.prune(keep)
-
-    def _checkpoints(self, directory: str | os.PathLike[str]) -> checkpoints.EngineCheckpoints:
-        if self._store is None or self._store.directory != os.fspath(directory):
-            self.wait_for_checkpoint()
-            self._store = checkpoints.EngineCheckpoints(directory)
-        return self._store
-
     def __getattr__(self, name: str) -> Any:
         return raise_not_in_jspeed(name)
+
+    def __iter__(self) -> Any:
+        return raise_unpacked()
 
     def __call__(self, *_: Any, **__: Any) -> Any:
         return raise_called()

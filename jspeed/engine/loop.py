@@ -1,7 +1,8 @@
 """The training loop: batches in, steps, and between them metrics, evaluation and checkpoints.
 
 Metrics of a step are read only after the next one has been dispatched, so that the device never
-waits for Python.
+waits for Python. Before a checkpoint they are read and written first: whatever step a run resumes
+from, the metrics up to it are on disk.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from typing import Any, Protocol
 
 import jax
 
-from jspeed.core.errors import ModelError
 from jspeed.core.tree import named_leaves
 from jspeed.engine.engine import Engine
+from jspeed.engine.folder import CHECKPOINTS
+from jspeed.engine.overflow import note_overflow
 from jspeed.engine.progress import Display, memory_bytes
+from jspeed.engine.reporting import LOGGER
 from jspeed.engine.signals import StopRequests
 from jspeed.engine.status import State, Status
 from jspeed.monitor import Monitor
@@ -46,7 +49,7 @@ class LoopSettings:
       keep_checkpoints: the newest so many are kept; None keeps all.
       tokens_per_step: of the global batch, for rates.
       flops_per_step: of the model, forward and backward, for rates.
-      breakdown: also write where the time of a step went (`wall_clock_breakdown`).
+      breakdown: wait for each step and tell where its time went (`wall_clock_breakdown`).
     """
 
     directory: Path
@@ -60,7 +63,15 @@ class LoopSettings:
 
     @property
     def checkpoints(self) -> Path:
-        return self.directory / "checkpoints"
+        return self.directory / CHECKPOINTS
+
+    def saves_after(self, step: int) -> bool:
+        """Whether there is a checkpoint of a step."""
+        return bool(self.save_every) and step % self.save_every == 0
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether a step is followed by an evaluation."""
+        return bool(self.evaluate_every) and step % self.evaluate_every == 0
 
 
 @dataclass
@@ -70,7 +81,7 @@ class _Pending:
     step: int
     metrics: Metrics
     data_seconds: float
-    dispatch_seconds: float
+    train_seconds: float
 
 
 @dataclass
@@ -97,6 +108,8 @@ class Loop:
     files: dict[str, bytes] = field(default_factory=dict)
     requested: signal.Signals | None = None
     _arrived: float = field(default=0.0, init=False)
+    _report_seconds: float = field(default=0.0, init=False)
+    _checkpoint_seconds: float = field(default=0.0, init=False)
 
     def run(self) -> State:
         """Returns `finished`, or how it was stopped; a checkpoint of the last step is complete."""
@@ -111,22 +124,21 @@ class Loop:
                 batch = next(self.batches)
                 fetched = time.perf_counter()
                 metrics = engine.train_batch(batch)
-                dispatched = time.perf_counter()
+                if settings.breakdown:
+                    jax.block_until_ready(metrics)
+                trained = time.perf_counter()
                 step = engine.global_steps
                 if pending is not None:
                     self._report(pending)
-                pending = _Pending(step, metrics, fetched - started, dispatched - fetched)
-                if _is_ready(metrics["loss"]):  # the engine waited; see `train_batch`
+                pending = _Pending(step, metrics, fetched - started, trained - fetched)
+                saves, evaluates = settings.saves_after(step), settings.evaluates_after(step)
+                # It is ready where the engine waits by itself; see `train_batch`.
+                if saves or evaluates or _is_ready(metrics["loss"]):
                     self._report(pending)
                     pending = None
-                if settings.save_every and step % settings.save_every == 0:
+                if saves:
                     self._save()
                     saved = step
-                if settings.evaluate_every and step % settings.evaluate_every == 0:
-                    if pending is not None:
-                        self._report(pending)
-                        pending = None
-                    self._evaluate(step)
             if pending is not None:
                 self._report(pending)
             if saved != engine.global_steps:
@@ -150,10 +162,25 @@ class Loop:
             )
 
     def _report(self, pending: _Pending) -> None:
-        """Waits for a step's metrics and hands them on."""
+        """Waits for a step's metrics, evaluates if it is time, and hands all of it on at once."""
         values = {name: value.item() for name, value in jax.device_get(pending.metrics).items()}
         now = time.perf_counter()
         seconds, self._arrived = now - self._arrived, now
+        entry = self._entry(pending, values, seconds)
+        self.display.step(pending.step, entry)
+        shown = time.perf_counter()
+        if self.settings.evaluates_after(pending.step):
+            entry |= self._evaluate(pending.step)
+        evaluated = time.perf_counter()
+        self._arrived += evaluated - shown  # belongs to no step's seconds
+        if self.settings.breakdown and "eval_loss" in entry:
+            entry["evaluation_seconds"] = evaluated - shown
+        samples = pending.step * self.engine.train_batch_size()
+        self.monitor.write(pending.step, samples, entry)
+        self._report_seconds = (shown - now) + (time.perf_counter() - evaluated)
+
+    def _entry(self, pending: _Pending, values: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """What is told of a step that took so many seconds."""
         settings = self.settings
         entry: dict[str, Any] = {
             "loss": values["loss"],
@@ -168,55 +195,45 @@ class Loop:
         if "loss_scale" in values:
             entry["loss_scale"] = values["loss_scale"]
         if not values["finite"]:
-            entry |= self._overflow(pending.step, values)
+            entry |= note_overflow(
+                pending.step,
+                values,
+                parameters=[path for path, _ in named_leaves(self.engine.state.master)],
+                skipped=self.engine.plan.step.skip_nonfinite,
+                say=self.display.say,
+            )
         if settings.breakdown:
             entry["data_seconds"] = pending.data_seconds
-            entry["dispatch_seconds"] = pending.dispatch_seconds
-        samples = pending.step * self.engine.train_batch_size()
-        self.monitor.write(pending.step, samples, entry)
-        self.display.step(pending.step, entry)
+            entry["train_seconds"] = pending.train_seconds
+            entry["report_seconds"] = self._report_seconds
+            entry["checkpoint_seconds"] = self._checkpoint_seconds
+            self._checkpoint_seconds = 0.0
+        return entry
 
-    def _overflow(self, step: int, values: dict[str, Any]) -> dict[str, Any]:
-        """Says which gradient was the first not to be finite, and what is done about it."""
-        names = [path for path, _ in named_leaves(self.engine.state.master)]
-        name = names[int(values["first_nonfinite"])]
-        skipped = self.engine.plan.step.skip_nonfinite
-        text = f"step {step}: the gradient of {name} is not finite"
-        if "loss_scale" in values:
-            text += f"; loss scale {values['loss_scale']:g} -> {values['next_loss_scale']:g}"
-        self.display.say(text + ("; the step is skipped." if skipped else "."))
-        if values.get("loss_scale_exhausted"):
-            raise ModelError(
-                f"step {step}: gradients overflow although the loss scale is at its minimum "
-                f"({values['loss_scale']:g}), first in {name}. Train in bf16, lower the learning "
-                "rate, or look for what makes this parameter's gradient infinite. The last "
-                "checkpoint is from before this."
-            )
-        return {"skipped": int(skipped), "first_nonfinite": name}
-
-    def _evaluate(self, step: int) -> None:
-        started = time.perf_counter()
+    def _evaluate(self, step: int) -> dict[str, float]:
         total = weight = 0.0
         for batch in self.evaluation():
             result = self.engine.eval_batch(batch)
             total, weight = total + float(result["total"]), weight + float(result["weight"])
-        self._arrived += time.perf_counter() - started
         if not weight:
             self.display.say(f"step {step}: nothing to evaluate: no validation data is held out.")
-            return
+            return {}
         loss = total / weight
         perplexity = math.exp(min(loss, 700.0))
-        samples = step * self.engine.train_batch_size()
-        self.monitor.write(step, samples, {"eval_loss": loss, "eval_perplexity": perplexity})
         self.display.say(f"step {step}: evaluation loss {loss:.4f}, perplexity {perplexity:.2f}")
+        return {"eval_loss": loss, "eval_perplexity": perplexity}
 
     def _save(self) -> None:
-        self.engine.save_checkpoint(
+        started = time.perf_counter()
+        tag = self.engine.save_checkpoint(
             self.settings.checkpoints,
             client_state={"data": self.batches.state()},
             files=self.files,
         )
+        LOGGER.info("step %d: saving checkpoint %s", self.engine.global_steps, tag)
         self._prune()
+        self._note("running")
+        self._checkpoint_seconds = time.perf_counter() - started
 
     def _prune(self) -> None:
         if self.settings.keep_checkpoints is not None:

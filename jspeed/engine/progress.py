@@ -14,6 +14,7 @@ from rich.table import Column
 
 # The numbers of a step fit beside a short count of steps on 80 columns; the bar comes on top.
 _NUMBERS_WIDTH, _SHORTEST_BAR, _LONGEST_BAR = 90, 10, 30
+_BREAKDOWN_WIDTH = 60
 
 
 class Display(Protocol):
@@ -69,6 +70,13 @@ def describe(metrics: Mapping[str, Any]) -> str:
     return "  ".join(parts)
 
 
+def describe_parts(metrics: Mapping[str, Any]) -> str:
+    """Where the time of a step went, if `wall_clock_breakdown` has it measured; else nothing."""
+    names = ("data", "train", "report", "checkpoint")
+    parts = [(name, metrics.get(f"{name}_seconds")) for name in names]
+    return " ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in parts if seconds)
+
+
 class RemainingTime:
     """How long a run still takes, from the pace since its first step was done.
 
@@ -93,16 +101,26 @@ class RemainingTime:
 
 
 class TerminalDisplay:
-    """A live line on a terminal, with a bar if it is wide; now and then a plain line elsewhere."""
+    """A live line on a terminal, with a bar if it is wide; now and then a plain line elsewhere.
 
-    def __init__(self, console: Console, *, steps: int, start: int, every: int) -> None:
+    Args:
+      console: to write on.
+      steps: of the whole run.
+      start: steps done so far.
+      every: between two plain lines.
+      breakdown: lines also tell the parts of a step.
+    """
+
+    def __init__(
+        self, console: Console, *, steps: int, start: int, every: int, breakdown: bool = False
+    ) -> None:
         self._console = console
         self._live = console.is_terminal
         self._steps, self._every = steps, max(1, every)
         self._remaining = RemainingTime(steps)
         line = Column(no_wrap=True, overflow="ellipsis")
         text = TextColumn("{task.fields[numbers]}", table_column=line, markup=False)
-        room = console.width - _NUMBERS_WIDTH
+        room = console.width - _NUMBERS_WIDTH - (_BREAKDOWN_WIDTH if breakdown else 0)
         columns: list[ProgressColumn] = [MofNCompleteColumn(), text]
         if room >= _SHORTEST_BAR:
             columns.insert(1, BarColumn(bar_width=min(room, _LONGEST_BAR)))
@@ -120,6 +138,9 @@ class TerminalDisplay:
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
         numbers = f"{describe(metrics)}  ETA {self._remaining.after(step)}"
+        parts = describe_parts(metrics)
+        if parts:
+            numbers += f"  ({parts})"
         if self._live:
             self._progress.update(self._task, completed=step, numbers=numbers)
         elif step % self._every == 0 or step == self._steps or step == 1:

@@ -1,7 +1,8 @@
 """What an engine tells by itself: a log line every `steps_per_print`, and the configured monitors.
 
 `jspeed train` has its own display and monitor and switches this off. Metrics of a step are read
-only when the next one is under way, so that reporting never makes the device wait.
+only when the next one is under way, so that reporting never makes the device wait; only
+`wall_clock_breakdown` waits for each step.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import json
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import jax
 
+from jspeed.engine.overflow import note_overflow
 from jspeed.monitor import Monitor, make_monitor
 
 if TYPE_CHECKING:
@@ -22,40 +25,87 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger("jspeed")
 
 
+def heed_log_level(config: Config, *, prints: bool = False) -> None:
+    """Sets the level of jspeed's logger to `log_level`, where that is given.
+
+    Args:
+      config: of the run.
+      prints: the configuration asks for lines of level INFO; they are let through unless
+        `log_level` or the program has set the logger's level.
+    """
+    if config.log_level is not None:
+        LOGGER.setLevel(config.log_level.upper())
+    elif prints and LOGGER.level == logging.NOTSET and not LOGGER.isEnabledFor(logging.INFO):
+        LOGGER.setLevel(logging.INFO)
+    else:
+        return
+    if not LOGGER.hasHandlers():
+        LOGGER.addHandler(logging.StreamHandler())
+
+
 @dataclass
 class _Pending:
     step: int
     metrics: dict[str, jax.Array]
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class Reporter:
-    """Reports the steps of an engine that is driven from Python."""
+    """Reports the steps of an engine that is driven from Python.
 
-    def __init__(self, config: Config, *, rows_per_step: int) -> None:
+    Args:
+      config: says what to report, and where.
+      rows_per_step: samples in a global batch.
+      parameters: paths of the parameters in tree order, by which an overflow is named.
+    """
+
+    def __init__(
+        self, config: Config, *, rows_per_step: int, parameters: Sequence[str] = ()
+    ) -> None:
         self._every = config.steps_per_print
         self._throughput = config.throughput_timer
         self._rows = rows_per_step
+        self._parameters = tuple(parameters)
+        # A loss scale that overflows must not go by unseen.
+        self._scaled = config.precision.loss_scale is not None
+        self._skips = config.precision.check_grad_overflow
         self._pending: _Pending | None = None
         self._printed = (0, time.perf_counter())
-        if config.log_level is not None:
-            LOGGER.setLevel(config.log_level.upper())
-        first = jax.process_index() == 0
+        self._first = jax.process_index() == 0
+        heed_log_level(config, prints=bool(self._every) or config.dump_state)
         sections = (config.tensorboard, config.csv_monitor, config.wandb)
-        self._monitored = first and any(section.enabled for section in sections)
+        self._monitored = self._first and any(section.enabled for section in sections)
+        self._breakdown = config.wall_clock_breakdown and (self._monitored or bool(self._every))
+        self._ended = time.perf_counter()
         self._monitor = Monitor()
         if self._monitored:
             self._monitor = make_monitor(
                 tensorboard=config.tensorboard, csv_monitor=config.csv_monitor, wandb=config.wandb
             )
-        if config.dump_state and first:
+        if config.dump_state and self._first:
             LOGGER.info("configuration:\n%s", json.dumps(config.to_dict(), indent=2))
 
     def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """A step has been dispatched; reports the one before it."""
-        if not self._monitored and not self._every:
+        """A step has been dispatched; reports the one before it.
+
+        Raises:
+          ModelError: gradients of the step before overflow at the smallest loss scale.
+        """
+        if not (self._monitored or self._every or self._scaled):
             return
         self.flush()
         self._pending = _Pending(step, metrics)
+        if self._breakdown:
+            self._pending.seconds = self._wait(metrics)
+            self.flush()
+
+    def _wait(self, metrics: dict[str, jax.Array]) -> dict[str, float]:
+        """Waits for a step; the seconds since the one before it, and those waited here."""
+        dispatched = time.perf_counter()
+        jax.block_until_ready(metrics)
+        now = time.perf_counter()
+        since, self._ended = self._ended, now
+        return {"step_seconds": now - since, "wait_seconds": now - dispatched}
 
     def flush(self) -> None:
         """Reports the step that is still waiting, if there is one."""
@@ -63,12 +113,21 @@ class Reporter:
         if pending is None:
             return
         due = bool(self._every) and pending.step % (self._every or 1) == 0
-        if not (due or self._monitored):
+        if not (due or self._monitored or self._scaled):
             return
         values = {name: value.item() for name, value in jax.device_get(pending.metrics).items()}
+        values |= pending.seconds
+        if not values["finite"]:
+            note_overflow(
+                pending.step,
+                values,
+                parameters=self._parameters,
+                skipped=self._skips,
+                say=LOGGER.warning if self._first else lambda _: None,
+            )
         if self._monitored:
             self._monitor.write(pending.step, pending.step * self._rows, values)
-        if due and jax.process_index() == 0:
+        if due and self._first:
             LOGGER.info(self._line(pending.step, values))
 
     def _line(self, step: int, values: dict[str, Any]) -> str:
@@ -78,15 +137,20 @@ class Reporter:
         if "loss_scale" in values:
             parts.append(f"loss scale {values['loss_scale']:g}")
         if not values["finite"]:
-            parts.append("skipped: a gradient is not finite")
+            parts.append("skipped" if self._skips else "a gradient is not finite")
         if self._throughput:
             now = time.perf_counter()
             samples = (step - self._printed[0]) * self._rows
             parts.append(f"{samples / (now - self._printed[1]):.1f} samples/s")
             self._printed = (step, now)
+        if self._breakdown:
+            waited = 1e3 * values["wait_seconds"]
+            parts.append(f"{1e3 * values['step_seconds']:.1f} ms, of which waited {waited:.1f} ms")
         return "  ".join(parts)
 
     def close(self) -> None:
         """Reports what is left and closes the monitors."""
-        self.flush()
-        self._monitor.close()
+        try:
+            self.flush()
+        finally:
+            self._monitor.close()

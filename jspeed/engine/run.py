@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,20 +16,22 @@ import jax
 from jspeed.config import Config
 from jspeed.core.errors import CheckpointError, ConfigError
 from jspeed.core.tree import count_parameters
-from jspeed.data import TextDataset, build_dataset
+from jspeed.data import TextDataset, TrainIterator, build_dataset
 from jspeed.engine.compilation import enable_compile_cache
 from jspeed.engine.engine import Engine, initialize
+from jspeed.engine.folder import METRICS, claim_folder, clear_folder, failure_noted
 from jspeed.engine.loop import Loop, LoopSettings
 from jspeed.engine.progress import Display
+from jspeed.engine.reporting import heed_log_level
 from jspeed.engine.signals import StopRequests
-from jspeed.engine.status import State, Status, read_status
+from jspeed.engine.status import State, Status
 from jspeed.models import ModelFactory, build_model
 from jspeed.monitor import Monitor, make_monitor
 from jspeed.monitor.monitor import ResumePoint
 from jspeed.nn import language_model_loss
 
 if TYPE_CHECKING:
-    from jspeed.config import DataConfig, ModelConfig, RunConfig
+    from jspeed.config import DataConfig, ModelConfig, MonitorConfig, RunConfig
 
 _TOKENIZER = "tokenizer.json"
 
@@ -58,8 +62,7 @@ def run_sections(config: Config) -> tuple[ModelConfig, DataConfig, RunConfig]:
     if config.model is None or config.data is None or config.run is None:
         raise ConfigError(
             f'"{missing[0]}": missing. A run file needs "model", "data" and "run"; without them '
-            "the "
-            "file configures jspeed.initialize."
+            "the file configures jspeed.initialize."
         )
     return config.model, config.data, config.run
 
@@ -89,34 +92,96 @@ def load_data(config: Config) -> TextDataset:
     )
 
 
-def train_run(config: Config, *, display: Display, resume: bool, overwrite: bool) -> RunResult:
+def train_run(
+    config: Config,
+    *,
+    display: Display,
+    resume: bool,
+    overwrite: bool,
+    terminated: Callable[[], bool] = lambda: False,
+) -> RunResult:
     """Trains as a run file says; SIGTERM is heeded from the first line on.
 
     Args:
       config: a complete run file.
       display: where progress goes.
       resume: continue from the latest checkpoint, if there is one.
-      overwrite: start anew where an earlier run left checkpoints.
+      overwrite: start anew where an earlier run left files, which are removed once data and model
+        are made.
+      terminated: whether SIGTERM came before; asked once SIGTERM is heeded here.
 
     Raises:
-      JspeedError: what is wrong and what to do; an earlier run's files are untouched.
+      JspeedError: what is wrong and what to do; an earlier run's metrics and checkpoints are
+        untouched, and `status.json` says `failed`, unless the folder was not this run's to change.
     """
     with StopRequests((signal.SIGTERM,)) as early:
+        if terminated():
+            early.requested = signal.SIGTERM
         return _train_run(config, display, early, resume=resume, overwrite=overwrite)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a run is made of."""
+
+    engine: Engine
+    factory: ModelFactory
+    data: TextDataset
+    batches: TrainIterator
+    settings: LoopSettings
 
 
 def _train_run(
     config: Config, display: Display, early: StopRequests, *, resume: bool, overwrite: bool
 ) -> RunResult:
-    model, _, run = run_sections(config)
+    run = run_sections(config)[2]
     directory = Path(run.dir)
-    _check_earlier_run(directory, resume=resume, overwrite=overwrite)
+    earlier = claim_folder(directory, resume=resume, overwrite=overwrite)
+    heed_log_level(config)
+    reached = earlier.step if earlier is not None and resume else 0
+    # A run that is to be replaced stays what it is until its successor is made.
+    unnoted = overwrite and earlier is not None
+    with nullcontext() if unnoted else failure_noted(directory, run.steps, lambda: reached):
+        parts = _make_parts(config)
+        if resume:
+            _resume(parts, display)
+    engine = parts.engine
+    with failure_noted(directory, run.steps, lambda: engine.global_steps):
+        if overwrite and jax.process_index() == 0:
+            clear_folder(directory)
+        display.say(_summary(engine, parts.factory, parts.data))
+        if config.dump_state:
+            display.say(json.dumps(engine.config.to_dict(), indent=2))
+        if engine.global_steps >= run.steps:
+            Status("finished", engine.global_steps, run.steps).write(directory)
+            display.say(f"nothing to do: {engine.global_steps} of {run.steps} steps are done.")
+            return RunResult("finished", engine.global_steps, directory)
+        with _monitor(engine, directory) as monitor, display:
+            state = Loop(
+                engine=engine,
+                batches=parts.batches,
+                evaluation=lambda: _evaluation(engine, parts.data, run.evaluate_batches),
+                monitor=monitor,
+                display=display,
+                settings=parts.settings,
+                files={_TOKENIZER: _tokenizer_bytes(parts.data, directory)},
+                requested=early.requested,
+            ).run()
+    return RunResult(state, engine.global_steps, directory)
+
+
+def _make_parts(config: Config) -> _Parts:
+    model, _, run = run_sections(config)
+    platform = jax.devices()[0].platform
+    if model.attention.implementation == "cudnn" and platform not in ("gpu", "cuda"):
+        raise ConfigError(
+            '"model.attention.implementation": cudnn runs on NVIDIA GPUs only, and this run is on '
+            f'{platform} devices. Use "auto", which picks by platform, or "xla".'
+        )
     if run.compile_cache:
         enable_compile_cache()
     data = load_data(config)
-    factory = build_model(
-        model, vocab_size=data.tokenizer.vocab_size, platform=jax.devices()[0].platform
-    )
+    factory = build_model(model, vocab_size=data.tokenizer.vocab_size, platform=platform)
     engine = initialize(
         model=factory,
         loss_fn=language_model_loss,
@@ -126,47 +191,24 @@ def _train_run(
     )
     rows = engine.train_batch_size() // jax.process_count()
     batches = data.train_iterator(rows, jax.process_index(), jax.process_count())
-    settings = _loop_settings(engine, factory, data)
-    if resume and engine.latest_checkpoint(settings.checkpoints) is not None:
-        tag, client = engine.load_checkpoint(settings.checkpoints)
-        batches.restore(client["data"])
-        display.say(f"resumed from {tag} in {settings.checkpoints}")
-    display.say(_summary(engine, factory, data))
-    if config.dump_state:
-        display.say(json.dumps(engine.config.to_dict(), indent=2))
-    if engine.global_steps >= run.steps:
-        Status("finished", engine.global_steps, run.steps).write(directory)
-        display.say(f"nothing to do: {engine.global_steps} of {run.steps} steps are done.")
-        return RunResult("finished", engine.global_steps, directory)
-    with _monitor(engine, directory) as monitor, display:
-        loop = Loop(
-            engine=engine,
-            batches=batches,
-            evaluation=lambda: _evaluation(engine, data, run.evaluate_batches),
-            monitor=monitor,
-            display=display,
-            settings=settings,
-            files={_TOKENIZER: _tokenizer_bytes(data, directory)},
-            requested=early.requested,
-        )
-        try:
-            state = loop.run()
-        except BaseException as error:
-            reason = f"{type(error).__name__}: {error}"
-            Status("failed", engine.global_steps, run.steps, reason).write(directory)
-            raise
-    return RunResult(state, engine.global_steps, directory)
+    return _Parts(engine, factory, data, batches, _loop_settings(engine, factory, data))
 
 
-def _check_earlier_run(directory: Path, *, resume: bool, overwrite: bool) -> None:
-    earlier = read_status(directory)
-    if earlier is None or resume or overwrite or earlier.step == 0:
+def _resume(parts: _Parts, display: Display) -> None:
+    """Takes up the latest checkpoint, if there is one."""
+    folder = parts.settings.checkpoints
+    if parts.engine.latest_checkpoint(folder) is None:
         return
-    raise CheckpointError(
-        f'"run.dir": {directory} holds a run that is {earlier.status} at step {earlier.step}. '
-        "Continue it with --resume, replace it with --overwrite, or choose another folder with "
-        "--set run.dir=FOLDER."
-    )
+    tag, client = parts.engine.load_checkpoint(folder)
+    if "data" not in client:
+        raise CheckpointError(
+            f'Checkpoint "{tag}" in "{folder}" does not say how far the data were read: its '
+            'client_state has no "data", so it is not from `jspeed train`. Continue it with '
+            "jspeed.initialize and engine.load_checkpoint, or train into another folder with "
+            "--set run.dir=FOLDER."
+        )
+    parts.batches.restore(client["data"])
+    display.say(f"resumed from {tag} in {folder}")
 
 
 def _loop_settings(engine: Engine, factory: ModelFactory, data: TextDataset) -> LoopSettings:
@@ -200,10 +242,14 @@ def _monitor(engine: Engine, directory: Path) -> Monitor:
     if jax.process_index() != 0:
         return Monitor()
     config, start = engine.config, engine.global_steps
+
+    def placed(section: MonitorConfig) -> MonitorConfig:
+        return replace(section, output_path=section.output_path or str(directory))
+
     return make_monitor(
-        metrics_path=directory / "metrics.jsonl",
-        tensorboard=config.tensorboard,
-        csv_monitor=config.csv_monitor,
+        metrics_path=directory / METRICS,
+        tensorboard=placed(config.tensorboard),
+        csv_monitor=placed(config.csv_monitor),
         wandb=config.wandb,
         resume=ResumePoint(first_step=start + 1, samples=start * engine.train_batch_size()),
     )

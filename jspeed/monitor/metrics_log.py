@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object a line, one or more lines a step, always a single curve."""
+"""`metrics.jsonl`: one JSON object a step and line, always a single curve."""
 
 from __future__ import annotations
 

@@ -32,10 +32,15 @@ class Program(Protocol):
     Attributes:
       stacked: regexes of parameters whose first dimension stacks layers.
       logical_axes: path -> one name per dimension, for the parameters whose model names them.
+      blueprint: the model as its library knows it, for reading its attributes: a Linen module, or
+        an NNX module whose arrays may be shapes only; None for a pair.
     """
 
     stacked: tuple[str, ...]
     logical_axes: Mapping[str, tuple[str, ...]]
+
+    @property
+    def blueprint(self) -> Any: ...
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         """Creates `(parameters, mutable collections)`, both pytrees of arrays; may be traced."""
@@ -106,7 +111,13 @@ def _linen_program(
         )
     init, values = _init_or_values(model_parameters, "model_parameters")
     return FunctionProgram(
-        linen_apply(module), init, values, f"The Linen module {name}", stacked, True
+        linen_apply(module),
+        init,
+        values,
+        f"The Linen module {name}",
+        stacked,
+        has_collections=True,
+        blueprint=module,
     )
 
 

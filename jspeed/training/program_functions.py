@@ -20,9 +20,10 @@ class BoundModel:
     parameters.
 
     A Linen module is called as its `apply` is, without the variables: `model(x, train=True)`,
-    `model(x, method="encode")`. Dropout keys are passed on their own, another at each call, unless
-    `rngs=` is given. Mutable collections are carried along; `mutable=["intermediates"]` asks for
-    more, and returns `(output, collections)` as in Linen.
+    `model(x, method="encode")`. Random keys are passed on their own, others at each call, unless
+    `rngs=` is given; `make_rng` finds one for a stream of any name. Mutable collections are carried
+    along; `mutable=["intermediates"]` asks for more, and returns `(output, collections)` as in
+    Linen.
 
     Attributes:
       params: the parameters, whole and in the compute dtype.
@@ -47,6 +48,9 @@ class BoundModel:
         return output
 
 
+# Folded into a call's key for all streams but dropout.
+_OTHERS = 1
+
 # `(bound model, key of this call, *args, **kwargs) -> (output, new mutable collections)`.
 Apply = Callable[..., tuple[Any, Any]]
 
@@ -58,7 +62,8 @@ def linen_apply(module: linen.Module) -> Apply:
         model: BoundModel, rng: jax.Array, *args: Any, mutable: Any = None, **kwargs: Any
     ) -> tuple[Any, Any]:
         variables = {"params": model.params, **model.mutable}
-        kwargs.setdefault("rngs", {"dropout": rng})
+        # Linen serves a stream that was not given, whatever its name, from "params".
+        kwargs.setdefault("rngs", {"dropout": rng, "params": jax.random.fold_in(rng, _OTHERS)})
         ours = list(model.mutable) if model.training else []
         wanted = union_filters(ours, mutable or [])
         if not wanted:
@@ -95,6 +100,7 @@ class FunctionProgram:
       stacked: see `Program`.
       has_collections: the variables are Linen's collections, "params" among them.
       logical_axes: see `Program`; such models name none.
+      blueprint: the Linen module.
     """
 
     apply: Apply
@@ -104,6 +110,7 @@ class FunctionProgram:
     stacked: tuple[str, ...] = ()
     has_collections: bool = False
     logical_axes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    blueprint: Any = None
 
     def __post_init__(self) -> None:
         if self.create is None:

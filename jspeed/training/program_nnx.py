@@ -26,12 +26,14 @@ class NnxProgram:
       create: the function `rngs -> module` otherwise.
       stacked: see `Program`.
       logical_axes: see `Program`; read from the `logical_axes` that an `nnx.Param` carries.
+      blueprint: the module, or what `create` makes with shapes for arrays.
     """
 
     module: nnx.Module | None
     create: Any
     stacked: tuple[str, ...] = ()
     logical_axes: Mapping[str, tuple[str, ...]] = field(init=False, repr=False)
+    blueprint: nnx.Module = field(init=False, repr=False)
     _graph: Any = field(init=False, repr=False)
     _params: Any = field(init=False, repr=False)
     _rest: Any = field(init=False, repr=False)
@@ -41,6 +43,7 @@ class NnxProgram:
         module = self.module
         if module is None:
             module = nnx.eval_shape(lambda: self._make(_streams(jax.random.key(0))))
+        self.blueprint = module
         self._graph, self._params, self._rest = _split(module)
         self._random = _random_state(self._rest)
         self.logical_axes = _logical_axes(self._params)

@@ -69,6 +69,27 @@ def test_a_signal_while_training_saves_first(
     )
 
 
+def test_log_level(run_file: str) -> None:
+    ran = jspeed("train", run_file, "--set", "log_level=info", **CACHE)
+    assert ran.code == 0
+    assert "step 3: saving checkpoint global_step3" in ran.err
+
+
+def test_sigterm_while_modules_are_imported(run_file: str, tmp_path: Path) -> None:
+    # JAX's first modules, which the command imports.
+    ran = jspeed_until(
+        line_with(" jax._src"),
+        signal.SIGTERM,
+        "train",
+        run_file,
+        *FOREVER,
+        PYTHONPROFILEIMPORTTIME="1",
+        **CACHE,
+    )
+    assert ran.code == 0, ran.out
+    assert status(tmp_path)["status"] == "preempted"
+
+
 @pytest.mark.slow
 def test_ctrl_c_while_the_step_is_compiled(run_file: str, tmp_path: Path) -> None:
     # The status is written when the loop begins, whose first step takes seconds to compile.

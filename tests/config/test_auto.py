@@ -61,7 +61,8 @@ def test_what_nothing_resolves_is_named_with_what_would():
         '"train_batch_size": "auto" cannot be resolved here; it needs a number for '
         '"train_batch_size" or "train_micro_batch_size_per_gpu".',
         '"zero_optimization.reduce_bucket_size": "auto" cannot be resolved here; it needs the '
-        'width of the model: "model.hidden_size", or hidden_size from the program.',
+        'width of the model: "model.hidden_size" in a run file, an attribute hidden_size of the '
+        'model or of its config, or a number in place of the "auto".',
     ]
     assert sorted(error_of(config)) == expected
     with pytest.raises(ConfigError) as error:

@@ -184,8 +184,9 @@ def test_a_bad_token_stops_the_iterator_at_its_batch(counting: Make):
     iterator = dataset.train_iterator(7)
     for _ in range(3):
         next(iterator)
+    text = r'position 88 is 88, and the vocabulary has 88 ids .*"data.tokenizer.vocab_size"'
     for _ in range(2):  # again, rather than going on behind it
-        with pytest.raises(DataError, match="position 88 is 88, and the vocabulary has 88 ids"):
+        with pytest.raises(DataError, match=text):
             next(iterator)
     assert iterator.state()["sequences_consumed"] == 21
 

@@ -58,12 +58,15 @@ def write_run(path: Path, run: dict[str, Any]) -> Path:
     return path
 
 
+def entries(directory: Path) -> list[dict[str, Any]]:
+    """The objects of `metrics.jsonl`."""
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(directory: Path) -> dict[int, float]:
-    """step -> loss of `metrics.jsonl`; fails on a step that stands there twice."""
+    """step -> loss of `metrics.jsonl`; fails on a step that stands there twice or has no loss."""
     found: dict[int, float] = {}
-    for line in (directory / "metrics.jsonl").read_text().splitlines():
-        entry = json.loads(line)
-        if "loss" in entry:
-            assert entry["step"] not in found, f"step {entry['step']} stands there twice"
-            found[entry["step"]] = entry["loss"]
+    for entry in entries(directory):
+        assert entry["step"] not in found, f"step {entry['step']} stands there twice"
+        found[entry["step"]] = entry["loss"]
     return found

@@ -13,80 +13,20 @@ import pytest
 
 import jspeed
 from jspeed.core.errors import (
-    CheckpointError,
     ConfigError,
     DataError,
     LayoutError,
     ModelError,
-    NotInJspeedError,
 )
 from jspeed.models import ModelFactory
 from jspeed.nn import language_model_loss
-from tests.training.curves import BATCH, TINY, batches, ds_config
-
-
-def make_engine(config=None, devices=2, **arguments):
-    return jspeed.initialize(
-        model=ModelFactory("gpt2", TINY),
-        loss_fn=language_model_loss,
-        config=config or ds_config(stage=1, micro=4, optimizer="AdamW"),
-        devices=jax.devices()[:devices],
-        **arguments,
-    )
+from tests.engine.engines import make_engine
+from tests.training.curves import TINY, batches, ds_config
 
 
 @pytest.fixture(scope="module")
 def engine():
     return make_engine()
-
-
-def test_accessors(engine):
-    assert engine.train_batch_size() == BATCH
-    assert engine.train_micro_batch_size_per_gpu() == 4
-    assert engine.gradient_accumulation_steps() == 2
-    assert engine.zero_optimization_stage() == 1
-    assert engine.gradient_clipping() == 1.0
-    assert engine.world_size == 2
-    assert engine.global_rank == 0
-    assert not engine.fp16_enabled()
-    assert not engine.bfloat16_enabled()
-    assert engine.loss_scale() == 1.0
-    assert engine.get_lr() == pytest.approx([1e-3])
-
-
-def test_counters_and_metrics():
-    engine = make_engine()
-    assert engine.get_global_grad_norm() is None
-    metrics = engine.train_batch(batches(1)[0])
-    assert (engine.global_steps, engine.micro_steps, engine.global_samples) == (1, 2, BATCH)
-    assert engine.skipped_steps == 0
-    assert engine.was_step_applied()
-    assert engine.get_global_grad_norm() == float(metrics["grad_norm"]) > 0
-    counted = (batches(1)[0]["labels"] != -100).sum()
-    assert float(metrics["weight"]) == counted
-
-
-@pytest.mark.parametrize(
-    ("call", "expected"),
-    [
-        (lambda e: e(1), "engine.train_batch(batch)"),
-        (lambda e: e.backward(1), "engine.train_batch(batch)"),
-        (lambda e: e.step(), "engine.train_batch(batch)"),
-        (lambda e: e.zero_grad(), "delete the call"),
-        (lambda e: e.no_sync(), "accumulates microbatches locally"),
-        (lambda e: e.eval(), "engine.eval_batch(batch)"),
-    ],
-)
-def test_calls_without_counterpart_say_what_to_write(engine, call, expected):
-    with pytest.raises(NotInJspeedError, match="has no counterpart in jspeed") as caught:
-        call(engine)
-    assert expected in str(caught.value)
-
-
-def test_unknown_attribute_is_an_attribute_error(engine):
-    with pytest.raises(AttributeError, match="no attribute 'no_such_thing'"):
-        _ = engine.no_such_thing
-    assert not hasattr(engine, "no_such_thing")
 
 
 def test_batch_of_the_wrong_size(engine):
@@ -180,64 +120,6 @@ def test_rule_that_does_not_fit():
         make_engine(config, rules=[("wte", ["tensor"])])
 
 
-def test_resume_is_bitwise(tmp_path):
-    data = batches(8)
-    whole, first, second = make_engine(), make_engine(), make_engine(seed=5)
-    losses = [float(whole.train_batch(batch)["loss"]) for batch in data]
-    for batch in data[:4]:
-        first.train_batch(batch)
-    tag = first.save_checkpoint(tmp_path, client_state={"epoch": 3}, wait=True)
-    assert tag == "global_step4"
-    loaded, client = second.load_checkpoint(tmp_path)
-    assert (loaded, client) == ("global_step4", {"epoch": 3})
-    assert second.global_steps == 4
-    assert [float(second.train_batch(batch)["loss"]) for batch in data[4:]] == losses[4:]
-    mine, theirs = whole.parameters(), second.parameters()
-    assert all(np.array_equal(mine[path], theirs[path]) for path in mine)
-
-
-def test_resume_on_another_layout_and_precision(tmp_path):
-    data = batches(6)
-    saved = make_engine(ds_config(stage=3, micro=1, optimizer="AdamW"), devices=8)
-    for batch in data[:3]:
-        saved.train_batch(batch)
-    saved.save_checkpoint(tmp_path, wait=True)
-    expected = [float(saved.train_batch(batch)["loss"]) for batch in data[3:]]
-    for stage, devices in ((1, 4), (0, 1)):
-        other = make_engine(ds_config(stage=stage, micro=4, optimizer="AdamW"), devices=devices)
-        other.load_checkpoint(tmp_path)
-        losses = [float(other.train_batch(batch)["loss"]) for batch in data[3:]]
-        assert losses == pytest.approx(expected, rel=1e-5)
-    half = make_engine(
-        ds_config(stage=2, micro=2, optimizer="AdamW", fp16={"enabled": True}), devices=4
-    )
-    half.load_checkpoint(tmp_path)
-    assert float(half.train_batch(data[3])["loss"]) == pytest.approx(expected[0], rel=1e-2)
-    assert half.loss_scale() == 2.0**16
-
-
-def test_load_options(tmp_path):
-    engine = make_engine()
-    for batch in batches(2):
-        engine.train_batch(batch)
-    engine.save_checkpoint(tmp_path, tag="mine", wait=True)
-    weights = make_engine(seed=1)
-    weights.load_checkpoint(tmp_path, "mine", load_module_only=True)
-    assert weights.global_steps == 0
-    ours, theirs = engine.parameters(), weights.parameters()
-    assert all(np.array_equal(ours[path], theirs[path]) for path in ours)
-    sgd = make_engine(ds_config(stage=1, micro=4), seed=1)
-    with pytest.raises(CheckpointError, match="opt_state"):
-        sgd.load_checkpoint(tmp_path)
-    sgd.load_checkpoint(tmp_path, load_optimizer_states=False)
-    assert sgd.global_steps == 2
-
-
-def test_missing_checkpoint(tmp_path, engine):
-    with pytest.raises(CheckpointError, match=str(tmp_path / "nothing")):
-        engine.load_checkpoint(tmp_path / "nothing")
-
-
 def test_model_is_created_sharded():
     """No device ever holds a whole parameter under stage 3: each shard is an eighth."""
     engine = make_engine(ds_config(stage=3, micro=1), devices=8)
@@ -284,16 +166,6 @@ def test_steps_per_print_and_monitors(tmp_path, caplog):
     written = [float(row.split(",")[1]) for row in rows]
     assert written == pytest.approx(losses)
     assert [int(row.split(",")[0]) for row in rows] == [16, 32, 48, 64]
-
-
-def test_save_16bit_model(tmp_path):
-    from safetensors.numpy import load_file
-
-    engine = make_engine(ds_config(stage=3, micro=1), devices=8)
-    path = engine.save_16bit_model(tmp_path)
-    saved = load_file(path)
-    for name, value in engine.parameters().items():
-        assert np.array_equal(saved[name], value.astype(jnp.bfloat16))
 
 
 def test_module_holds_copies():

@@ -13,7 +13,8 @@ from jspeed.core.errors import ConfigError, LayoutError
 from jspeed.core.tree import named_leaves
 from jspeed.engine.build import plan_devices, plan_run
 from jspeed.engine.engine import initialize
-from jspeed.engine.explain import explain_run, gather_notes
+from jspeed.engine.explain import explain_run
+from jspeed.engine.state_explanation import gather_notes
 from jspeed.layout.mesh import MeshShape, make_abstract_mesh
 from jspeed.layout.zero import ZeroSettings, place
 from jspeed.models import ModelFactory, build_model
@@ -267,6 +268,33 @@ def test_what_a_model_does_not_let_gather_layer_by_layer() -> None:
     assert notes(3, {"w": (16, 6, 6)}, scanned) == (("w", because),)
     assert notes(2, {"w": (16, 6, 6)}, scanned) == ()
     assert notes(3, {"w": (5, 8, 8)}, scanned) == ()
+
+
+def test_the_engine_explains_a_model_of_ones_own() -> None:
+    params = {"w": jnp.zeros((16, 6, 6)), "v": jnp.zeros((8,))}
+
+    def engine(stage: int) -> Any:
+        return initialize(
+            model=(lambda key: params, lambda params, x: scanned(params, x) + params["v"].sum()),
+            loss_fn=lambda model, batch, rng: model(batch["x"]),
+            config={
+                "train_micro_batch_size_per_gpu": 2,
+                "gradient_accumulation_steps": 3,
+                "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+                "zero_optimization": zero(stage),
+            },
+            devices=jax.devices()[:4],
+        )
+
+    batch = {"x": np.zeros((24, 8), np.float32)}
+    found = engine(3).explain(batch)
+    assert found.notes == (("w", "sharded along the axis its layers are stacked on"),)
+    assert (found.devices, found.stage, found.parameters) == (4, 3, 16 * 36 + 8)
+    # fp32 master and two moments, of which each device has a quarter.
+    assert found.total_bytes == 3 * (16 * 36 + 8)
+    without = engine(3).explain()
+    assert (without.notes, without.total_bytes) == ((), found.total_bytes)
+    assert engine(2).explain(batch).notes == ()
 
 
 def test_our_own_models_gather_layer_by_layer() -> None:

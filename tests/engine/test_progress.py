@@ -12,6 +12,7 @@ from jspeed.engine.progress import (
     RemainingTime,
     TerminalDisplay,
     describe,
+    describe_parts,
     duration_text,
     flops_text,
 )
@@ -33,6 +34,17 @@ def test_the_numbers_of_a_step() -> None:
     assert rates == ["990.0 MFLOP/s", "1.0 GFLOP/s", "2.5 TFLOP/s", "1.2 PFLOP/s"]
     times = [duration_text(seconds) for seconds in (0, 59.6, 61, 3725, 360000)]
     assert times == ["0:00", "1:00", "1:01", "1:02:05", "100:00:00"]
+
+
+def test_the_parts_of_a_step() -> None:
+    assert describe_parts(METRICS) == ""
+    parts = {"data_seconds": 0.00012, "train_seconds": 0.1034, "report_seconds": 0.0021}
+    shown, file = display(terminal=False, width=80)
+    shown.step(1, METRICS | parts | {"checkpoint_seconds": 0.0})
+    shown.step(2, METRICS | parts | {"checkpoint_seconds": 1.5})
+    first, second = file.getvalue().splitlines()
+    assert first.endswith(f"{NUMBERS}  ETA -:--  (data 0.1 ms train 103.4 ms report 2.1 ms)")
+    assert second.endswith("(data 0.1 ms train 103.4 ms report 2.1 ms checkpoint 1500.0 ms)")
 
 
 def ticking(*times: float) -> Iterator[float]:

@@ -159,6 +159,45 @@ def test_a_linen_model_is_called_like_its_apply():
     assert float(program.call(loss, *program.given(), jnp.ones((4, 2)), KEY, train=True)[0]) == 6.0
 
 
+class Noisy(nn.Module):
+    """Draws from streams of its own beside dropout's."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> dict[str, jax.Array]:
+        x = nn.Dense(2)(x)
+        names = ("noise", "sample", "noise")
+        draws = [jax.random.normal(self.make_rng(name), (4,)) for name in names]
+        kept = nn.Dropout(0.5, deterministic=False)(jnp.ones(64))
+        return {"draws": jnp.stack(draws), "kept": kept, "x": x}
+
+
+def test_linen_streams_of_any_name_have_keys_that_differ():
+    module = Noisy()
+    program = make_program(
+        module, module.init({"params": KEY, "dropout": KEY, "noise": KEY}, jnp.ones((1, 2)))
+    )
+    seen: dict[str, Any] = {}
+
+    def loss(model: Any, batch: Any, rng: jax.Array) -> jax.Array:
+        seen["first"], seen["second"] = model(batch), model(batch)
+        seen["given"] = model(batch, rngs={"dropout": KEY, "noise": KEY, "sample": KEY})
+        return seen["first"]["x"].mean()
+
+    for step in (0, 1):
+        key = jax.random.key(step)
+        program.call(loss, *program.given(), jnp.ones((4, 2)), key, train=True)
+        seen[f"step {step}"] = seen["first"]
+    draws = [
+        *seen["first"]["draws"],
+        *seen["second"]["draws"],
+        *seen["step 0"]["draws"],
+        *seen["given"]["draws"][:1],
+    ]
+    assert len({tuple(map(float, draw)) for draw in draws}) == len(draws)
+    assert 10 < int((seen["first"]["kept"] == 0).sum()) < 54
+    assert (seen["first"]["kept"] != seen["second"]["kept"]).any()
+
+
 def test_bound_values_are_what_the_library_takes():
     module = nn.BatchNorm(use_running_average=True)
     variables = module.init(KEY, jnp.ones((1, 2)))
