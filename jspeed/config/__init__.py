@@ -6,7 +6,7 @@ from jspeed.config.config import Config
 from jspeed.config.dump import KeyReport
 from jspeed.config.key import Auto, Key, Treatment
 from jspeed.config.keys import KEYS
-from jspeed.config.load import load_config
+from jspeed.config.load import load_config, resolve_optimizer, resolve_scheduler
 from jspeed.config.sections import (
     ActivationCheckpointingConfig,
     AttentionConfig,
@@ -53,4 +53,6 @@ __all__ = [
     "ZeroConfig",
     "load_config",
     "resolve_batch",
+    "resolve_optimizer",
+    "resolve_scheduler",
 ]

@@ -72,7 +72,9 @@ def optimizer(values: Values) -> types.OptimizerConfig | None:
     decoupled = family.name == "AdamW" or params.get("adam_w_mode")
     undecayed = "weight_decay" in params and not values.is_given(f"{prefix}.weight_decay")
     if torch_adam is not None and torch_adam.value and decoupled and undecayed:
-        params["weight_decay"] = 0.01  # PyTorch's own default for AdamW
+        # `torch_adam` chooses torch.optim.AdamW, whose default is 0.01; DeepSpeed's own kernels
+        # default to no decay.
+        params["weight_decay"] = 0.01
     if "betas" in params:
         params["betas"] = tuple(params["betas"])
     return types.OptimizerConfig(family.name, params)
@@ -93,7 +95,9 @@ def scheduler(values: Values) -> types.SchedulerConfig | None:
         for name, value in params_of(values, "scheduler", family).items()
     }
     if "warmup_num_steps" in params:
-        params["warmup_num_steps"] = max(2, params["warmup_num_steps"])  # DeepSpeed's least
+        # DeepSpeed's least: the logarithmic warm-up divides by its logarithm. So 0, which Hugging
+        # Face's integration fills in where no warm-up is asked for, means the shortest one.
+        params["warmup_num_steps"] = max(2, params["warmup_num_steps"])
     return types.SchedulerConfig(family.name, params)
 
 

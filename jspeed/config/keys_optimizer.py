@@ -160,6 +160,7 @@ OPTIMIZERS: tuple[Family, ...] = (
 
 _STEPS = Int(0)
 _RATES = either(_RATE, ListOf(_RATE, length=1))
+_MOMENTA = either(_UNIT, ListOf(_UNIT, length=1))
 _LAST = automatic("last_batch_iteration", Int(-1, -1), -1,
                   "a resumed run reads its step from the checkpoint")  # fmt: skip
 _TOTAL = mapped("total_num_steps", Int(1), None, "the step at which the schedule ends",
@@ -196,8 +197,8 @@ SCHEDULERS: tuple[Family, ...] = (
         mapped("cycle_second_stair_count", _COUNT, None, "stairs down; null means as up"),
         mapped("decay_step_size", _COUNT, 0, "steps between decays after the cycle"),
         mapped("cycle_momentum", Bool(), True, "cycle the momentum the other way"),
-        mapped("cycle_min_mom", _RATES, 0.8, "the lowest momentum"),
-        mapped("cycle_max_mom", _RATES, 0.9, "the highest momentum"),
+        mapped("cycle_min_mom", _MOMENTA, 0.8, "the lowest momentum"),
+        mapped("cycle_max_mom", _MOMENTA, 0.9, "the highest momentum"),
         mapped("decay_mom_rate", _RATE, 0.0, "decay of the momentum after the cycle"),
         _LAST,
     ), reason="one cycle up and down, then decay"),

@@ -11,6 +11,7 @@ from jspeed.config.check import Checker
 from jspeed.config.config import Config, from_values
 from jspeed.config.problem import config_error
 from jspeed.config.rules import broken_rules
+from jspeed.config.sections import OptimizerConfig, SchedulerConfig
 from jspeed.config.source import apply_overrides, read_source
 from jspeed.config.values import Values
 
@@ -43,3 +44,39 @@ def load_config(
     if problems:
         raise config_error(problems)
     return from_values(resolved, values)
+
+
+def resolve_optimizer(type: str, params: Mapping[str, Any]) -> OptimizerConfig:
+    """Return the `optimizer` section of `type` and `params` as `load_config` completes it.
+
+    What is complete already comes back as it is.
+
+    Args:
+        type: DeepSpeed's name of the optimizer, in any case.
+        params: the section's `params`; DeepSpeed's defaults take the place of what is absent.
+
+    Raises:
+        ConfigError: a section that `load_config` refuses, or one that
+            `Config.require_trainable` refuses: a type or parameter that is not built yet, or an
+            "auto" that the section alone does not resolve.
+    """
+    section = _alone("optimizer", type, params).optimizer
+    assert section is not None  # a section without a type is refused
+    return section
+
+
+def resolve_scheduler(type: str, params: Mapping[str, Any]) -> SchedulerConfig:
+    """Return the `scheduler` section of `type` and `params` as `load_config` completes it.
+
+    Args, and what is raised: as for `resolve_optimizer`.
+    """
+    section = _alone("scheduler", type, params).scheduler
+    assert section is not None  # a section without a type is refused
+    return section
+
+
+def _alone(name: str, type: str, params: Mapping[str, Any]) -> Config:
+    # No rule of these sections looks at the batch size, but every configuration has one.
+    config = load_config({"train_batch_size": 1, name: {"type": type, "params": params}})
+    config.require_trainable()
+    return config

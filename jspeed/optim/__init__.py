@@ -2,17 +2,15 @@
 
 from jspeed.optim.build import (
     applied_steps,
+    base_learning_rate,
     make_betas_schedule,
     make_optimizer,
 )
 from jspeed.optim.loss_scale import LossScale, LossScaleState
 from jspeed.optim.norms import GradientNorm, clipping_factor, gradient_norm
-from jspeed.optim.optimizer_params import OPTIMIZERS, base_learning_rate
-from jspeed.optim.schedules import SCHEDULES, Schedule, make_schedule
+from jspeed.optim.schedules import Schedule, make_schedule
 
 __all__ = [
-    "OPTIMIZERS",
-    "SCHEDULES",
     "GradientNorm",
     "LossScale",
     "LossScaleState",

@@ -8,21 +8,17 @@ from typing import Any
 import jax
 import optax
 
+from jspeed.config import OptimizerConfig, resolve_optimizer, resolve_scheduler
 from jspeed.core.errors import ConfigError
 from jspeed.optim import one_cycle
 from jspeed.optim.adam import adam
 from jspeed.optim.elementwise import adagrad, lion, sgd
 from jspeed.optim.lamb import lamb
 from jspeed.optim.muon import LabelFn, StackFn, muon
-from jspeed.optim.optimizer_params import (
-    HAVE_BETAS,
-    base_learning_rate,
-    canonical_name,
-    muon_rates,
-    read_optimizer_params,
-)
-from jspeed.optim.rates import BetaRates, BetasSchedule, LearningRate
-from jspeed.optim.schedules import read_schedule_params
+from jspeed.optim.rates import BetasSchedule, LearningRate
+
+# Muon has betas too, but of its auxiliary Adam, which DeepSpeed does not cycle.
+_CYCLED = ("Adam", "AdamW", "FusedAdam", "Lamb", "Lion")
 
 
 def make_optimizer(
@@ -42,9 +38,11 @@ def make_optimizer(
     where they are.
 
     Args:
-        type: one of `OPTIMIZERS`, in any case. `Adam` means AdamW unless `adam_w_mode` is false, as
-            in DeepSpeed.
-        params: the section's `params`, with DeepSpeed's names and defaults.
+        type: `Adam`, `AdamW`, `FusedAdam`, `Lamb`, `Lion`, `Adagrad`, `SGD` or `Muon`, or another
+            of DeepSpeed's names for them, in any case. `Adam` means AdamW unless `adam_w_mode` is
+            false, as in DeepSpeed.
+        params: the section's `params`, complete or not: `jspeed.config.resolve_optimizer` checks
+            them and fills in DeepSpeed's defaults.
         learning_rate: a number or a schedule of the step count that takes the place of
             `params["lr"]`. For Muon it is the rate of the matrices; the auxiliary Adam keeps its
             ratio to it.
@@ -54,26 +52,33 @@ def make_optimizer(
             treated each by itself.
 
     Raises:
-        ConfigError: an unknown type or parameter, a value that does not fit, or a betas schedule
-            for an optimizer without betas.
+        ConfigError: a type or parameter that is unknown or not built yet, a value that does not
+            fit, or a betas schedule for an optimizer without betas.
     """
-    name = canonical_name(type)
-    values = read_optimizer_params(type=type, params=params)
-    rate = base_learning_rate(type=type, params=params) if learning_rate is None else learning_rate
-    if betas_schedule is not None and name not in HAVE_BETAS:
+    section = resolve_optimizer(type, params)
+    values = section.params
+    rate = _base_rate(section) if learning_rate is None else learning_rate
+    if betas_schedule is not None and section.type not in _CYCLED:
         raise ConfigError(
             f'"scheduler.params.cycle_momentum": {type} has no betas to cycle. Set it to false.'
         )
-    match name:
-        case "Adam":
-            return _adam(type, values, rate, betas_schedule or values["betas"])
+    match section.type:
+        case "Adam" | "AdamW" | "FusedAdam":
+            return adam(
+                rate,
+                betas=betas_schedule or values["betas"],
+                eps=values["eps"],
+                weight_decay=values["weight_decay"],
+                decoupled=values["adam_w_mode"],
+                bias_corrected=values["bias_correction"],
+            )
         case "Lamb":
             return lamb(
                 rate,
                 betas=betas_schedule or values["betas"],
                 eps=values["eps"],
                 eps_inside_sqrt=values["eps_inside_sqrt"],
-                weight_decay=values["weight_decay"] or 0.0,
+                weight_decay=values["weight_decay"],
                 bias_corrected=values["bias_correction"],
                 max_coeff=values["max_coeff"],
                 min_coeff=values["min_coeff"],
@@ -93,6 +98,14 @@ def make_optimizer(
             return _muon(values, rate, label_fn, stack_fn)
 
 
+def base_learning_rate(*, type: str, params: Mapping[str, Any]) -> float:
+    """The learning rate that an `optimizer` section asks for; for Muon, that of the matrices.
+
+    Args, and what is raised: as for `make_optimizer`.
+    """
+    return _base_rate(resolve_optimizer(type, params))
+
+
 def make_betas_schedule(
     *, type: str, params: Mapping[str, Any], optimizer_type: str
 ) -> BetasSchedule | None:
@@ -106,10 +119,11 @@ def make_betas_schedule(
         params: the scheduler section's `params`.
         optimizer_type: the optimizer that will take the betas.
     """
-    values = read_schedule_params(type=type, params=params)
-    if type != "OneCycle" or not values["cycle_momentum"]:
+    section = resolve_scheduler(type, params)
+    if section.type != "OneCycle" or not section.params["cycle_momentum"]:
         return None
-    return one_cycle.betas(values) if canonical_name(optimizer_type) in HAVE_BETAS else None
+    cycled = resolve_optimizer(optimizer_type, {}).type in _CYCLED
+    return one_cycle.betas(section.params) if cycled else None
 
 
 def applied_steps(state: Any) -> jax.Array | None:
@@ -124,24 +138,8 @@ def applied_steps(state: Any) -> jax.Array | None:
     return None
 
 
-def _adam(
-    type: str, values: Mapping[str, Any], rate: LearningRate, betas: BetaRates
-) -> optax.GradientTransformation:
-    # The type "AdamW" means AdamW whatever `adam_w_mode` says.
-    decoupled = values["adam_w_mode"] or type.lower() == "adamw"
-    decay = values["weight_decay"]
-    if decay is None:
-        # DeepSpeed's own kernels default to no decay; `torch_adam` chooses torch.optim.AdamW, whose
-        # default is 0.01.
-        decay = 0.01 if values["torch_adam"] and decoupled else 0.0
-    return adam(
-        rate,
-        betas=betas,
-        eps=values["eps"],
-        weight_decay=decay,
-        decoupled=decoupled,
-        bias_corrected=values["bias_correction"],
-    )
+def _base_rate(section: OptimizerConfig) -> float:
+    return section.params["muon_lr" if section.type == "Muon" else "lr"]
 
 
 def _muon(
@@ -150,8 +148,7 @@ def _muon(
     label_fn: LabelFn | None,
     stack_fn: StackFn | None,
 ) -> optax.GradientTransformation:
-    matrix_rate, adam_rate = muon_rates(values)
-    ratio = adam_rate / matrix_rate if matrix_rate else 1.0
+    ratio = values["adam_lr"] / values["muon_lr"] if values["muon_lr"] else 1.0
     return muon(
         rate,
         adam_ratio=ratio,

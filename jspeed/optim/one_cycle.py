@@ -12,26 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jspeed.optim.params import REQUIRED, Param, flag, number, per_group, whole
-
 Betas = tuple[jax.Array | float, jax.Array | float]
 
-_rate = per_group(number(low=0))
-_momentum = per_group(number(low=0, high=1, open_high=True))
-PARAMS: Mapping[str, Param] = {
-    "cycle_min_lr": Param(REQUIRED, _rate),
-    "cycle_max_lr": Param(REQUIRED, _rate),
-    "decay_lr_rate": Param(0.0, number(low=0)),
-    "cycle_first_step_size": Param(2000, whole(low=1)),
-    "cycle_second_step_size": Param(None, whole(low=0)),
-    "cycle_first_stair_count": Param(0, whole(low=0)),
-    "cycle_second_stair_count": Param(None, whole(low=0)),
-    "decay_step_size": Param(0, whole(low=0)),
-    "cycle_momentum": Param(True, flag),
-    "cycle_min_mom": Param(0.8, _momentum),
-    "cycle_max_mom": Param(0.9, _momentum),
-    "decay_mom_rate": Param(0.0, number(low=0)),
-}
 # DeepSpeed sets both betas while it cycles the momentum, the second one to this constant.
 SECOND_BETA = 0.99
 
@@ -94,7 +76,7 @@ def _cycle(values: Mapping[str, Any]) -> tuple[int, Callable[[jax.Array], jax.Ar
     def height(step: jax.Array) -> jax.Array:
         position = step % total
         rising = _stairs(position, first, first_stairs)
-        falling = _stairs(total - position, max(second, 1), second_stairs)
+        falling = _stairs(total - position, second, second_stairs)
         return jnp.where(position <= first, rising, falling)
 
     return total, height

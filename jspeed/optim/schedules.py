@@ -16,60 +16,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jspeed.core.errors import ConfigError
+from jspeed.config import resolve_scheduler
 from jspeed.optim import one_cycle
-from jspeed.optim.params import (
-    REQUIRED,
-    Param,
-    choice,
-    flag,
-    number,
-    per_group,
-    read_params,
-    suggestion,
-    whole,
-)
 
 Schedule = Callable[[jax.Array | int], jax.Array]
-
-_rate = number(low=0)
-_group_rate = per_group(_rate)
-_WARMUP = {
-    "warmup_num_steps": Param(1000, whole(low=0)),
-    "warmup_type": Param("log", choice("log", "linear")),
-}
-_WARMUP_RATES = {"warmup_min_lr": Param(0.0, _group_rate)}
-_TABLES: Mapping[str, Mapping[str, Param]] = {
-    "WarmupLR": {**_WARMUP_RATES, "warmup_max_lr": Param(None, _group_rate), **_WARMUP},
-    "WarmupDecayLR": {
-        "total_num_steps": Param(REQUIRED, whole(low=1)),
-        **_WARMUP_RATES,
-        "warmup_max_lr": Param(0.001, _group_rate),
-        **_WARMUP,
-    },
-    "WarmupCosineLR": {
-        "total_num_steps": Param(REQUIRED, whole(low=1)),
-        "warmup_min_ratio": Param(0.0, _rate),
-        "cos_min_ratio": Param(0.0001, _rate),
-        **_WARMUP,
-    },
-    "OneCycle": one_cycle.PARAMS,
-    "LRRangeTest": {
-        "lr_range_test_min_lr": Param(1e-3, _group_rate),
-        "lr_range_test_step_size": Param(2000, whole(low=1)),
-        "lr_range_test_step_rate": Param(1.0, number()),
-        "lr_range_test_staircase": Param(False, flag),
-    },
-}
-SCHEDULES = tuple(_TABLES)
 
 
 def make_schedule(*, type: str, params: Mapping[str, Any], base_lr: float) -> Schedule:
     """Returns `schedule(step) -> learning rate` for a DeepSpeed `scheduler` section.
 
     Args:
-        type: `WarmupLR`, `WarmupDecayLR`, `WarmupCosineLR`, `OneCycle` or `LRRangeTest`.
-        params: the section's `params`, with DeepSpeed's names and defaults.
+        type: `WarmupLR`, `WarmupDecayLR`, `WarmupCosineLR`, `OneCycle` or `LRRangeTest`, in any
+            case.
+        params: the section's `params`, complete or not: `jspeed.config.resolve_scheduler` checks
+            them and fills in DeepSpeed's defaults.
         base_lr: the optimizer's own learning rate. WarmupCosineLR scales it; WarmupLR rises to it
             where `warmup_max_lr` is not given; the others do not use it.
 
@@ -81,8 +41,9 @@ def make_schedule(*, type: str, params: Mapping[str, Any], base_lr: float) -> Sc
     Raises:
         ConfigError: an unknown type or parameter, or a value that does not fit.
     """
-    values = read_schedule_params(type=type, params=params)
-    match type:
+    section = resolve_scheduler(type, params)
+    values = section.params
+    match section.type:
         case "WarmupLR":
             peak = base_lr if values["warmup_max_lr"] is None else values["warmup_max_lr"]
             return _warmup(values, peak=peak, after=lambda last: jnp.ones((), jnp.float32))
@@ -90,7 +51,7 @@ def make_schedule(*, type: str, params: Mapping[str, Any], base_lr: float) -> Sc
             return _warmup(
                 values,
                 peak=values["warmup_max_lr"],
-                after=_linear_decay(values["total_num_steps"], _warmup_steps(values)),
+                after=_linear_decay(values["total_num_steps"], values["warmup_num_steps"]),
             )
         case "WarmupCosineLR":
             return _warmup_cosine(values, base_lr)
@@ -100,24 +61,9 @@ def make_schedule(*, type: str, params: Mapping[str, Any], base_lr: float) -> Sc
             return _range_test(values)
 
 
-def read_schedule_params(*, type: str, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Checks a schedule's `params` and fills in DeepSpeed's defaults; raises ConfigError."""
-    if type not in _TABLES:
-        raise ConfigError(
-            f'"scheduler.type": unknown schedule {type!r}.{suggestion(str(type), _TABLES)}'
-        )
-    return read_params(params, _TABLES[type], section="scheduler.params", owner=type)
-
-
-def _warmup_steps(values: Mapping[str, Any]) -> int:
-    # Two at least, as in DeepSpeed: the logarithmic warm-up divides by its logarithm. So 0, which
-    # Hugging Face's integration fills in where no warm-up is asked for, means the shortest one.
-    return max(2, values["warmup_num_steps"])
-
-
 def _warmup_fraction(step: jax.Array, values: Mapping[str, Any]) -> jax.Array:
     """How much of the warm-up is done at `step` >= 1, when DeepSpeed counts `step - 1`."""
-    steps = _warmup_steps(values)
+    steps = values["warmup_num_steps"]
     if values["warmup_type"] == "log":
         return jnp.log(jnp.maximum(step, 1).astype(jnp.float32)) * (1.0 / math.log(steps))
     return (step - 1).astype(jnp.float32) / steps
@@ -133,7 +79,7 @@ def _linear_decay(total: int, warmup: int) -> Callable[[jax.Array], jax.Array]:
 def _warmup(
     values: Mapping[str, Any], *, peak: float, after: Callable[[jax.Array], jax.Array]
 ) -> Schedule:
-    low, steps = values["warmup_min_lr"], _warmup_steps(values)
+    low, steps = values["warmup_min_lr"], values["warmup_num_steps"]
 
     def schedule(count: jax.Array | int) -> jax.Array:
         step = jnp.asarray(count, jnp.int32)
@@ -145,7 +91,7 @@ def _warmup(
 
 
 def _warmup_cosine(values: Mapping[str, Any], base_lr: float) -> Schedule:
-    total, steps = values["total_num_steps"], _warmup_steps(values)
+    total, steps = values["total_num_steps"], values["warmup_num_steps"]
     low, floor = values["warmup_min_ratio"], values["cos_min_ratio"]
 
     def schedule(count: jax.Array | int) -> jax.Array:

@@ -114,7 +114,7 @@ CASES: list[tuple[str, dict[str, Any], Formula, dict[str, Any]]] = [
     ),
     (
         "AdamW",
-        {"torch_adam": True, "adam_w_mode": False},
+        {"torch_adam": True},
         adam,
         {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "wd": 0.01},
     ),
