@@ -162,11 +162,7 @@ class Engine(Checkpointing):
         self._compile_step()
         self._reporter: Reporter | None = None
         if report:
-            self._reporter = Reporter(
-                config,
-                rows_per_step=self.train_batch_size(),
-                parameters=tuple(self.layout.leaves),
-            )
+            self._reporter = Reporter(config, parameters=tuple(self.layout.leaves))
 
     def _plan(self, mesh: Mesh) -> RunPlan:
         optimizer, schedule, rules = self._given
@@ -225,7 +221,7 @@ class Engine(Checkpointing):
         self._metrics = metrics
         self._steps = steps + 1
         if self._reporter is not None:
-            self._reporter.step(self._steps, metrics)
+            self._reporter.step(self._steps, self.global_samples, metrics)
         return metrics
 
     @refuses(EVAL_BATCH)

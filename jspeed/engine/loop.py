@@ -79,6 +79,7 @@ class _Pending:
     """A step that was dispatched and whose metrics have not been read."""
 
     step: int
+    samples: int
     metrics: Metrics
     data_seconds: float
     train_seconds: float
@@ -130,7 +131,8 @@ class Loop:
                 step = engine.global_steps
                 if pending is not None:
                     self._report(pending)
-                pending = _Pending(step, metrics, fetched - started, trained - fetched)
+                samples = engine.global_samples
+                pending = _Pending(step, samples, metrics, fetched - started, trained - fetched)
                 saves, evaluates = settings.saves_after(step), settings.evaluates_after(step)
                 # It is ready where the engine waits by itself; see `train_batch`.
                 if saves or evaluates or _is_ready(metrics["loss"]):
@@ -175,8 +177,7 @@ class Loop:
         self._arrived += evaluated - shown  # belongs to no step's seconds
         if self.settings.breakdown and "eval_loss" in entry:
             entry["evaluation_seconds"] = evaluated - shown
-        samples = pending.step * self.engine.train_batch_size()
-        self.monitor.write(pending.step, samples, entry)
+        self.monitor.write(pending.step, pending.samples, entry)
         self._report_seconds = (shown - now) + (time.perf_counter() - evaluated)
 
     def _entry(self, pending: _Pending, values: dict[str, Any], seconds: float) -> dict[str, Any]:

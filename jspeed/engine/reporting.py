@@ -46,6 +46,7 @@ def heed_log_level(config: Config, *, prints: bool = False) -> None:
 @dataclass
 class _Pending:
     step: int
+    samples: int
     metrics: dict[str, jax.Array]
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -55,22 +56,18 @@ class Reporter:
 
     Args:
       config: says what to report, and where.
-      rows_per_step: samples in a global batch.
       parameters: paths of the parameters in tree order, by which an overflow is named.
     """
 
-    def __init__(
-        self, config: Config, *, rows_per_step: int, parameters: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, config: Config, *, parameters: Sequence[str] = ()) -> None:
         self._every = config.steps_per_print
         self._throughput = config.throughput_timer
-        self._rows = rows_per_step
         self._parameters = tuple(parameters)
         # A loss scale that overflows must not go by unseen.
         self._scaled = config.precision.loss_scale is not None
         self._skips = config.precision.check_grad_overflow
         self._pending: _Pending | None = None
-        self._printed = (0, time.perf_counter())
+        self._printed: tuple[int, float] | None = None
         self._first = jax.process_index() == 0
         heed_log_level(config, prints=bool(self._every) or config.dump_state)
         sections = (config.tensorboard, config.csv_monitor, config.wandb)
@@ -85,8 +82,9 @@ class Reporter:
         if config.dump_state and self._first:
             LOGGER.info("configuration:\n%s", json.dumps(config.to_dict(), indent=2))
 
-    def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """A step has been dispatched; reports the one before it.
+    def step(self, step: int, samples: int, metrics: dict[str, jax.Array]) -> None:
+        """A step has been dispatched, after which the model has seen `samples` examples; reports
+        the one before it.
 
         Raises:
           ModelError: gradients of the step before overflow at the smallest loss scale.
@@ -94,7 +92,7 @@ class Reporter:
         if not (self._monitored or self._every or self._scaled):
             return
         self.flush()
-        self._pending = _Pending(step, metrics)
+        self._pending = _Pending(step, samples, metrics)
         if self._breakdown:
             self._pending.seconds = self._wait(metrics)
             self.flush()
@@ -126,11 +124,11 @@ class Reporter:
                 say=LOGGER.warning if self._first else lambda _: None,
             )
         if self._monitored:
-            self._monitor.write(pending.step, pending.step * self._rows, values)
+            self._monitor.write(pending.step, pending.samples, values)
         if due and self._first:
-            LOGGER.info(self._line(pending.step, values))
+            LOGGER.info(self._line(pending.step, pending.samples, values))
 
-    def _line(self, step: int, values: dict[str, Any]) -> str:
+    def _line(self, step: int, samples: int, values: dict[str, Any]) -> str:
         parts = [f"step {step}", f"loss {values['loss']:.4f}"]
         if "learning_rate" in values:
             parts.append(f"lr {values['learning_rate']:.3e}")
@@ -140,9 +138,10 @@ class Reporter:
             parts.append("skipped" if self._skips else "a gradient is not finite")
         if self._throughput:
             now = time.perf_counter()
-            samples = (step - self._printed[0]) * self._rows
-            parts.append(f"{samples / (now - self._printed[1]):.1f} samples/s")
-            self._printed = (step, now)
+            if self._printed is not None:
+                seen, since = samples - self._printed[0], now - self._printed[1]
+                parts.append(f"{seen / since:.1f} samples/s")
+            self._printed = (samples, now)
         if self._breakdown:
             waited = 1e3 * values["wait_seconds"]
             parts.append(f"{1e3 * values['step_seconds']:.1f} ms, of which waited {waited:.1f} ms")

@@ -251,7 +251,7 @@ def _monitor(engine: Engine, directory: Path) -> Monitor:
         tensorboard=placed(config.tensorboard),
         csv_monitor=placed(config.csv_monitor),
         wandb=config.wandb,
-        resume=ResumePoint(first_step=start + 1, samples=start * engine.train_batch_size()),
+        resume=ResumePoint(first_step=start + 1, samples=engine.global_samples),
     )
 
 

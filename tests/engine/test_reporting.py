@@ -117,13 +117,13 @@ def metrics(*, scale: float, finite: bool, exhausted: bool = False) -> dict[str,
 
 def test_an_overflow_is_told_with_its_parameter_one_step_late(caught):
     config = load_config(ds_config(stage=0, micro=4, **FP16))
-    reporter = Reporter(config, rows_per_step=16, parameters=["first", "second"])
-    reporter.step(1, metrics(scale=16.0, finite=False))
+    reporter = Reporter(config, parameters=["first", "second"])
+    reporter.step(1, 16, metrics(scale=16.0, finite=False))
     assert caught.lines == []
-    reporter.step(2, metrics(scale=8.0, finite=True))
+    reporter.step(2, 32, metrics(scale=8.0, finite=True))
     text = "step 1: the gradient of second is not finite; loss scale 16 -> 8; the step is skipped."
     assert caught.lines == [("WARNING", text)]
-    reporter.step(3, metrics(scale=8.0, finite=False, exhausted=True))
+    reporter.step(3, 48, metrics(scale=8.0, finite=False, exhausted=True))
     with pytest.raises(ModelError, match=r"step 3: gradients overflow although .*, first in secon"):
         reporter.close()
 
@@ -170,3 +170,18 @@ def test_a_breakdown_of_each_step(caught, tmp_path):
     assert len(rows) == len(waits) == 3
     for row, wait in zip(rows, waits, strict=True):
         assert 0 <= float(wait.split(",")[1]) <= float(row.split(",")[1])
+
+
+def test_monitors_count_samples_as_they_happen(tmp_path):
+    """Also over a change of the batch."""
+    monitor = {"enabled": True, "output_path": str(tmp_path), "job_name": "job"}
+    engine = make_engine(ds_config(stage=0, micro=4, csv_monitor=monitor), devices=2)
+    batch = batches(1)[0]
+    engine.train_batch(batch)
+    engine.set_train_batch_size(8)
+    for _ in range(2):
+        engine.train_batch({key: value[:8] for key, value in batch.items()})
+    engine.close()
+    (losses,) = tmp_path.rglob("*loss*.csv")
+    steps = [line.split(",")[0] for line in losses.read_text().splitlines()[1:]]
+    assert steps == ["16", "24", "32"]
