@@ -68,10 +68,11 @@ def optimizer(values: Values) -> types.OptimizerConfig | None:
         shared = params["lr"] if values.is_given(f"{prefix}.lr") else None
         params["muon_lr"] = _first(params["muon_lr"], params["lr"])
         params["adam_lr"] = _first(params["adam_lr"], shared, 3e-4)
-    torch_adam = values.given.get(f"{prefix}.torch_adam")
+    # Muon has an Adam of its own.
+    torch_adam = family.name != "Muon" and values.given.get(f"{prefix}.torch_adam")
     decoupled = family.name == "AdamW" or params.get("adam_w_mode")
     undecayed = "weight_decay" in params and not values.is_given(f"{prefix}.weight_decay")
-    if torch_adam is not None and torch_adam.value and decoupled and undecayed:
+    if torch_adam and torch_adam.value and decoupled and undecayed:
         # `torch_adam` chooses torch.optim.AdamW, whose default is 0.01; DeepSpeed's own kernels
         # default to no decay.
         params["weight_decay"] = 0.01

@@ -107,6 +107,7 @@ def test_torch_adam_brings_pytorchs_weight_decay():
     assert decay("AdamW", torch_adam=True) == 0.01
     assert decay("Adam", torch_adam=True, adam_w_mode=False) == 0.0
     assert decay("AdamW", torch_adam=True, weight_decay=0.3) == 0.3
+    assert decay("Muon", torch_adam=True) == 0.0
 
 
 def test_muon_rates_follow_the_shared_rate_when_it_is_given():
