@@ -92,6 +92,8 @@ class Reporter:
         if not (self._monitored or self._every or self._scaled):
             return
         self.flush()
+        if self._printed is None:  # the first step is compiled: the rate leaves it out
+            self._printed = (samples, time.perf_counter())
         self._pending = _Pending(step, samples, metrics)
         if self._breakdown:
             self._pending.seconds = self._wait(metrics)
@@ -138,7 +140,7 @@ class Reporter:
             parts.append("skipped" if self._skips else "a gradient is not finite")
         if self._throughput:
             now = time.perf_counter()
-            if self._printed is not None:
+            if self._printed is not None and samples > self._printed[0]:
                 seen, since = samples - self._printed[0], now - self._printed[1]
                 parts.append(f"{seen / since:.1f} samples/s")
             self._printed = (samples, now)
