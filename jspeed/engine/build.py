@@ -77,7 +77,6 @@ def plan_run(
     optimizer: optax.GradientTransformation | None = None,
     schedule: ScheduleFn | None = None,
     rules: Sequence[Rule] = (),
-    schedule_lead: int = 0,
 ) -> RunPlan:
     """Decides the layout, the batch triangle, the optimizer and the step.
 
@@ -88,9 +87,6 @@ def plan_run(
       optimizer: wins over the configuration's.
       schedule: wins over the configuration's; with an `optimizer` it only serves reports.
       rules: stand before the configuration's `mesh.rules`.
-      schedule_lead: how far the schedule is ahead of the optimizer's own count, which corrects the
-        moments' bias; not 0 once only one of the two was loaded. An `optimizer` of one's own keeps
-        its schedule's count itself.
 
     Raises:
       ConfigError, LayoutError, ModelError: what does not fit, and how it would.
@@ -112,7 +108,7 @@ def plan_run(
         reduce_dtype=precision.communication_dtype,
     )
     batch = resolve_batch(config, layout.batch_shards)
-    optimizer, schedule, momentum = _optimizer(config, program, optimizer, schedule, schedule_lead)
+    optimizer, schedule, momentum = _optimizer(config, program, optimizer, schedule)
     scaling = _loss_scale(config)
     gradients = GradientSettings(
         accumulation=batch.accumulation,
@@ -167,7 +163,6 @@ def _optimizer(
     program: Program,
     optimizer: optax.GradientTransformation | None,
     schedule: ScheduleFn | None,
-    lead: int,
 ) -> tuple[optax.GradientTransformation, ScheduleFn | None, ScheduleFn | None]:
     """The optimizer, its rate and its momentum by the schedule's position, as far as known."""
     if optimizer is not None:
@@ -202,15 +197,10 @@ def _optimizer(
     made = make_optimizer(
         type=section.type,
         params=section.params,
-        learning_rate=base if schedule is None else _led(schedule, lead),
-        betas_schedule=None if betas is None else _led(betas, lead),
+        learning_rate=base if schedule is None else schedule,
+        betas_schedule=betas,
         stack_fn=stacked_dimensions,
     )
     constant = section.params.get("betas", section.params.get("momentum"))
     momentum = betas if betas is not None else lambda _: constant
     return made, schedule if schedule is not None else optax.constant_schedule(base), momentum
-
-
-def _led(schedule: ScheduleFn, lead: int) -> ScheduleFn:
-    """The schedule by the optimizer's count, when it is `lead` steps further than that."""
-    return schedule if lead == 0 else lambda count: schedule(count + lead)

@@ -16,11 +16,6 @@ class Checkpointing(Accessors):
     """Saves an engine's state and restores it."""
 
     _store: EngineCheckpoints | None
-    _schedule_lead: int
-
-    def _replan(self) -> None:
-        """Plans and compiles the step anew."""
-        raise AssertionError("an engine plans")
 
     @refuses(SAVE)
     def save_checkpoint(
@@ -89,9 +84,6 @@ class Checkpointing(Accessors):
             counters=not load_module_only,
         )
         self.state, self._counters = loaded.state, loaded.counters
-        if self._given[0] is None and loaded.schedule_lead != self._schedule_lead:
-            self._schedule_lead = loaded.schedule_lead
-            self._replan()
         return loaded.tag, loaded.client_state
 
     @refuses(SAVE)

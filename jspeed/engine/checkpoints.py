@@ -25,7 +25,6 @@ from jspeed.engine.accessors import Accessors, whole_on_host
 from jspeed.engine.counters import Counters
 from jspeed.engine.reporting import LOGGER
 from jspeed.layout.zero import Layout, Role
-from jspeed.optim import applied_steps
 from jspeed.training.state import TrainState
 from jspeed.training.step import publish
 
@@ -59,14 +58,12 @@ class Loaded:
     Attributes:
       state: the whole new state.
       counters: the counts to go on from.
-      schedule_lead: see `plan_run`.
       tag: of the checkpoint.
       client_state: saved with it.
     """
 
     state: TrainState
     counters: Counters
-    schedule_lead: int
     tag: str
     client_state: dict[str, Any]
 
@@ -146,7 +143,6 @@ class EngineCheckpoints:
         return Loaded(
             state=state,
             counters=counts,
-            schedule_lead=_lead(state),
             tag=metadata.get("tag", tag or ""),
             client_state=metadata["client_state"],
         )
@@ -162,12 +158,6 @@ def _counters(
         accumulation=engine.gradient_accumulation_steps(),
     )
     return replace(saved, unscheduled=saved.unscheduled + int(restored["updates"]) - updates)
-
-
-def _lead(state: TrainState) -> int:
-    """How far the schedule's position is ahead of the optimizer's count."""
-    count = applied_steps(state.opt_state)
-    return 0 if count is None else int(state.updates) - int(count)
 
 
 def _check_same_model(
@@ -222,7 +212,7 @@ def _with_schedules_at(updates: jax.Array, opt_state: Any) -> Any:
     """The state of an optax optimizer with its schedules at a position.
 
     The counts beside moments, which correct their bias, stay. jspeed's own optimizers have only
-    those; their schedules follow `RunPlan`'s lead.
+    those; their schedules follow the step's own `updates`.
     """
 
     def moved(node: Any) -> Any:

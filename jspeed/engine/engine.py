@@ -143,7 +143,6 @@ class Engine(Checkpointing):
         self._program = program
         self._loss_fn = loss_fn
         self._given = (optimizer, schedule, tuple(rules))
-        self._schedule_lead = 0
         self.plan: RunPlan = self._plan(mesh)
         self._eval_step = make_eval_step(
             program, eval_fn, self.plan.layout, self.plan.step.gradients
@@ -173,7 +172,6 @@ class Engine(Checkpointing):
             optimizer=optimizer,
             schedule=schedule,
             rules=rules,
-            schedule_lead=self._schedule_lead,
         )
 
     def _compile_step(self) -> None:
@@ -281,9 +279,6 @@ class Engine(Checkpointing):
         keys["train_micro_batch_size_per_gpu"] = micro_batch_size
         self.config = load_config(keys)
         self._counters = counted
-        self._replan()
-
-    def _replan(self) -> None:
         assert isinstance(self.layout.mesh, Mesh), "an engine runs on devices"
         self.plan = self._plan(self.layout.mesh)
         self._compile_step()

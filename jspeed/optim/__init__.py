@@ -1,7 +1,6 @@
 """Optimizers, learning-rate schedules, loss scaling and clipping by DeepSpeed's names and rules."""
 
 from jspeed.optim.build import (
-    applied_steps,
     base_learning_rate,
     make_betas_schedule,
     make_optimizer,
@@ -15,7 +14,6 @@ __all__ = [
     "LossScale",
     "LossScaleState",
     "Schedule",
-    "applied_steps",
     "base_learning_rate",
     "clipping_factor",
     "gradient_norm",

@@ -14,6 +14,7 @@ from jspeed.optim.rates import (
     LearningRate,
     betas_at,
     bias_correction,
+    position_of,
     rate_at,
     required,
     start,
@@ -38,7 +39,7 @@ def adam(
     weight_decay: float = 0.0,
     decoupled: bool = True,
     bias_corrected: bool = True,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Adam (Kingma & Ba, arXiv:1412.6980) with decoupled (AdamW, arXiv:1711.05101) or L2 weight
     decay.
 
@@ -57,10 +58,11 @@ def adam(
     def init(params: Any) -> MomentState:
         return MomentState(start(), zeros(params), zeros(params))
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         params = required(params, "Adam")
-        rate, count = rate_at(learning_rate, state.count), state.count + 1
-        b1, b2 = betas_at(betas, state.count)
+        position, count = position_of(state.count, extra), state.count + 1
+        rate = rate_at(learning_rate, position)
+        b1, b2 = betas_at(betas, position)
         correction1 = bias_correction(b1, count) if bias_corrected else 1.0
         correction2 = bias_correction(b2, count) if bias_corrected else 1.0
 
@@ -77,7 +79,7 @@ def adam(
         steps, mu, nu = unzip(updates, rows, 3)
         return steps, MomentState(count, mu, nu)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def adam_leaf(

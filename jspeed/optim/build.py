@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import optax
 
 from jspeed.config import OptimizerConfig, resolve_optimizer, resolve_scheduler
@@ -32,10 +31,10 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Returns the optimizer of a DeepSpeed `optimizer` section as an optax transformation.
 
-    Its state holds fp32 moments shaped as the parameters and `count`, the number of steps taken,
-    which `applied_steps` reads; the updates are fp32 and are added to the parameters. All the
-    mathematics but Lamb's norms and Muon's matrix products is elementwise, so sharded leaves update
-    where they are.
+    Its state holds fp32 moments shaped as the parameters and `count`, the number of steps taken.
+    Schedules follow that count, or `update(..., schedule_position=)` where it is given. Updates are
+    fp32 and are added to the parameters. All the mathematics but Lamb's norms and Muon's matrix
+    products is elementwise, so sharded leaves update where they are.
 
     Args:
         type: `Adam`, `AdamW`, `FusedAdam`, `Lamb`, `Lion`, `Adagrad`, `SGD` or `Muon`, or another
@@ -62,38 +61,35 @@ def make_optimizer(
         raise ConfigError(
             f'"scheduler.params.cycle_momentum": {type} has no betas to cycle. Set it to false.'
         )
+
+    def own(*names: str) -> dict[str, Any]:
+        return {name: values[name] for name in names}
+
     match section.type:
         case "Adam" | "AdamW" | "FusedAdam":
             return adam(
                 rate,
                 betas=betas_schedule or values["betas"],
-                eps=values["eps"],
-                weight_decay=values["weight_decay"],
                 decoupled=values["adam_w_mode"],
                 bias_corrected=values["bias_correction"],
+                **own("eps", "weight_decay"),
             )
         case "Lamb":
             return lamb(
                 rate,
                 betas=betas_schedule or values["betas"],
-                eps=values["eps"],
-                eps_inside_sqrt=values["eps_inside_sqrt"],
-                weight_decay=values["weight_decay"],
                 bias_corrected=values["bias_correction"],
-                max_coeff=values["max_coeff"],
-                min_coeff=values["min_coeff"],
                 stack_fn=stack_fn,
+                **own("eps", "eps_inside_sqrt", "weight_decay", "max_coeff", "min_coeff"),
             )
         case "Lion":
-            return lion(
-                rate, betas=betas_schedule or values["betas"], weight_decay=values["weight_decay"]
-            )
+            return lion(rate, betas=betas_schedule or values["betas"], **own("weight_decay"))
         case "Adagrad":
-            own = ("eps", "weight_decay", "lr_decay", "initial_accumulator_value")
-            return adagrad(rate, **{key: values[key] for key in own})
+            return adagrad(
+                rate, **own("eps", "weight_decay", "lr_decay", "initial_accumulator_value")
+            )
         case "SGD":
-            own = ("momentum", "dampening", "weight_decay", "nesterov")
-            return sgd(rate, **{key: values[key] for key in own})
+            return sgd(rate, **own("momentum", "dampening", "weight_decay", "nesterov"))
         case _:
             return _muon(values, rate, label_fn, stack_fn)
 
@@ -124,18 +120,6 @@ def make_betas_schedule(
         return None
     cycled = resolve_optimizer(optimizer_type, {}).type in _CYCLED
     return one_cycle.betas(section.params) if cycled else None
-
-
-def applied_steps(state: Any) -> jax.Array | None:
-    """The step count (int32 scalar) in an optimizer state, or None where it has none.
-
-    Reads any optax state, jspeed's own or another's. Where several counts are found the first is
-    returned: they move together unless an inner transformation is masked out.
-    """
-    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
-        if path and getattr(path[-1], "name", None) == "count":
-            return leaf
-    return None
 
 
 def _base_rate(section: OptimizerConfig) -> float:

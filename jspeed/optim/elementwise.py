@@ -12,6 +12,7 @@ from jspeed.optim.rates import (
     BetaRates,
     LearningRate,
     betas_at,
+    position_of,
     rate_at,
     required,
     start,
@@ -38,7 +39,7 @@ def lion(
     *,
     betas: BetaRates = (0.9, 0.999),
     weight_decay: float = 0.0,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Lion: the sign of an interpolated momentum, with decoupled weight decay (arXiv:2302.06675).
 
     Per step: `c = b1 m + (1 - b1) g`, `p -= lr * (sign(c) + weight_decay * p)`,
@@ -49,10 +50,11 @@ def lion(
     def init(params: Any) -> MomentumState:
         return MomentumState(start(), zeros(params))
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         params = required(params, "Lion")
-        rate = rate_at(learning_rate, state.count)
-        b1, b2 = betas_at(betas, state.count)
+        position = position_of(state.count, extra)
+        rate = rate_at(learning_rate, position)
+        b1, b2 = betas_at(betas, position)
 
         def leaf(gradient: jax.Array, mu: jax.Array, param: jax.Array) -> Any:
             gradient = gradient.astype(jnp.float32)
@@ -65,7 +67,7 @@ def lion(
         steps, mu = unzip(updates, rows, 2)
         return steps, MomentumState(state.count + 1, mu)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def adagrad(
@@ -75,7 +77,7 @@ def adagrad(
     weight_decay: float = 0.0,
     lr_decay: float = 0.0,
     initial_accumulator_value: float = 0.0,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Adagrad (Duchi et al., JMLR 12, 2011) with PyTorch's parameters.
 
     Per step t = 1, 2, ...: `g += weight_decay * p` (L2), `s += g^2`,
@@ -87,9 +89,9 @@ def adagrad(
         start_at = jax.tree.map(lambda leaf: leaf + initial_accumulator_value, zeros(params))
         return MomentumState(start(), start_at)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         params = required(params, "Adagrad")
-        rate = rate_at(learning_rate, state.count)
+        rate = rate_at(learning_rate, position_of(state.count, extra))
         if lr_decay:
             rate = rate / (1.0 + state.count.astype(jnp.float32) * lr_decay)
 
@@ -104,7 +106,7 @@ def adagrad(
         steps, total = unzip(updates, rows, 2)
         return steps, MomentumState(state.count + 1, total)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def sgd(
@@ -114,7 +116,7 @@ def sgd(
     dampening: float = 0.0,
     weight_decay: float = 0.0,
     nesterov: bool = False,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """SGD with PyTorch's momentum: `b = g` on the first step, then
     `b = momentum * b + (1 - dampening) * g`.
 
@@ -125,9 +127,10 @@ def sgd(
     def init(params: Any) -> Any:
         return MomentumState(start(), zeros(params)) if momentum else CountState(start())
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         params = required(params, "SGD")
-        rate, count = rate_at(learning_rate, state.count), state.count + 1
+        count = state.count + 1
+        rate = rate_at(learning_rate, position_of(state.count, extra))
 
         def decayed(gradient: jax.Array, param: jax.Array) -> jax.Array:
             gradient = gradient.astype(jnp.float32)
@@ -147,4 +150,4 @@ def sgd(
             step = jax.tree.map(lambda g, b: g + momentum * b, gradients, mu)
         return jax.tree.map(lambda s: -rate * s, step), MomentumState(count, mu)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -16,6 +16,7 @@ from jspeed.optim.rates import (
     StackFn,
     betas_at,
     bias_correction,
+    position_of,
     rate_at,
     required,
     start,
@@ -35,7 +36,7 @@ def lamb(
     max_coeff: float = 10.0,
     min_coeff: float = 0.01,
     stack_fn: StackFn | None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """LAMB (You et al., arXiv:1904.00962) in the form of DeepSpeed's FusedLamb.
 
     Per step t = 1, 2, ...: `u = m / (sqrt(v) + eps) + weight_decay * p` of the *uncorrected*
@@ -60,10 +61,11 @@ def lamb(
     def init(params: Any) -> MomentState:
         return MomentState(start(), zeros(params), zeros(params))
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         params = required(params, "Lamb")
-        rate, count = rate_at(learning_rate, state.count), state.count + 1
-        b1, b2 = betas_at(betas, state.count)
+        position, count = position_of(state.count, extra), state.count + 1
+        rate = rate_at(learning_rate, position)
+        b1, b2 = betas_at(betas, position)
         if bias_corrected:
             rate = rate * jnp.sqrt(bias_correction(b2, count)) / bias_correction(b1, count)
 
@@ -81,7 +83,7 @@ def lamb(
         steps, mu, nu = unzip(updates, rows, 3)
         return steps, MomentState(count, mu, nu)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _trust_ratio(

@@ -19,6 +19,7 @@ from jspeed.optim.rates import (
     LearningRate,
     StackFn,
     bias_correction,
+    position_of,
     rate_at,
     required,
     start,
@@ -69,7 +70,7 @@ def muon(
     decoupled: bool = True,
     label_fn: LabelFn | None = None,
     stack_fn: StackFn | None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) with an auxiliary Adam.
 
     For a matrix, per step: `m = momentum * m + (1 - momentum) * g`; the Nesterov blend
@@ -108,9 +109,10 @@ def muon(
         nu = jax.tree_util.tree_map_with_path(second_moment, params)
         return MuonState(start(), zeros(params), nu)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         params = required(params, "Muon")
-        rate, count = rate_at(learning_rate, state.count), state.count + 1
+        count = state.count + 1
+        rate = rate_at(learning_rate, position_of(state.count, extra))
         other = partial(
             adam_leaf,
             rate=rate * adam_ratio,
@@ -142,7 +144,7 @@ def muon(
         steps, mu, nu = (tree.unflatten([row[i] for row in rows]) for i in range(3))
         return steps, MuonState(count, mu, nu)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def orthogonal_step(momentum: jax.Array, *, stacked: int, ns_method: str = "gram") -> jax.Array:

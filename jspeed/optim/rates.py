@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,8 +15,22 @@ BetaRates = tuple[float, float] | BetasSchedule
 StackFn = Callable[[str, Any], int]
 
 
+def position_of(count: jax.Array, extra: Mapping[str, Any]) -> jax.Array:
+    """Where schedules stand: the step's `schedule_position` where it gives one, otherwise the
+    optimizer's own count, which corrects the moments' bias.
+
+    The two differ once a checkpoint's moments were loaded without its schedule, or the reverse.
+
+    Args:
+        count: steps this optimizer has taken.
+        extra: the extra arguments of an optax `update`.
+    """
+    position = extra.get("schedule_position")
+    return count if position is None else position
+
+
 def rate_at(learning_rate: LearningRate, count: jax.Array) -> jax.Array:
-    """The learning rate (float32 scalar) of the step that follows `count` steps."""
+    """The learning rate (float32 scalar) of the step that follows `count` steps of a schedule."""
     value = learning_rate(count) if callable(learning_rate) else learning_rate
     return jnp.asarray(value, jnp.float32)
 

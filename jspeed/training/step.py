@@ -62,6 +62,7 @@ def make_train_step(
     and `loss_scale` where there are such.
     """
     compute = local_gradients(program, loss_fn, layout, settings.gradients)
+    optimizer = optax.with_extra_args_support(optimizer)
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         scale = state.loss_scale.scale if state.loss_scale is not None else jnp.float32(1.0)
@@ -71,7 +72,9 @@ def make_train_step(
             factor = clipping_factor(norm, settings.gradient_clipping)
             grads = jax.tree.map(lambda g: g * factor, grads)
         master = _constrain(state.master, layout, Role.MOMENTS)
-        updates, opt_state = optimizer.update(grads, state.opt_state, master)
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, master, schedule_position=state.updates
+        )
         master = _constrain(optax.apply_updates(master, updates), layout, Role.MOMENTS)
         new = TrainState(
             step=state.step + 1,

@@ -1,5 +1,7 @@
 """jspeed/config/rules.py: what must hold between keys."""
 
+import re
+
 import pytest
 
 from jspeed.config import load_config
@@ -222,13 +224,20 @@ def test_refused_features_give_the_alternative(tree, path, alternative):
 
 
 def test_refused_keys_that_are_off_may_stand():
-    config = load_config(
-        {
-            **BATCH,
-            "amp": {"enabled": False, "opt_level": "O1"},
-            "nebula": {"enabled": False, "persistent_time_interval": 5},
-            "sparse_gradients": False,
-            "zero_optimization": {"legacy_stage1": False},
-        }
-    )
-    config.require_trainable()
+    """And the same keys may not once they are on."""
+    off = {
+        **BATCH,
+        "amp": {"enabled": False, "opt_level": "O1"},
+        "nebula": {"enabled": False, "persistent_time_interval": 5},
+        "sparse_gradients": False,
+        "zero_optimization": {"legacy_stage1": False},
+    }
+    load_config(off).require_trainable()
+    for path, on in (
+        ("amp.enabled", {"amp": {"enabled": True, "opt_level": "O1"}}),
+        ("nebula.enabled", {"nebula": {"enabled": True, "persistent_time_interval": 5}}),
+        ("sparse_gradients", {"sparse_gradients": True}),
+        ("zero_optimization.legacy_stage1", {"zero_optimization": {"legacy_stage1": True}}),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(f'"{path}"')):
+            load_config(off | on)
