@@ -54,7 +54,7 @@ MODEL_KEYS = section(
     ),
     mapped("norm_epsilon", Number(above=0), 1e-5, "epsilon of the normalisation layers"),
     mapped("remat", choice("none", "full"), "none", "what the backward pass computes again"),
-    mapped("attention.implementation", choice("auto", "xla", "cudnn", "cpu"), "auto",
+    mapped("attention.implementation", choice("auto", "xla", "cudnn", "cpu", "blockwise"), "auto",
            "which attention computes the same; auto picks by platform"),
     mapped("loss_chunk_size", _COUNT, None, "tokens whose logits exist at once; null: 64 MiB"),
 )  # fmt: skip

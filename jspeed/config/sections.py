@@ -104,7 +104,7 @@ class RopeScalingConfig:
 class AttentionConfig:
     """Which implementation computes attention; `auto` picks by platform."""
 
-    implementation: Literal["auto", "xla", "cudnn", "cpu"]
+    implementation: Literal["auto", "xla", "cudnn", "cpu", "blockwise"]
 
 
 @dataclass(frozen=True, slots=True)

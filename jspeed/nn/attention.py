@@ -12,14 +12,24 @@ import jax
 import jax.numpy as jnp
 
 from jspeed.core.shapes import Array, Float, Int
+from jspeed.nn.attention_blockwise import blockwise_attention
 from jspeed.nn.attention_cpu import cpu_attention
 
-Implementation = Literal["auto", "cpu", "cudnn", "gpu", "xla"]
+Implementation = Literal["auto", "blockwise", "cpu", "cudnn", "gpu", "described_gpu", "xla"]
+
+STAND_IN = "in_place_of_cudnn"
+"""Names the scope of the attention that a described GPU computes where a real one calls cuDNN."""
 
 
 def choose_implementation(requested: Implementation, platform: str) -> Implementation:
     """What `auto` means on a platform: `gpu` on NVIDIA's, our own formulation on CPUs, `xla`
-    elsewhere."""
+    elsewhere.
+
+    On the platform `described_gpu` nothing that needs a GPU to compile is chosen: what would be
+    cuDNN's is computed block by block, which holds the same arrays.
+    """
+    if platform == "described_gpu" and requested in ("auto", "cudnn"):
+        return "described_gpu"
     if requested != "auto":
         return requested
     known: dict[str, Implementation] = {"gpu": "gpu", "cuda": "gpu", "cpu": "cpu"}
@@ -41,10 +51,11 @@ def causal_attention(
       key: `[batch, seq, kv_heads, dim]`.
       value: like `key`.
       segment_ids: `[batch, seq]` int32; tokens see only their own segment. None: one segment.
-      implementation: `cudnn` or `xla` of `jax.nn.dot_product_attention`, or `cpu`; these never
-        fall back, and given segments `cudnn` and `xla` make a mask `[batch, 1, seq, seq]`. `gpu` is
-        `cudnn` where that can compute it (half precision, `dim` at most 128 and a multiple of 8),
-        otherwise `xla`; given segments it is the formulation of `cpu`, which makes no such mask.
+      implementation: `cudnn` or `xla` of `jax.nn.dot_product_attention`, `cpu` or `blockwise`;
+        these never fall back, and given segments `cudnn` and `xla` make a mask
+        `[batch, 1, seq, seq]`. `gpu` is `cudnn` where that can compute it (half precision, `dim` at
+        most 128 and a multiple of 8), otherwise `xla`; given segments it is the formulation of
+        `cpu`, which makes no such mask. `described_gpu` is `gpu` with `blockwise` for `cudnn`.
 
     Returns:
       `[batch, seq, heads, dim]` in the query's dtype.
@@ -52,13 +63,21 @@ def causal_attention(
     Raises:
       ValueError: `implementation` is none of these.
     """
-    if implementation == "gpu":
+    described = implementation == "described_gpu"
+    if implementation in ("gpu", "described_gpu"):
         unmasked: Implementation = "cudnn" if _fits_cudnn(query) else "xla"
         implementation = unmasked if segment_ids is None else "cpu"
+    if described and implementation == "cudnn":
+        with jax.named_scope(STAND_IN):
+            return blockwise_attention(query, key, value)
+    if implementation == "blockwise":
+        return blockwise_attention(query, key, value, segment_ids)
     if implementation == "cpu":
         return cpu_attention(query, key, value, segment_ids)
     if implementation not in ("cudnn", "xla"):
-        raise ValueError(f"implementation {implementation!r}: expected cpu, cudnn, gpu or xla")
+        raise ValueError(
+            f"implementation {implementation!r}: expected blockwise, cpu, cudnn, gpu or xla"
+        )
     mask = None
     if segment_ids is not None:
         mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]

@@ -41,7 +41,7 @@ def dense(q: Any, k: Any, v: Any, segments: jax.Array | None, lib: Any = np) -> 
 
 @pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["one segment", "two segments"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
-@pytest.mark.parametrize("implementation", ["cpu", "xla"])
+@pytest.mark.parametrize("implementation", ["blockwise", "cpu", "xla"])
 def test_equals_dense_attention(implementation, heads, kv_heads, segments):
     q, k, v = operands(heads, kv_heads)
     expected = dense(*(x.astype(np.float64) for x in (q, k, v)), segments)
@@ -50,7 +50,7 @@ def test_equals_dense_attention(implementation, heads, kv_heads, segments):
     np.testing.assert_allclose(out, expected, atol=2e-6)
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "xla"])
+@pytest.mark.parametrize("implementation", ["blockwise", "cpu", "xla"])
 def test_gradients_equal_those_of_dense_attention(implementation):
     q, k, v = operands(4, 2)
     seed = np.random.default_rng(1).normal(size=q.shape).astype(np.float32)
@@ -64,7 +64,7 @@ def test_gradients_equal_those_of_dense_attention(implementation):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "xla"])
+@pytest.mark.parametrize("implementation", ["blockwise", "cpu", "xla"])
 def test_half_precision_keeps_its_dtype(implementation):
     q, k, v = operands(4, 2)
     expected = dense(q, k, v, None)
@@ -91,6 +91,9 @@ def test_what_gpu_means_depends_on_what_cudnn_can_do():
         ("auto", "rocm", "xla"),
         ("auto", "tpu", "xla"),
         ("cudnn", "cpu", "cudnn"),
+        ("auto", "described_gpu", "described_gpu"),
+        ("cudnn", "described_gpu", "described_gpu"),
+        ("xla", "described_gpu", "xla"),
     ],
 )
 def test_choice(requested, platform, chosen):
@@ -101,7 +104,7 @@ def test_unknown_implementation(monkeypatch):
     # Users call without the checks of signatures that tests have.
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     q, k, v = map(jnp.asarray, operands(4, 4))
-    with pytest.raises(ValueError, match="implementation 'flash': expected cpu, cudnn, gpu or xla"):
+    with pytest.raises(ValueError, match="implementation 'flash': expected blockwise, cpu"):
         causal_attention(q, k, v, implementation="flash")  # type: ignore[arg-type]
 
 
