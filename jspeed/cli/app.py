@@ -1,4 +1,4 @@
-"""The commands: train, explain, config.
+"""The commands: train, explain, config, targets, sweep.
 
 Nothing here imports JAX before a command that needs it has prepared the environment, so that
 `jspeed config` stays quick and a machine without a GPU driver shows nothing of its plugins.
@@ -6,13 +6,17 @@ Nothing here imports JAX before a command that needs it has prepared the environ
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib import metadata
+from json import dumps as as_json
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from jspeed import __version__
+from jspeed.cli.cluster import cluster_asked
 from jspeed.cli.environment import device_overrides, prepare_jax, prepare_jax_on_cpu
 from jspeed.cli.interrupts import note_termination
 from jspeed.config import load_config
@@ -115,3 +119,111 @@ def explain(
     from jspeed.cli.explain import explain_command
 
     explain_command(run, set_ or [], as_json=json, devices=devices)
+
+
+@app.command()
+def targets(
+    target: Annotated[
+        str | None,
+        typer.Argument(metavar="TARGET", help="Its figures and sources; a name or a .json file."),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure this machine: the target cpu.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="Where --measure writes.")
+    ] = None,
+    json: AsJson = False,
+) -> None:
+    """Print the devices that jspeed can plan for and what they can do."""
+    from jspeed.cli.targets import targets_command
+
+    targets_command(target, as_json=json, measure=measure, output=output)
+
+
+@app.command()
+def plan(
+    run: RunFile,
+    gpu: Annotated[
+        str | None,
+        typer.Option("--gpu", metavar="TARGET", help="A name or a .json file, see jspeed targets."),
+    ] = None,
+    gpus: Annotated[int | None, typer.Option("--gpus", min=1, help="Devices in all.")] = None,
+    gpus_per_host: Annotated[int | None, typer.Option("--gpus-per-host", min=1)] = None,
+    set_: Overrides = None,
+    json: AsJson = False,
+) -> None:
+    """Compile a run's step for a cluster that need not be there; print what it needs and takes."""
+    loaded = load_config(run, overrides=tuple(set_ or []))  # now rather than after JAX is imported
+    asked = cluster_asked(loaded, gpu=gpu, gpus=gpus, gpus_per_host=gpus_per_host)
+    prepare_jax_on_cpu()
+    from jspeed.cli.plan import PlanRequest, plan_command
+
+    plan_command(PlanRequest(run, set_ or [], *asked, as_json=json))
+
+
+@app.command()
+def sweep(
+    run: RunFile,
+    gpu: Annotated[
+        str,
+        typer.Option("--gpu", metavar="TARGET", help="A name or a .json file, see jspeed targets."),
+    ],
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="Devices in all.")],
+    gpus_per_host: Annotated[int, typer.Option("--gpus-per-host", min=1)] = 8,
+    axes: Annotated[
+        str | None,
+        typer.Option("--axes", help="Mesh axes that vary, as data,tensor; same as sweep.axes."),
+    ] = None,
+    top: Annotated[
+        int | None,
+        typer.Option("--top", min=1, help="Do not compile what cannot enter so many best."),
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option("--jobs", min=1, help="Compiles at a time; else by cores and memory."),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Run the best on the devices of this machine.")
+    ] = False,
+    measure_top: Annotated[
+        str, typer.Option("--measure-top", help="How many to run: a number, or all.")
+    ] = "3",
+    measure_steps: Annotated[
+        int | None, typer.Option("--measure-steps", min=2, help="Same as sweep.measure_last_step.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="DIR", help="The folder of results.")
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Forget what an earlier sweep has compiled.")
+    ] = False,
+    set_: Overrides = None,
+    json: AsJson = False,
+) -> None:
+    """Compile every layout of a run for a cluster, and rank them."""
+    overrides = list(set_ or [])
+    if axes is not None:
+        overrides.append(f"sweep.axes={as_json([axis.strip() for axis in axes.split(',')])}")
+    if measure_steps is not None:
+        overrides.append(f"sweep.measure_last_step={measure_steps}")
+    load_config(run, overrides=tuple(overrides))  # now rather than after JAX is imported
+    platform_wanted = os.environ.get("JAX_PLATFORMS")
+    prepare_jax_on_cpu()
+    from jspeed.cli.sweep import SweepRequest, sweep_command
+
+    request = SweepRequest(
+        run=run,
+        overrides=overrides,
+        target=gpu,
+        gpus=gpus,
+        gpus_per_host=gpus_per_host,
+        top=top,
+        jobs=jobs,
+        output=output,
+        fresh=fresh,
+        measure=measure_top if measure else None,
+        platform=platform_wanted,
+        as_json=json,
+    )
+    raise typer.Exit(sweep_command(request))

@@ -55,4 +55,6 @@ def _translate(path: str, value: Any) -> Any:
         return 1 if value else 0
     if path in ("zero_optimization.cpu_offload", "zero_optimization.cpu_offload_param"):
         return "cpu" if value else "none"
+    if path == "autotuning.mp_size":
+        return [value]
     return value

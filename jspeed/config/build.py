@@ -193,6 +193,19 @@ def run(values: Values) -> types.RunConfig | None:
     return types.RunConfig(**_fields(values, "run", types.RunConfig))
 
 
+def cluster(values: Values) -> types.ClusterConfig:
+    """Return what the run is planned for."""
+    return types.ClusterConfig(**_fields(values, "cluster", types.ClusterConfig))
+
+
+def sweep(values: Values) -> types.SweepConfig:
+    """Return what a sweep tries; the defaults where there is no such section."""
+    fields = _fields(values, "sweep", types.SweepConfig)
+    for name, value in fields.items():
+        fields[name] = tuple(value) if isinstance(value, list) else value
+    return types.SweepConfig(**fields)
+
+
 def monitor(values: Values, name: str) -> types.MonitorConfig:
     """Return the section of one monitor."""
     names = [path.removeprefix(f"{name}.") for path in KEYS if path.startswith(f"{name}.")]

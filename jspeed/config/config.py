@@ -15,6 +15,7 @@ from jspeed.config.sections import (
     ActivationCheckpointingConfig,
     BatchConfig,
     CheckpointConfig,
+    ClusterConfig,
     DataConfig,
     MeshConfig,
     ModelConfig,
@@ -23,6 +24,7 @@ from jspeed.config.sections import (
     PrecisionConfig,
     RunConfig,
     SchedulerConfig,
+    SweepConfig,
     ZeroConfig,
 )
 from jspeed.config.values import Values
@@ -52,6 +54,8 @@ class Config:
     model: ModelConfig | None
     data: DataConfig | None
     run: RunConfig | None
+    cluster: ClusterConfig
+    sweep: SweepConfig
     tensorboard: MonitorConfig
     csv_monitor: MonitorConfig
     wandb: MonitorConfig
@@ -149,6 +153,8 @@ def from_values(values: Values, given: Values) -> Config:
         model=build.model(values),
         data=build.data(values),
         run=build.run(values),
+        cluster=build.cluster(values),
+        sweep=build.sweep(values),
         tensorboard=build.monitor(values, "tensorboard"),
         csv_monitor=build.monitor(values, "csv_monitor"),
         wandb=build.monitor(values, "wandb"),

@@ -16,7 +16,16 @@ if TYPE_CHECKING:
     from jspeed.config.config import Config
 
 # Sections whose defaults mean nothing unless the section is there.
-_OPTIONAL = ("optimizer", "scheduler", "model.rope_scaling", "model", "data", "run")
+_OPTIONAL = (
+    "optimizer",
+    "scheduler",
+    "model.rope_scaling",
+    "model",
+    "data",
+    "run",
+    "cluster",
+    "sweep",
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,8 @@
-"""jspeed's own sections (`mesh`, `model`, `data`, `run`) and the aliases that lead into them."""
+"""jspeed's own sections (`mesh`, `model`, `data`, `run`, `cluster`; `sweep` has a file of its own)
+and the aliases that lead into them."""
 
 from jspeed.config.key import later, mapped, section
+from jspeed.config.keys_sweep import SWEEP_KEYS
 from jspeed.config.kinds import Bool, Int, Number, ShardingRules, Text, choice
 
 _PIPE = "training over pipeline stages is not built yet"
@@ -94,5 +96,12 @@ RUN_KEYS = section(
     mapped("compile_cache", Bool(), True, "XLA's persistent compilation cache"),
 )
 
-OWN_KEYS = (*MESH_KEYS, *MODEL_KEYS, *DATA_KEYS, *RUN_KEYS, *ALIAS_KEYS)
-OWN_SECTIONS = ("mesh", "model", "data", "run")
+CLUSTER_KEYS = section(
+    "cluster",
+    mapped("gpu", Text(filled=True), None, "what `jspeed plan` and `sweep` compile for: a target"),
+    mapped("gpus", _COUNT, None, "how many of them; null: as many as the mesh names"),
+    mapped("gpus_per_host", _COUNT, 8, "how many of them share a host"),
+)
+
+OWN_KEYS = (*MESH_KEYS, *MODEL_KEYS, *DATA_KEYS, *RUN_KEYS, *CLUSTER_KEYS, *SWEEP_KEYS, *ALIAS_KEYS)
+OWN_SECTIONS = ("mesh", "model", "data", "run", "cluster", "sweep")

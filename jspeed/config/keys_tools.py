@@ -1,14 +1,14 @@
 """Monitoring, checkpoints, input/output, tuning and elasticity."""
 
 from jspeed.config.key import Auto, automatic, later, mapped, passive, refused, section
-from jspeed.config.kinds import Anything, Bool, Int, ListOf, Number, Text, choice
+from jspeed.config.keys_sweep import AUTOTUNING_KEYS
+from jspeed.config.kinds import Bool, Int, ListOf, Number, Text, choice
 
 _COMET = "Comet is not supported yet; use tensorboard, wandb or csv_monitor"
 _FLOPS = "the FLOPs profiler is not built yet; `jspeed train` prints model FLOP/s"
 _COMMS = "the communication logger is not built yet"
 _AIO = "asynchronous disk input/output belongs to NVMe offload, which is not built yet"
 _WRITER = "Orbax writes checkpoints asynchronously and in parallel by itself"
-_TUNING = "autotuning is not built yet"
 _ELASTIC = "elastic batch sizes are not built yet; checkpoints resume on any device count"
 _NEBULA = "Nebula is a service of Azure for PyTorch; jspeed's checkpoints are asynchronous already"
 _COUNT = Int(0)
@@ -161,36 +161,6 @@ AIO_KEYS = section(
         later("use_gds", Bool(), False, _AIO),
     ),
 )  # fmt: skip
-
-AUTOTUNING_KEYS = section(
-    "autotuning",
-    later("enabled", Bool(), False, _TUNING),
-    passive(
-        later("fast", Bool(), True, _TUNING),
-        later("results_dir", Text(), "autotuning_results", _TUNING),
-        later("exps_dir", Text(), "autotuning_exps", _TUNING),
-        later("overwrite", Bool(), True, _TUNING),
-        later("start_profile_step", _COUNT, 3, _TUNING),
-        later("end_profile_step", _COUNT, 5, _TUNING),
-        later("metric", choice("throughput", "latency", "flops"), "throughput", _TUNING),
-        later("metric_path", Text(), None, _TUNING),
-        later("tuner_type", choice("gridsearch", "random", "model_based"), "gridsearch", _TUNING),
-        later("tuner_early_stopping", _COUNT, 5, _TUNING),
-        later("tuner_num_trials", Int(1), 50, _TUNING),
-        later("arg_mappings.*", Anything(), None, _TUNING),
-        later("model_info.profile", Bool(), False, _TUNING),
-        later("model_info.num_params", Int(1), None, _TUNING),
-        later("model_info.hidden_size", Int(1), None, _TUNING),
-        later("model_info.num_layers", Int(1), None, _TUNING),
-        later("model_info_path", Text(), None, _TUNING),
-        later("mp_size", Int(1), 1, _TUNING),
-        later("max_train_batch_size", Int(1), None, _TUNING),
-        later("min_train_batch_size", Int(1), 1, _TUNING),
-        later("max_train_micro_batch_size_per_gpu", Int(1), 1024, _TUNING),
-        later("min_train_micro_batch_size_per_gpu", Int(1), 1, _TUNING),
-        later("num_tuning_micro_batch_sizes", Int(1), 3, _TUNING),
-    ),
-)
 
 ELASTICITY_KEYS = section(
     "elasticity",

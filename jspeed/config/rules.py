@@ -275,6 +275,17 @@ def _vocabulary(values: Values, kind: str) -> Iterator[Problem]:
         )
 
 
+def sweep(values: Values) -> Iterator[Problem]:
+    """The least is not more than the most, and timing starts before it ends."""
+    for low, high in (
+        ("sweep.min_micro_batch_size", "sweep.max_micro_batch_size"),
+        ("sweep.measure_first_step", "sweep.measure_last_step"),
+    ):
+        least, most = values.get(low), values.get(high)
+        if most is not None and least > most:
+            yield Problem(low, f'{least} is above "{high}" {most}.', values.line(low))
+
+
 RULES: tuple[Rule, ...] = (
     refused_features,
     one_precision,
@@ -287,6 +298,7 @@ RULES: tuple[Rule, ...] = (
     batch_triangle,
     model,
     data,
+    sweep,
 )
 
 

@@ -170,6 +170,34 @@ class RunConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ClusterConfig:
+    """What a run is planned for; None leaves the number of GPUs to the mesh."""
+
+    gpu: str | None
+    gpus: int | None
+    gpus_per_host: int
+
+
+@dataclass(frozen=True, slots=True)
+class SweepConfig:
+    """The layouts that `jspeed sweep` tries; None leaves the values to the model and devices."""
+
+    axes: tuple[Literal["data", "replica", "tensor"], ...] | None
+    replica: tuple[int, ...] | None
+    tensor: tuple[int, ...] | None
+    stages: tuple[int, ...]
+    micro_batch_sizes: tuple[int, ...] | None
+    min_micro_batch_size: int
+    max_micro_batch_size: int | None
+    micro_batch_count: int | None
+    remat: tuple[Literal["none", "full"], ...]
+    output: str | None
+    top: int | None
+    measure_first_step: int
+    measure_last_step: int
+
+
+@dataclass(frozen=True, slots=True)
 class MonitorConfig:
     """One monitor; `job_name` names files, `group`, `team` and `project` are W&B's."""
 

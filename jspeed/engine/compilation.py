@@ -10,10 +10,13 @@ import jax
 from jax.sharding import Mesh
 
 from jspeed.config import AutoFacts, Config
+from jspeed.engine.build import RunPlan
 from jspeed.layout.compiler_options import CommunicationSettings, compiler_options
 from jspeed.layout.mesh import BATCH_AXES
 from jspeed.layout.zero import Layout
-from jspeed.training.program import Program
+from jspeed.training.program import LossFn, Program
+from jspeed.training.state import abstract_state
+from jspeed.training.step import make_train_step
 
 # Where models keep their width, in the order of looking; as Hugging Face's configurations first.
 _WIDTHS = (
@@ -67,26 +70,58 @@ def _width(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
-def step_options(config: Config, layout: Layout) -> dict[str, Any] | None:
+def jit_step(
+    config: Config, program: Program, loss_fn: LossFn, plan: RunPlan, *, described: bool = False
+) -> Any:
+    """The train step, jitted as the engine runs it.
+
+    Args:
+      config: resolved.
+      program: the model.
+      loss_fn: `(model, batch, rng)`, as for training.
+      plan: of the run, on a mesh of devices.
+      described: the mesh is of described GPUs, which can be compiled for but not run on.
+
+    Returns:
+      The jitted `(state, placed batch) -> (state, metrics)`, which consumes the state.
+    """
+    state = abstract_state(program, plan.optimizer, plan.layout, plan.loss_scale)
+    step = make_train_step(program, loss_fn, plan.optimizer, plan.layout, plan.step, plan.schedule)
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None),
+        compiler_options=step_options(config, plan.layout, described=described),
+    )
+
+
+def step_options(
+    config: Config, layout: Layout, *, described: bool = False
+) -> dict[str, Any] | None:
     """XLA's options for the train step on the mesh's platform; None where there are none."""
     assert isinstance(layout.mesh, Mesh), "a step is compiled for devices"
     platform = layout.mesh.devices.flat[0].platform
+    options = compiler_options(
+        platform,
+        communication_settings(config),
+        compute_dtype=layout.compute_dtype,
+        reduce_dtype=layout.reduce_dtype,
+        automatic_axes=bool(layout.automatic_axes),
+        described=described,
+    )
+    return dict(options) or None
+
+
+def communication_settings(config: Config) -> CommunicationSettings:
+    """What a configuration says of overlap and buckets."""
     zero = config.zero
-    communication = CommunicationSettings(
+    return CommunicationSettings(
         stage=zero.stage,
         overlap_comm=zero.overlap_comm,
         reduce_bucket_size=zero.reduce_bucket_size,
         allgather_bucket_size=zero.allgather_bucket_size,
         prefetch_bucket_size=zero.prefetch_bucket_size,
     )
-    options = compiler_options(
-        platform,
-        communication,
-        compute_dtype=layout.compute_dtype,
-        reduce_dtype=layout.reduce_dtype,
-        automatic_axes=bool(layout.automatic_axes),
-    )
-    return dict(options) or None
 
 
 def enable_compile_cache(directory: str | os.PathLike[str] | None = None) -> Path:

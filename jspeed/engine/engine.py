@@ -34,7 +34,7 @@ from jspeed.layout.rules import Rule
 from jspeed.training.contracts import check_callable
 from jspeed.training.program import LossFn, Program, make_program
 from jspeed.training.state import TrainState, abstract_parameters, create_state
-from jspeed.training.step import Metrics, make_eval_step, make_train_step
+from jspeed.training.step import Metrics, make_eval_step
 
 
 @refuses(INITIALIZE)
@@ -175,21 +175,7 @@ class Engine(Checkpointing):
         )
 
     def _compile_step(self) -> None:
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
-        step = make_train_step(
-            self._program,
-            self._loss_fn,
-            self.plan.optimizer,
-            self.layout,
-            self.plan.step,
-            self.plan.schedule,
-        )
-        self.train_step = jax.jit(
-            step,
-            donate_argnums=0,
-            out_shardings=(shardings, None),
-            compiler_options=compilation.step_options(self.config, self.layout),
-        )
+        self.train_step = compilation.jit_step(self.config, self._program, self._loss_fn, self.plan)
         self.place_batch = BatchPlacer(
             self.layout,
             rows=self.plan.batch.train_batch_size // jax.process_count(),

@@ -7,26 +7,25 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from jspeed.config import (
     AttentionConfig,
-    AutoFacts,
     BatchConfig,
     Config,
-    ModelConfig,
     resolve_batch,
 )
 from jspeed.core.errors import ConfigError
-from jspeed.data import Tokenizer
-from jspeed.engine.build import RunPlan, mesh_shape, plan_run
+from jspeed.engine.abstract_run import (
+    abstract_facts,
+    for_devices,
+    model_factory,
+    token_batch,
+)
+from jspeed.engine.build import mesh_shape, plan_run
 from jspeed.engine.state_explanation import explain_plan, gather_notes
 from jspeed.layout.explain import Explanation
 from jspeed.layout.mesh import AnyMesh, make_abstract_mesh
 from jspeed.layout.rules import axes_of
 from jspeed.layout.zero import Layout
-from jspeed.models import build_model
 from jspeed.nn import language_model_loss
 from jspeed.training.program import Program, make_program
 
@@ -64,88 +63,23 @@ def explain_run(config: Config, *, devices: int | None = None) -> RunExplanation
     Raises:
       ConfigError, LayoutError, ModelError: what cannot be laid out, and how it would.
     """
-    if config.model is None:
-        raise ConfigError(
-            '"model": missing. explain lays out the model of a run file; add a "model" section, as '
-            '{"family": "gpt2", "layers": 12, "hidden_size": 768, "heads": 12, '
-            '"sequence_length": 1024}.'
-        )
     remarks: list[str] = []
-    mesh = make_abstract_mesh(mesh_shape(*_for_devices(config, devices, remarks)))
-    program = _program(config, config.model, remarks)
-    config = config.resolve_auto(_facts(config, remarks))
+    program = _program(config, remarks)
+    mesh = make_abstract_mesh(mesh_shape(*for_devices(config, devices, remarks)))
+    config = config.resolve_auto(abstract_facts(config, remarks))
     plan = plan_run(_with_fitting_batch(config, mesh, remarks), program, mesh)
     remarks += _idle_axes(plan.layout)
-    notes = gather_notes(program, language_model_loss, plan.layout, _token_batch(config, plan))
+    notes = gather_notes(program, language_model_loss, plan.layout, token_batch(config, plan))
     state = explain_plan(program, plan, notes)
     return RunExplanation(state, tuple(remarks), tuple(map(str, config.switched_on_later())))
 
 
-def _for_devices(config: Config, devices: int | None, remarks: list[str]) -> tuple[Config, int]:
-    """The configuration with `mesh.data` open where another number of devices is asked for."""
-    mesh = config.mesh
-    others = mesh.pipe * mesh.replica * mesh.expert * mesh.seq * mesh.tensor
-    if devices is None:
-        data = mesh.data
-        if data == -1:
-            data = max(1, config.zero.mics_shard_size)
-            remarks.append(
-                f'"mesh.data" takes all devices there are; laid out for {others * data}. '
-                "--devices N lays out for another number."
-            )
-        return config, others * data
-    if mesh.data != -1 and mesh.data * others != devices:
-        remarks.append(
-            f'"mesh.data": {mesh.data} gives way to {devices} devices; to train on them, leave it '
-            "out."
-        )
-        config = dataclasses.replace(config, mesh=dataclasses.replace(mesh, data=-1))
-    return config, devices
-
-
-def _program(config: Config, model: ModelConfig, remarks: list[str]) -> Program:
-    vocabulary = model.vocab_size
-    if vocabulary is None:
-        vocabulary, said = _vocabulary(config)
-        remarks.append(said)
+def _program(config: Config, remarks: list[str]) -> Program:
     # Which attention computes does not move an array, and the named one may need a device.
-    model = dataclasses.replace(model, attention=AttentionConfig("xla"))
-    return make_program(build_model(model, vocab_size=vocabulary, platform="cpu"))
-
-
-def _vocabulary(config: Config) -> tuple[int, str]:
-    """The size of the vocabulary without reading the data, and where it comes from."""
-    data = config.data
-    if data is None:
-        raise ConfigError(
-            '"model.vocab_size": missing, and there is no "data" section to take it from. Set it '
-            "to the number of tokens."
-        )
-    given = data.tokenizer
-    if given.vocab_size is None:
-        if given.path is None:
-            raise ConfigError('"data.tokenizer.path": missing; expected a tokenizer.json.')
-        size = Tokenizer.load(given.path).vocab_size
-        return size, f'vocabulary {size:,}, of the tokenizer in "data.tokenizer.path".'
-    said = f'vocabulary {given.vocab_size:,}, from "data.tokenizer.vocab_size"'
-    if given.kind == "bpe":
-        said += "; a tokenizer trained on little text has fewer"
-    return given.vocab_size, f"{said}."
-
-
-def _facts(config: Config, remarks: list[str]) -> AutoFacts:
-    """What stands for an "auto" that only a run can resolve; none of these moves an array."""
-    if config.autos:
-        remarks.append(
-            f'"auto" is left open here, and to be set for training: {", ".join(config.autos)}.'
-        )
-    rates = any(path.endswith("lr") for path in config.autos)
-    sizes = any("batch_size" in path for path in config.autos)
-    return AutoFacts(
-        total_steps=(config.run.steps if config.run else 0) or 1,
-        learning_rate=1.0 if rates else None,
-        micro_batch_size=1 if sizes else None,
-    )
+    if config.model is not None:
+        model = dataclasses.replace(config.model, attention=AttentionConfig("xla"))
+        config = dataclasses.replace(config, model=model)
+    return make_program(model_factory(config, platform="cpu", remarks=remarks))
 
 
 def _idle_axes(layout: Layout) -> list[str]:
@@ -170,14 +104,3 @@ def _with_fitting_batch(config: Config, mesh: AnyMesh, remarks: list[str]) -> Co
         batch = BatchConfig(None, config.batch.micro_batch_size or 1, None)
         return dataclasses.replace(config, batch=batch)
     return config
-
-
-def _token_batch(config: Config, plan: RunPlan) -> dict[str, Any]:
-    model, data = config.model, config.data
-    assert model is not None
-    length = data.sequence_length if data else model.sequence_length
-    rows = plan.batch.micro_batch_size * plan.layout.batch_shards
-    names = ["input_ids", "labels"]
-    if data is not None and data.document_mask:
-        names += ["segment_ids", "positions"]
-    return {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in names}

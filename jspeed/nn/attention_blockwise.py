@@ -57,7 +57,8 @@ def blockwise_attention(
         # Queries see nothing behind themselves, so what is appended changes none of them.
         query, key, value = (_pad(x, padding) for x in (query, key, value))
         segment_ids = None if segment_ids is None else _pad(segment_ids, padding)
-    return _attention(query, key, value, segment_ids, block)[:, :seq]
+    out: jax.Array = _attention(query, key, value, segment_ids, block)
+    return out[:, :seq]
 
 
 def _pad(x: jax.Array, count: int) -> jax.Array:
@@ -80,7 +81,7 @@ def _forward(
 
     def step(carry: Any, pair: Any) -> Any:
         out, normaliser, sums, highest, total = carry
-        row, column = pair
+        row, column = _beside(pair, total)
         first = column == 0
         sums = jnp.where(first, 0.0, sums)
         highest = jnp.where(first, _MASKED, highest)
@@ -132,7 +133,7 @@ def _backward(block: int, saved: _Saved, d_out: jax.Array) -> tuple[Any, ...]:
 
     def step(carry: Any, pair: Any) -> Any:
         d_query, d_key, d_value, key_sums, value_sums = carry
-        row, column = pair
+        row, column = _beside(pair, key_sums)
         first = row == column
         key_sums = jnp.where(first, 0.0, key_sums)
         value_sums = jnp.where(first, 0.0, value_sums)
@@ -179,6 +180,13 @@ def _pairs_by_row(blocks: int) -> tuple[jax.Array, jax.Array]:
 def _pairs_by_column(blocks: int) -> tuple[jax.Array, jax.Array]:
     columns, rows = np.triu_indices(blocks)
     return jnp.asarray(rows, jnp.int32), jnp.asarray(columns, jnp.int32)
+
+
+def _beside(pair: tuple[jax.Array, jax.Array], data: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A pair's numbers, tied to data: of numbers that depend on nothing, differentiation computes
+    the masks of all pairs ahead and keeps them, `seq x seq` of them for every head."""
+    row, column, _ = jax.lax.optimization_barrier((*pair, data))
+    return row, column
 
 
 def _block(x: jax.Array, index: jax.Array, block: int) -> jax.Array:

@@ -152,6 +152,49 @@ def overlaps(text: str) -> list[Overlap]:
     return found
 
 
+@dataclass(frozen=True)
+class Carried:
+    """What a collective carries at the place where the schedule starts it.
+
+    Attributes:
+      kind: one of `KINDS`.
+      bytes: of its arrays, whole: before a reduce-scatter, after an all-gather.
+      asynchronous: whether other work can run meanwhile.
+      instruction: that says which devices take part.
+    """
+
+    kind: str
+    bytes: int
+    asynchronous: bool
+    instruction: Instruction
+
+
+def carried_by(module: Module, computation: Computation, start: Instruction) -> Carried | None:
+    """The collective that an instruction of the schedule starts or is; None if it is none."""
+    asynchronous = start.opcode.endswith("-start")
+    found = _started(module, start)
+    if found is None:
+        if asynchronous or not _KIND.match(start.opcode):
+            return None
+        found = computation, start
+    owner, instruction = found
+    sizes = (
+        max(pair[:2], key=lambda array: array.elements).bytes
+        for pair in _elements(owner, instruction)
+    )
+    return Carried(
+        _kind(instruction),
+        sum(sizes),
+        asynchronous and _SYNC not in start.attributes,
+        instruction,
+    )
+
+
+def collective_axes(instruction: Instruction, mesh: Mapping[str, int]) -> tuple[str, ...]:
+    """The mesh axes that a collective instruction communicates over, slowest first."""
+    return _axes(instruction, mesh)
+
+
 def holds_matmul(module: Module, instruction: Instruction) -> bool:
     """Whether an instruction is, or runs, a matrix product or convolution."""
     if instruction.opcode in ("dot", "convolution"):

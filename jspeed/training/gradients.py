@@ -283,7 +283,8 @@ def _sum_over(
     def turn(index: Any, carry: Any) -> Any:
         sums, state = carry
         terms, state = body(index, state)
-        return jax.tree.map(jnp.add, sums, terms), state
+        with jax.named_scope("gradient_sums"):  # for reports of what is alive
+            return jax.tree.map(jnp.add, sums, terms), state
 
     length = jax.lax.optimization_barrier(jnp.int32(turns))
     return jax.lax.fori_loop(0, length, turn, (zeros, state))

@@ -187,7 +187,6 @@ def test_every_later_feature_of_a_file_is_listed_once_with_its_line():
         "weight_quantization",
         "data_efficiency.enabled",
         "elasticity.enabled",
-        "autotuning.enabled",
         "flops_profiler.enabled",
         "sparse_attention",
         "comet.enabled",

@@ -1,0 +1,82 @@
+"""`jspeed plan`."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from jspeed.cli.console import make_console
+from jspeed.cli.plan_page import render
+from jspeed.core.errors import JspeedError
+from jspeed.planner.cluster import Cluster
+from jspeed.planner.pool import Ending, Job, run_jobs
+from jspeed.planner.resources import worker_count, worker_memory
+from jspeed.planner.suggest import Where, suggest
+from jspeed.planner.sweep.run_file import RunFile
+from jspeed.planner.targets import load_target
+
+_TIMEOUT_SECONDS = 1800.0
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What the command line asks for."""
+
+    run: str
+    overrides: Sequence[str]
+    target: str
+    gpus: int
+    gpus_per_host: int
+    as_json: bool
+
+
+def plan_command(request: PlanRequest) -> None:
+    """Compiles a run for a cluster and prints what it needs; of one that does not fit, what would
+    make it fit.
+
+    Raises:
+      JspeedError: the run cannot be laid out or compiled there, and what would.
+    """
+    run = RunFile.read(request.run, request.overrides)
+    target = load_target(request.target)
+    cluster = Cluster(target, request.gpus, request.gpus_per_host)
+    is_file = Path(request.target).is_file()
+    where = Where(
+        str(Path(request.target).resolve()) if is_file else request.target,
+        cluster.gpus,
+        request.gpus_per_host,
+        on_cpu=target.platform == "cpu",
+    )
+    waiting = Console(stderr=True)
+    # The compiler may end the process it runs in, so it gets one of its own.
+    with waiting.status(f"Compiling for {cluster.gpus} x {target.description}"):
+        plan = _compiled(where.job("plan", run.changed({})))
+    if not plan["fits"]:
+        with waiting.status("It does not fit: compiling what could be changed"):
+            jobs = functools.partial(
+                run_jobs,
+                workers=worker_count(),
+                memory_limit_bytes=worker_memory(),
+                timeout_seconds=_TIMEOUT_SECONDS,
+            )
+            plan["suggestions"] = suggest(run, where, plan, jobs)
+    if request.as_json:
+        print(json.dumps(plan, indent=2))
+    else:
+        render(plan, make_console())
+
+
+def _compiled(job: Job) -> dict[str, Any]:
+    with closing(run_jobs([job], workers=1, timeout_seconds=_TIMEOUT_SECONDS)) as outcomes:
+        outcome = next(outcomes)
+    if outcome.ending is not Ending.DONE:
+        raise JspeedError(outcome.error)
+    result: Mapping[str, Any] = outcome.result
+    return dict(result)

@@ -1,0 +1,216 @@
+"""What one instruction of a compiled module computes and moves: FLOPs and bytes of memory.
+
+FLOPs are those of matrix products and convolutions, two per multiplication and addition; what is
+elementwise costs memory traffic, not FLOPs. Bytes are those a kernel must read and write: its
+operands and results, of a slice or an update only the part.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from jspeed.planner.hlo import ArrayType, Computation, Instruction, Module
+
+FREE = frozenset(
+    {
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "opt-barrier",
+        "optimization-barrier",
+        "after-all",
+        "partition-id",
+        "replica-id",
+        "iota",
+    }
+)
+"""Opcodes that no kernel runs for, or none worth counting."""
+_READS_A_PART = frozenset({"dynamic-slice", "slice", "gather"})
+_DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64"}
+_LIST = re.compile(r"\d+")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an instruction costs once.
+
+    Attributes:
+      flops: of matrix products, by the dtype of their operands in JAX's spelling.
+      bytes: read and written.
+    """
+
+    flops: Mapping[str, float] = field(default_factory=dict)
+    bytes: int = 0
+
+    @property
+    def total_flops(self) -> float:
+        return sum(self.flops.values())
+
+
+class Costs:
+    """The costs of the instructions of one module."""
+
+    def __init__(self, module: Module) -> None:
+        self.module = module
+        self._fused: dict[str, dict[str, float]] = {}
+
+    def of(self, computation: Computation, instruction: Instruction) -> Cost:
+        """The cost of one execution of an instruction that runs as one kernel."""
+        opcode = instruction.opcode
+        if opcode in FREE or opcode.endswith("-done"):
+            return Cost()
+        if opcode == "fusion":
+            inner = self._callee(instruction)
+            return Cost(self._inside(inner), self._fusion_bytes(computation, instruction, inner))
+        if opcode == "custom-call":
+            return Cost(
+                _custom_call_flops(computation, instruction),
+                _custom_call_bytes(computation, instruction),
+            )
+        flops = product_flops(computation, instruction)
+        return Cost(flops, _plain_bytes(computation, instruction))
+
+    def _callee(self, instruction: Instruction) -> Computation:
+        return self.module.computations[(instruction.attribute("calls") or "").lstrip("%")]
+
+    def _inside(self, computation: Computation) -> dict[str, float]:
+        if computation.name not in self._fused:
+            total: dict[str, float] = defaultdict(float)
+            for inner in computation.instructions:
+                found = (
+                    self._inside(self._callee(inner))
+                    if inner.opcode == "fusion"
+                    else product_flops(computation, inner)
+                )
+                for dtype, flops in found.items():
+                    total[dtype] += flops
+            self._fused[computation.name] = dict(total)
+        return self._fused[computation.name]
+
+    def _fusion_bytes(
+        self, outer: Computation, instruction: Instruction, inner: Computation
+    ) -> int:
+        users = _users(inner)
+        read = 0
+        for parameter in inner.instructions:
+            if parameter.opcode == "parameter":
+                operand = outer.by_name[instruction.operands[int(parameter.operands[0])]]
+                read += _bytes_read(inner, parameter, users, _size(operand))
+        return read + _bytes_written(inner, inner.root)
+
+
+def product_flops(computation: Computation, instruction: Instruction) -> dict[str, float]:
+    """FLOPs of a `dot` or `convolution`, `{}` of anything else."""
+    if instruction.opcode == "dot":
+        left = computation.by_name[instruction.operands[0]].arrays()[0]
+        summed = _numbers(instruction.attribute("lhs_contracting_dims"))
+        return _product(left, summed, instruction.arrays()[0])
+    if instruction.opcode == "convolution":
+        return _convolution_flops(computation, instruction)
+    if instruction.opcode == "custom-call":
+        return _custom_call_flops(computation, instruction)
+    return {}
+
+
+def _product(left: ArrayType, summed: list[int], result: ArrayType) -> dict[str, float]:
+    inner = math.prod(left.shape[dim] for dim in summed)
+    return {_DTYPES.get(left.dtype, left.dtype): 2.0 * result.elements * inner}
+
+
+def _custom_call_flops(computation: Computation, instruction: Instruction) -> dict[str, float]:
+    """FLOPs of a product that XLA hands to a library."""
+    target = (instruction.attribute("custom_call_target") or "").strip('"')
+    if not target.startswith(("__cublas", "__onednn$matmul")):
+        return {}
+    left = computation.by_name[instruction.operands[0]].arrays()[0]
+    result = instruction.arrays()[0]
+    config = re.search(r'"dot_dimension_numbers":(\{.*?\})', instruction.attributes)
+    if config is None:
+        return {}
+    numbers = json.loads(config.group(1))
+    return _product(left, [int(dim) for dim in numbers["lhs_contracting_dimensions"]], result)
+
+
+def _convolution_flops(computation: Computation, instruction: Instruction) -> dict[str, float]:
+    """Two per element of the result, kernel element and input channel of one output channel."""
+    kernel = computation.by_name[instruction.operands[1]].arrays()[0]
+    labels = (instruction.attribute("dim_labels") or "").partition("_")[2].partition("->")[0]
+    if len(labels) != len(kernel.shape):
+        return {}
+    outputs = kernel.shape[labels.index("o")]
+    result = instruction.arrays()[0]
+    dtype = _DTYPES.get(kernel.dtype, kernel.dtype)
+    return {dtype: 2.0 * result.elements * kernel.elements / outputs}
+
+
+def _custom_call_bytes(computation: Computation, instruction: Instruction) -> int:
+    """Operands and the first result; the others of a product are its workspace."""
+    read = sum(_size(computation.by_name[name]) for name in instruction.operands)
+    arrays = instruction.arrays()
+    return read + (arrays[0].bytes if arrays else 0)
+
+
+def _plain_bytes(computation: Computation, instruction: Instruction) -> int:
+    written = sum(array.bytes for array in instruction.arrays())
+    if instruction.opcode in _READS_A_PART:
+        return 2 * written
+    if instruction.opcode == "dynamic-update-slice":
+        return 2 * _size(computation.by_name[instruction.operands[1]])
+    if instruction.opcode == "broadcast":
+        return written
+    return written + sum(_size(computation.by_name[name]) for name in instruction.operands)
+
+
+def _users(computation: Computation) -> dict[str, list[Instruction]]:
+    users: dict[str, list[Instruction]] = defaultdict(list)
+    for instruction in computation.instructions:
+        if instruction.opcode not in ("parameter", "constant"):
+            for name in instruction.operands:
+                users[name].append(instruction)
+    return users
+
+
+def _bytes_read(
+    computation: Computation,
+    value: Instruction,
+    users: Mapping[str, list[Instruction]],
+    whole: int,
+) -> int:
+    """What a fusion reads of a parameter: all of it, unless every use takes a part."""
+    read = 0
+    for user in users[value.name]:
+        position = user.operands.index(value.name)
+        if user.opcode in _READS_A_PART and position == 0:
+            read += _size(user)
+        elif user.opcode == "dynamic-update-slice" and position == 0:
+            continue  # written in place
+        elif user.opcode == "bitcast":
+            read += _bytes_read(computation, user, users, whole)
+        else:
+            return whole
+    return min(read, whole)
+
+
+def _bytes_written(computation: Computation, value: Instruction) -> int:
+    if value.opcode == "tuple":
+        return sum(_bytes_written(computation, computation.by_name[n]) for n in value.operands)
+    if value.opcode == "bitcast":
+        return _bytes_written(computation, computation.by_name[value.operands[0]])
+    if value.opcode == "dynamic-update-slice":
+        return _size(computation.by_name[value.operands[1]])
+    return _size(value)
+
+
+def _size(instruction: Instruction) -> int:
+    return sum(array.bytes for array in instruction.arrays())
+
+
+def _numbers(text: str | None) -> list[int]:
+    return [int(number) for number in _LIST.findall(text or "")]

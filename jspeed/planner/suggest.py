@@ -1,0 +1,188 @@
+"""Single changes of a run that does not fit, each compiled, so that what they need is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from jspeed.planner.pool import Job, Outcome
+from jspeed.planner.sweep.run_file import RunFile
+
+RunJobs = Callable[[Iterable[Job]], Iterator[Outcome]]
+"""Does jobs in any order, as `jspeed.planner.pool.run_jobs` with all else given."""
+
+
+@dataclass(frozen=True)
+class Where:
+    """A cluster as a job names it.
+
+    Attributes:
+      target: a name, or the whole path of a file.
+      gpus: in all.
+      gpus_per_host: of a full host.
+      on_cpu: whether its devices are those of this machine's CPU, which a worker must be given.
+    """
+
+    target: str
+    gpus: int
+    gpus_per_host: int
+    on_cpu: bool = False
+
+    def job(self, key: str, config: Mapping[str, Any], gpus: int | None = None) -> Job:
+        """The job that plans a configuration here, or on another number of GPUs."""
+        count = gpus or self.gpus
+        request = {
+            "config": dict(config),
+            "target": self.target,
+            "gpus": count,
+            "gpus_per_host": min(self.gpus_per_host, count),
+        }
+        environment = {"JAX_NUM_CPU_DEVICES": str(count)} if self.on_cpu else {}
+        return Job(key, request, environment)
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing to do about a run.
+
+    Attributes:
+      text: for people.
+      keys: path -> value in the run file; None removes the key.
+      gpus: to run on instead; None: as many as now.
+    """
+
+    text: str
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    gpus: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"change": self.text, "keys": dict(self.keys), "gpus": self.gpus}
+
+
+def single_changes(run: RunFile, plan: Mapping[str, Any]) -> list[Change]:
+    """What of a run could be changed on its own to need less memory per device.
+
+    Args:
+      run: the run file.
+      plan: of it, as JSON.
+    """
+    changes = [*_smaller_microbatches(plan), *_higher_stages(run, plan)]
+    if run.config.model is not None and run.config.model.remat == "none":
+        changes.append(Change("model.remat: full", {"model.remat": "full"}))
+    return changes + _other_meshes(run, plan)
+
+
+def together(run: RunFile, plan: Mapping[str, Any]) -> Change | None:
+    """All of the changes that keep the GPUs, each at its most; None where there are not two."""
+    keys: dict[str, Any] = {}
+    texts = []
+    for change in single_changes(run, plan):
+        if change.gpus is None:
+            keys.update(change.keys)
+            texts.append(change.text)
+    last = {text.split(":")[0]: text for text in texts}
+    return Change(" and ".join(last.values()), keys) if len(last) > 1 else None
+
+
+def suggest(
+    run: RunFile, where: Where, plan: Mapping[str, Any], run_jobs: RunJobs
+) -> list[dict[str, Any]]:
+    """Compiles the single changes of a run that does not fit; all of them together if none is
+    enough.
+
+    Args:
+      run: the run file.
+      where: the cluster.
+      plan: of the run as it is, as JSON.
+      run_jobs: compiles.
+
+    Returns:
+      One entry per change, those that fit first, the fastest of them first: `change`, `keys`,
+      `gpus`, `fits`, `peak_bytes`, `limit_bytes`, `step_seconds`, or `error` with what refused it.
+    """
+    found = _compiled(single_changes(run, plan), run, where, run_jobs)
+    if not any(entry["fits"] for entry in found):
+        everything = together(run, plan)
+        if everything is not None:
+            found += _compiled([everything], run, where, run_jobs)
+    return sorted(found, key=_order)
+
+
+def _order(entry: Mapping[str, Any]) -> tuple[bool, bool, float]:
+    return (
+        not entry["fits"],
+        "error" in entry,
+        entry.get("step_seconds", 0.0) if entry["fits"] else entry.get("peak_bytes", 0),
+    )
+
+
+def _compiled(
+    changes: list[Change], run: RunFile, where: Where, run_jobs: RunJobs
+) -> list[dict[str, Any]]:
+    by_key = {str(number): change for number, change in enumerate(changes)}
+    jobs = [where.job(key, run.changed(change.keys), change.gpus) for key, change in by_key.items()]
+    found = []
+    for outcome in run_jobs(jobs):
+        entry = by_key[outcome.key].to_json()
+        if outcome.result is None:
+            entry |= {"fits": False, "error": outcome.error}
+        else:
+            memory = outcome.result["memory"]
+            entry |= {
+                "fits": outcome.result["fits"],
+                "peak_bytes": memory["peak_bytes"],
+                "limit_bytes": memory["limit_bytes"],
+                "step_seconds": outcome.result["step_seconds"],
+            }
+        found.append(entry)
+    return found
+
+
+def _smaller_microbatches(plan: Mapping[str, Any]) -> Iterator[Change]:
+    """Half the microbatch, and one row, the global batch as it is."""
+    micro = plan["micro_batch_size"]
+    rows = plan["train_batch_size"] // _shards(plan["mesh"])
+    for smaller in dict.fromkeys((micro // 2, 1)):
+        if 0 < smaller < micro and rows % smaller == 0:
+            yield Change(
+                f"train_micro_batch_size_per_gpu: {smaller}",
+                _batch(plan["train_batch_size"], smaller),
+            )
+
+
+def _higher_stages(run: RunFile, plan: Mapping[str, Any]) -> Iterator[Change]:
+    if _shards(plan["mesh"]) > 1:
+        for stage in range(plan["zero_stage"] + 1, 4):
+            yield Change(f"zero_optimization.stage: {stage}", {"zero_optimization.stage": stage})
+
+
+def _other_meshes(run: RunFile, plan: Mapping[str, Any]) -> list[Change]:
+    """Sharding over copies too, and twice the GPUs."""
+    mesh, found = plan["mesh"], []
+    if mesh["replica"] > 1 and plan["zero_stage"] > 0:
+        data = mesh["replica"] * mesh["data"]
+        keys = {
+            "mesh.replica": None,
+            "mesh.data": data,
+            "zero_optimization.mics_shard_size": None,
+        }
+        found.append(Change(f"mesh.data: {data} without copies", keys))
+    rows, micro = plan["train_batch_size"], plan["micro_batch_size"]
+    if plan["zero_stage"] > 0 and rows % (2 * micro * _shards(mesh)) == 0:
+        gpus = 2 * plan["gpus"]
+        keys = {"mesh.data": 2 * mesh["data"], **_batch(rows, micro)}
+        found.append(Change(f"{gpus} GPUs: mesh.data {2 * mesh['data']}", keys, gpus))
+    return found
+
+
+def _batch(rows: int, micro: int) -> dict[str, Any]:
+    return {
+        "train_batch_size": rows,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": None,
+    }
+
+
+def _shards(mesh: Mapping[str, int]) -> int:
+    return mesh["replica"] * mesh["data"] * mesh["expert"]
