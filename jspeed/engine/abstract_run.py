@@ -12,6 +12,8 @@ from jspeed.config import AutoFacts, Config
 from jspeed.core.errors import ConfigError
 from jspeed.data import Tokenizer
 from jspeed.engine.build import RunPlan
+from jspeed.layout.rules import axes_of
+from jspeed.layout.zero import Layout
 from jspeed.models import ModelFactory, build_model
 
 
@@ -107,3 +109,15 @@ def token_batch(config: Config, plan: RunPlan) -> dict[str, Any]:
     if data is not None and data.document_mask:
         names += ["segment_ids", "positions"]
     return {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in names}
+
+
+def idle_axes(layout: Layout) -> list[str]:
+    """A `tensor` axis that no rule names holds the same parameters on all of its devices."""
+    size = layout.sizes["tensor"]
+    entries = (entry for leaf in layout.leaves.values() for entry in leaf.base)
+    if size == 1 or any("tensor" in axes_of(entry) for entry in entries):
+        return []
+    return [
+        f'"mesh.tensor": {size}, but no rule splits a parameter over it: each is held {size} '
+        'times. Add rules as "mesh.rules".'
+    ]

@@ -17,6 +17,7 @@ from jspeed.core.errors import ConfigError
 from jspeed.engine.abstract_run import (
     abstract_facts,
     for_devices,
+    idle_axes,
     model_factory,
     token_batch,
 )
@@ -24,8 +25,6 @@ from jspeed.engine.build import mesh_shape, plan_run
 from jspeed.engine.state_explanation import explain_plan, gather_notes
 from jspeed.layout.explain import Explanation
 from jspeed.layout.mesh import AnyMesh, make_abstract_mesh
-from jspeed.layout.rules import axes_of
-from jspeed.layout.zero import Layout
 from jspeed.nn import language_model_loss
 from jspeed.training.program import Program, make_program
 
@@ -68,7 +67,7 @@ def explain_run(config: Config, *, devices: int | None = None) -> RunExplanation
     mesh = make_abstract_mesh(mesh_shape(*for_devices(config, devices, remarks)))
     config = config.resolve_auto(abstract_facts(config, remarks))
     plan = plan_run(_with_fitting_batch(config, mesh, remarks), program, mesh)
-    remarks += _idle_axes(plan.layout)
+    remarks += idle_axes(plan.layout)
     notes = gather_notes(program, language_model_loss, plan.layout, token_batch(config, plan))
     state = explain_plan(program, plan, notes)
     return RunExplanation(state, tuple(remarks), tuple(map(str, config.switched_on_later())))
@@ -80,18 +79,6 @@ def _program(config: Config, remarks: list[str]) -> Program:
         model = dataclasses.replace(config.model, attention=AttentionConfig("xla"))
         config = dataclasses.replace(config, model=model)
     return make_program(model_factory(config, platform="cpu", remarks=remarks))
-
-
-def _idle_axes(layout: Layout) -> list[str]:
-    """A `tensor` axis that no rule names holds the same parameters on all of its devices."""
-    size = layout.sizes["tensor"]
-    entries = (entry for leaf in layout.leaves.values() for entry in leaf.base)
-    if size == 1 or any("tensor" in axes_of(entry) for entry in entries):
-        return []
-    return [
-        f'"mesh.tensor": {size}, but no rule splits a parameter over it: each is held {size} '
-        'times. Add rules as "mesh.rules".'
-    ]
 
 
 def _with_fitting_batch(config: Config, mesh: AnyMesh, remarks: list[str]) -> Config:

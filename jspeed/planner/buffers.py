@@ -15,7 +15,7 @@ from pathlib import Path
 
 _ALLOCATION = re.compile(r"^allocation \d+: size (\d+), (.*)")
 _VALUE = re.compile(
-    r"^ value: <\d+ (\S+?)(?:\{([\d,]*)\})?(?: \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\)"
+    r"^ value: <\d+ (\S+?)(?:\{([\d,]*)\})?(?: \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\): (.*)"
 )
 _RANGE = re.compile(r"^ {4}(\S+?)\{([\d,]*)\}:(\d+)-(\d+)$")
 _ASSIGNMENT, _RANGES = "*buffer-assignment.txt", "*live-range.txt"
@@ -33,11 +33,13 @@ class LiveValue:
       name: of the instruction that makes it.
       index: of the element, where the instruction makes a tuple.
       bytes: on one device.
+      type: of the array, as `bf16[2,3]{1,0}`.
     """
 
     name: str
     index: tuple[int, ...]
     bytes: int
+    type: str = ""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class _Place:
     key: Key
     offset: int
     size: int
+    type: str
 
 
 def read_live(folder: Path) -> tuple[LiveValue, ...]:
@@ -81,9 +84,9 @@ def _temporaries(lines: Iterable[str]) -> list[_Place]:
             if inside:
                 smallest = int(header.group(1)) * _SMALLEST_SHARE
         elif inside and (match := _VALUE.match(line)):
-            name, index, size, offset = match.groups()
+            name, index, size, offset, kind = match.groups()
             if int(size) >= smallest:
-                found.append(_Place((name, _index(index)), int(offset), int(size)))
+                found.append(_Place((name, _index(index)), int(offset), int(size), kind))
         elif line.startswith(("Total", "Used values")):
             inside = False
     return found
@@ -138,4 +141,4 @@ def _first_of_each(places: list[_Place]) -> tuple[LiveValue, ...]:
             for other in kept
         ):
             kept.append(place)
-    return tuple(LiveValue(*place.key, place.size) for place in kept)
+    return tuple(LiveValue(*place.key, place.size, place.type) for place in kept)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from jspeed.planner.pool import Job
 
 _NOISE = ("written to STDERR", "cudart_stub.cc", "*** Check failure stack trace", "    @ ")
+_FATAL = re.compile(r"F\d{4} ")
 _LONGEST = 600
 
 
@@ -141,6 +143,6 @@ class Child:
         text = self._errors.read().decode(errors="replace")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         lines = [line for line in lines if not any(noise in line for noise in _NOISE)]
-        checks = [line for line in lines if "Check fail" in line or line.startswith("F")]
+        checks = [line for line in lines if "Check fail" in line or _FATAL.match(line)]
         line = (checks or lines or ["it said nothing"])[-1]
         return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."

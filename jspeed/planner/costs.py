@@ -66,7 +66,7 @@ class Costs:
         opcode = instruction.opcode
         if opcode in FREE or opcode.endswith("-done"):
             return Cost()
-        if opcode == "fusion":
+        if opcode in ("fusion", "fusion-start"):
             inner = self._callee(instruction)
             return Cost(self._inside(inner), self._fusion_bytes(computation, instruction, inner))
         if opcode == "custom-call":

@@ -5,24 +5,22 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jspeed.layout.explain import Explanation
 from jspeed.layout.rules import axes_of
 from jspeed.layout.zero import Role
-from jspeed.planner.buffers import LiveValue
 from jspeed.planner.compiled import Compiled
-from jspeed.planner.hlo import ArrayType, Computation, Instruction, Module
-from jspeed.planner.origins import Origins, by_name
+from jspeed.planner.hlo import ArrayType, Instruction, array_types
+from jspeed.planner.origins import Origins
+from jspeed.planner.sources import Sources
 
 GRADIENTS, WEIGHTS = "gradients", "gathered weights"
 ACTIVATIONS, OTHER = "activations", "other temporaries"
 TEMPORARY_ROLES: tuple[str, ...] = (GRADIENTS, WEIGHTS, ACTIVATIONS, OTHER)
 _LARGEST = 12
-_LOOPS_DEEP = 8
-_MOVES = frozenset({"dynamic-update-slice", "bitcast", "copy", "reshape", "transpose"})
 _GATHERED = re.compile(r"\bgather\.([\w.\-]+)")
 _GATHER = re.compile(r"\bgather\.|\ball_gather\b")
 _REDUCE = re.compile(r"\breduce_scatter\b|\bpsum\b|\bgradient_sums\b")
@@ -168,167 +166,48 @@ def temporaries_at_peak(
     Args:
       compiled: the step.
       origins: of its instructions.
-      gradients: the shapes that gradients have, with the parameters; fp32 arrays of such a shape
-        count as gradients.
+      gradients: the shapes that gradients have, with the parameters. An array of such a shape
+        counts as a gradient if it is fp32 or from the backward pass.
     """
-    gradients = gradients or {}
-    module = compiled.module
-    instructions, loops = by_name(module), _loops(module)
-    found = []
+    sources, found = Sources(compiled.module), []
     for value in compiled.live:
-        instruction = instructions.get(value.name)
-        if instruction is None:
-            continue
-        source = _source(module, instruction, value, loops)
-        array = _array(instruction, value)
-        role = _role(instruction, source)
-        if role is not WEIGHTS and array and array.dtype == "f32" and array.shape in gradients:
-            role = GRADIENTS
-        named = _parameter(role, instruction, source, gradients.get(array.shape) if array else ())
+        array = next(iter(array_types(value.type)), None)
         written = f"{array.dtype}[{','.join(map(str, array.shape))}]" if array else "?"
+        instruction = sources.instruction(value.name, array)
+        if instruction is None:
+            found.append(Buffer(value.bytes, OTHER, written, ""))
+            continue
+        source = sources.of(instruction, value.index)
+        paths = (gradients or {}).get(array.shape, ()) if array else ()
+        role = _role(instruction, source, array, paths)
+        named = _parameter(role, instruction, source, paths)
         found.append(Buffer(value.bytes, role, written, named or origins.of(source)))
     return found
 
 
-@dataclass(frozen=True)
-class _Loop:
-    """A loop, where it stands, and its body."""
-
-    computation: Computation
-    instruction: Instruction
-    body: Computation
-
-
-def _loops(module: Module) -> list[_Loop]:
-    return [
-        _Loop(computation, instruction, module.computations[body])
-        for computation in module.computations.values()
-        for instruction in computation.instructions
-        if instruction.opcode == "while"
-        for body in instruction.called()
-    ]
-
-
-def _source(
-    module: Module, instruction: Instruction, value: LiveValue, loops: Iterable[_Loop]
-) -> Instruction:
-    """The instruction that says most of where a value comes from.
-
-    What a loop carries starts as zeros that say nothing; the loop's body fills it.
-    """
-    for _ in range(_LOOPS_DEEP):
-        step = _into_loop(instruction, value.index, loops)
-        if step is None:
-            return instruction
-        body, index = step
-        written = _written(module, body, index)
-        if written is None or written.name == instruction.name:
-            return instruction
-        if written.opcode == "while":  # an inner loop fills it
-            found = next(loop for loop in loops if loop.instruction.name == written.name)
-            inner = _written(module, found.body, _index_of(body, index) or index)
-            return inner or instruction
-        return written
-    return instruction
-
-
-def _into_loop(
-    instruction: Instruction, index: tuple[int, ...], loops: Iterable[_Loop]
-) -> tuple[Computation, int] | None:
-    """The body of the loop that carries a value, and at which place."""
-    for loop in loops:
-        if index and loop.instruction.name == instruction.name:
-            return loop.body, index[0]
-        if instruction.opcode == "parameter" and index and instruction.name in loop.body.by_name:
-            return loop.body, index[0]
-        start = loop.computation.by_name.get(loop.instruction.operands[0])
-        if start is not None and start.opcode == "tuple" and instruction.name in start.operands:
-            return loop.body, start.operands.index(instruction.name)
-    return None
-
-
-def _written(module: Module, body: Computation, index: int) -> Instruction | None:
-    """What a loop's body puts at one place of what it carries."""
-    root = body.root
-    if root.opcode != "tuple" or index >= len(root.operands):
-        return None
-    found = body.by_name.get(root.operands[index])
-    seen = 0
-    while found is not None and seen < _LOOPS_DEEP:
-        seen += 1
-        if found.opcode == "get-tuple-element" or found.opcode in (
-            "bitcast",
-            "copy",
-            "copy-done",
-            "copy-start",
-        ):
-            found = body.by_name.get(found.operands[0])
-        elif found.opcode == "parameter":
-            return None
-        else:
-            return _put(module, body, found)
-    return found
-
-
-def _put(module: Module, body: Computation, update: Instruction) -> Instruction:
-    """Of an update in place, the instruction that says most of what is put there."""
-    best = update
-    computation, found = body, update
-    for _ in range(_LOOPS_DEEP):
-        if found.opcode == "fusion":
-            outer = found
-            computation = module.computations[(found.attribute("calls") or "").lstrip("%")]
-            chain = _followed(computation, computation.root)
-            found = chain[-1]
-            if found.opcode == "parameter":
-                computation = body
-                found = body.by_name[outer.operands[int(found.operands[0])]]
-        else:
-            chain = _followed(computation, found)
-            found = chain[-1]
-        named = [one for one in (*chain, found) if "dynamic_update_slice" not in one.op_name]
-        named = [one for one in named if one.op_name]
-        best = named[-1] if named else best
-        if found.opcode != "fusion" or found is update:
-            return best
-        update = found
-    return best
-
-
-def _followed(computation: Computation, instruction: Instruction) -> list[Instruction]:
-    """An instruction, and what it takes through updates, copies and reshapes."""
-    chain = [instruction]
-    while chain[-1].opcode in _MOVES:
-        position = 1 if chain[-1].opcode == "dynamic-update-slice" else 0
-        chain.append(computation.by_name[chain[-1].operands[position]])
-    return chain
-
-
-def _index_of(body: Computation, index: int) -> int | None:
-    """The place in an inner loop's tuple of what stands at `index` of a body's."""
-    element = body.by_name.get(body.root.operands[index])
-    if element is not None and element.opcode == "get-tuple-element":
-        return int(element.attribute("index") or 0)
-    return None
-
-
-def _role(instruction: Instruction, source: Instruction) -> str:
+def _role(
+    instruction: Instruction,
+    source: Instruction,
+    array: ArrayType | None,
+    paths: Sequence[str],
+) -> str:
+    """What a temporary is; `paths` are the parameters of its shape."""
     for one in (instruction, source):
         name, opcode = one.op_name, one.opcode
         if opcode.startswith("all-gather") or _GATHER.search(name):
             return WEIGHTS
         if opcode.startswith(("reduce-scatter", "all-reduce")) or _REDUCE.search(name):
             return GRADIENTS
-    for one in (source, instruction):
-        if "transpose(" in one.op_name:
-            return OTHER
-        if "jvp(" in one.op_name:
-            return ACTIVATIONS
-    return OTHER
+    backward = any("transpose(" in one.op_name for one in (source, instruction))
+    if paths and array is not None and (array.dtype == "f32" or backward):
+        return GRADIENTS
+    if backward or not any("jvp(" in one.op_name for one in (source, instruction)):
+        return OTHER
+    return ACTIVATIONS
 
 
 def _parameter(
-    role: str, instruction: Instruction, source: Instruction, paths: Sequence[str] | None
+    role: str, instruction: Instruction, source: Instruction, paths: Sequence[str]
 ) -> str:
     """The parameter that a weight or gradient belongs to, as far as known."""
     if role is WEIGHTS:
@@ -339,12 +218,3 @@ def _parameter(
     if role is GRADIENTS and paths:
         return " or ".join(paths)
     return ""
-
-
-def _array(instruction: Instruction, value: LiveValue) -> ArrayType | None:
-    """The array that a value is, of those in its instruction's result."""
-    arrays = instruction.arrays()
-    place = value.index[0] if value.index else len(arrays)
-    if place < len(arrays) and arrays[place].bytes == value.bytes:
-        return arrays[place]
-    return next((array for array in arrays if array.bytes == value.bytes), None)

@@ -16,7 +16,7 @@ from typing import Any
 
 from flax import nnx
 
-from jspeed.planner.hlo import Instruction, Module
+from jspeed.planner.hlo import Instruction
 
 _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 _FIELD = re.compile(r"(\w+)=(\d+)")
@@ -74,7 +74,8 @@ class Origins:
             file = self._name("FileNames", place.get("file_name_id"))
             if not any(part in file for part in _OUTSIDE):
                 function = self._name("FunctionNames", place.get("function_name_id"))
-                chain.append(Frame(function, file, int(place.get("line", 0))))
+                if function != "<module>":  # a script that only starts it all
+                    chain.append(Frame(function, file, int(place.get("line", 0))))
             at = int(fields.get("parent_frame_id", 0)) - self._offset
         return chain[::-1]
 
@@ -159,12 +160,3 @@ def _head(text: str) -> Iterable[str]:
         if line.startswith(("%", "ENTRY")):
             return
         yield line
-
-
-def by_name(module: Module) -> dict[str, Instruction]:
-    """Every instruction of a module by its name, which is unique."""
-    return {
-        instruction.name: instruction
-        for computation in module.computations.values()
-        for instruction in computation.instructions
-    }

@@ -14,7 +14,13 @@ from jax.sharding import NamedSharding
 
 from jspeed.config import Config
 from jspeed.core.errors import ConfigError
-from jspeed.engine.abstract_run import abstract_facts, for_devices, model_factory, token_batch
+from jspeed.engine.abstract_run import (
+    abstract_facts,
+    for_devices,
+    idle_axes,
+    model_factory,
+    token_batch,
+)
 from jspeed.engine.build import RunPlan, mesh_shape, plan_run
 from jspeed.engine.compilation import jit_step
 from jspeed.engine.state_explanation import explain_plan
@@ -148,6 +154,7 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
     mesh = cluster.mesh(mesh_shape(config, devices))
     config = config.resolve_auto(abstract_facts(config, remarks))
     run = plan_run(config, program, mesh)
+    remarks += idle_axes(run.layout)
     compiled, batch_bytes = _compile(config, program, run, described=described)
     if STAND_IN in compiled.text:
         remarks.append(
@@ -240,6 +247,8 @@ def summarise(collectives: Sequence[Collective]) -> tuple[Traffic, ...]:
     """One entry per kind, axes and dtype: how often, and the bytes of all of them, whole."""
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for one in collectives:
+        if not one.axes:  # every device is on its own
+            continue
         key = (one.kind, "+".join(one.axes), one.dtype)
         entry = found.setdefault(
             key,

@@ -109,7 +109,7 @@ def run_jobs(
       base_environment: of every worker; `environment()` when None.
 
     Raises:
-      JspeedError: a worker does not even start.
+      JspeedError: no worker starts.
     """
     pool = _Pool(
         iter(jobs),
@@ -144,6 +144,7 @@ class _Pool:
         self._children: list[Child] = []
         self._alone: deque[Job] = deque()
         self._retried: set[str] = set()
+        self._started = False
         self._selector = selectors.DefaultSelector()
 
     def outcomes(self) -> Iterator[Outcome]:
@@ -200,6 +201,7 @@ class _Pool:
         if child not in self._children:  # dropped meanwhile
             return None
         state, answer = child.read()
+        self._started = self._started or child.ready
         if state is ChildState.SILENT:
             return None
         job, seconds = child.job, child.seconds(time.monotonic())
@@ -224,9 +226,10 @@ class _Pool:
 
     def _ended(self, child: Child, job: Job, seconds: float, started: bool) -> Outcome | None:
         if not started:
-            raise JspeedError(
-                f"A compile worker does not start (exit code {child.code}): {child.last_words()}"
-            )
+            text = f"a worker does not start ({child.how_it_ended()}): {child.last_words()}"
+            if not self._started:  # nor will any other
+                raise JspeedError(text)
+            return Outcome(job.key, Ending.FAILED, None, text, seconds)
         if child.was_killed:
             return self._for_memory(job, seconds, "the system ended it, most likely for memory")
         text = f"the compiler ended its process ({child.how_it_ended()}): {child.last_words()}"
@@ -247,8 +250,7 @@ class _Pool:
             assert child.job is not None
             if not child.ready and child.seconds(now) > _START_SECONDS:
                 raise JspeedError(
-                    f"A compile worker does not start within {_START_SECONDS:.0f} s: "
-                    f"{child.last_words()}"
+                    f"a worker does not start within {_START_SECONDS:.0f} s: {child.last_words()}"
                 )
             if child.ready and child.seconds(now) > self._timeout:
                 job, seconds = child.job, child.seconds(now)

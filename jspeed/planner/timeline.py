@@ -102,6 +102,8 @@ class _Walk:
             waited = [ends[name] for name in instruction.operands if name in ends]
             if carried is not None:
                 axes, seconds = self._collective(carried)
+                if not axes:  # every device is on its own
+                    continue
                 spent.network[axes] += seconds
                 if carried.asynchronous:
                     begin = max(spent.seconds, free_at[axes])
@@ -124,7 +126,7 @@ class _Walk:
         if axes not in self._links:
             self._links[axes] = self.cluster.link(axes, self.sizes)
         seconds = collective_seconds(carried.kind, carried.bytes, self._links[axes])
-        return "+".join(axes) or "none", seconds
+        return "+".join(axes), seconds
 
     def _instruction(self, computation: Computation, instruction: Instruction) -> Spent:
         opcode = instruction.opcode

@@ -19,7 +19,15 @@ from jspeed.planner.pool import Ending
 
 FILE = "rows.jsonl"
 # What names files and reports, and changes nothing in the compiled step.
-_NO_PART_OF_A_STEP = ("run", "tensorboard", "csv_monitor", "wandb", "sweep", "autotuning")
+_NO_PART_OF_A_STEP = (
+    "run",
+    "cluster",
+    "tensorboard",
+    "csv_monitor",
+    "wandb",
+    "sweep",
+    "autotuning",
+)
 _COMPILERS = ("jax", "jaxlib", "flax", "jax-cuda12-plugin", "jax-cuda13-plugin")
 _TRY_AGAIN = (Ending.TIMEOUT, Ending.MEMORY, Ending.FAILED)
 
