@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from jspeed.core.errors import JspeedError
 from jspeed.planner.buffers import LiveValue, read_live
@@ -111,11 +112,17 @@ def compile_uncached(lowered: Any, options: Mapping[str, Any] | None = None) -> 
       options: for the compiler, beside those of the jit.
     """
     enabled = jax.config.values["jax_enable_compilation_cache"]
-    jax.config.update("jax_enable_compilation_cache", False)
+    _use_cache(False)
     try:
         return lowered.compile(dict(options) if options else None)
     finally:
-        jax.config.update("jax_enable_compilation_cache", enabled)
+        _use_cache(enabled)
+
+
+def _use_cache(enabled: bool) -> None:
+    """JAX asks once whether there is a cache, and remembers."""
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    compilation_cache.reset_cache()
 
 
 def _refusal(message: str) -> str:

@@ -72,10 +72,10 @@ class Origins:
             fields = dict(_FIELD.findall(frames[at]))
             place = dict(_FIELD.findall(places.get(int(fields["file_location_id"]), "")))
             file = self._name("FileNames", place.get("file_name_id"))
-            if not any(part in file for part in _OUTSIDE):
-                function = self._name("FunctionNames", place.get("function_name_id"))
-                if function != "<module>":  # a script that only starts it all
-                    chain.append(Frame(function, file, int(place.get("line", 0))))
+            function = self._name("FunctionNames", place.get("function_name_id"))
+            starts = function == "<module>" or file.startswith("<")  # what only starts it all
+            if not starts and not any(part in file for part in _OUTSIDE):
+                chain.append(Frame(function, file, int(place.get("line", 0))))
             at = int(fields.get("parent_frame_id", 0)) - self._offset
         return chain[::-1]
 
@@ -110,7 +110,7 @@ def scope_names(op_name: str) -> list[str]:
     `jit(train_step)/while/body/transpose(jvp(attn))/dot_general` -> `["attn", "dot_general"]`.
     """
     found = []
-    for part in op_name.split("/"):
+    for part in op_name.replace("\\'", "'").split("/"):
         inner = part
         while match := re.fullmatch(r"(?:jvp|transpose|vmap|jit|remat)\((.*)\)", inner):
             if part.startswith("jit("):

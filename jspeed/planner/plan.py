@@ -24,7 +24,10 @@ from jspeed.engine.abstract_run import (
 from jspeed.engine.build import RunPlan, mesh_shape, plan_run
 from jspeed.engine.compilation import jit_step
 from jspeed.engine.state_explanation import explain_plan
-from jspeed.layout.explain import Explanation
+from jspeed.layout.explain import Explanation, Share
+from jspeed.layout.mesh import ZERO_AXES
+from jspeed.layout.rules import axes_of
+from jspeed.layout.zero import Role
 from jspeed.models import ModelFactory
 from jspeed.nn import language_model_loss
 from jspeed.nn.attention import STAND_IN
@@ -121,13 +124,32 @@ class Plan:
             "tokens_per_second": self.tokens_per_second,
             "mfu": self.mfu,
             "bound": time.bound,
-            "kept_whole": [
-                {"path": leaf.path, "because": leaf.whole_because}
-                for leaf in self.state.stayed_whole
-            ],
+            "kept_whole": kept_whole(self.state),
             "suggestions": [],
             "remarks": list(self.remarks),
         }
+
+
+def kept_whole(state: Explanation) -> list[dict[str, str]]:
+    """The parameters that every device holds whole although the ZeRO stage splits, with the reason;
+    also those for which the layout gives none, judged by where their arrays live."""
+    splits = state.stage > 0 and math.prod(state.sizes[axis] for axis in ZERO_AXES) > 1
+    roles = {Role.MOMENTS}
+    if state.stage == 3 or state.compute_dtype != "float32":  # in fp32 the master is the parameter
+        roles.add(Role.MASTER)
+    found = []
+    for leaf in state.leaves:
+        shares = [leaf.shares[role] for role in roles if role in leaf.shares]
+        because = leaf.whole_because
+        if not because and splits and not all(map(_over_zero_axes, shares)):
+            because = f"no reason is known; stage {state.stage} was to split it"
+        if because:
+            found.append({"path": leaf.path, "because": because})
+    return found
+
+
+def _over_zero_axes(share: Share) -> bool:
+    return any(axis in ZERO_AXES for entry in share.spec for axis in axes_of(entry))
 
 
 def make_plan(config: Config, cluster: Cluster) -> Plan:

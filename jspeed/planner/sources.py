@@ -73,6 +73,8 @@ class Sources:
           index: of the value, where the instruction makes a tuple.
         """
         found = self._through_loops(instruction, index)
+        if found is instruction:
+            found = self._put(self._owners[instruction.name], instruction)
         if found.op_name:
             return found
         return self._back(found) or found
@@ -155,9 +157,9 @@ class Sources:
         """Of a copy or conversion without a name, what it is made from."""
         found = instruction
         for _ in range(_DEEPEST):
-            if not found.operands or found.opcode in ("parameter", "constant"):
+            owner = self._owners.get(found.name)
+            if owner is None or not found.operands or found.opcode in ("parameter", "constant"):
                 return None
-            owner = self._owners[found.name]
             index: tuple[int, ...] = ()
             if found.opcode == "get-tuple-element":
                 index = (int(found.attribute("index") or 0),)
