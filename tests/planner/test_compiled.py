@@ -39,8 +39,8 @@ def test_a_refusal_of_the_compiler_is_one_line(message, text):
 
 def test_sizes_are_those_of_the_arrays_and_the_peak_counts_shared_memory_once():
     def step(state, x):
-        inner = jnp.tanh(x @ x)
-        return state + 1.0, jnp.tanh(inner @ inner).sum()
+        # Sorts, since XLA hands matrix products on CPUs to a library with memory of its own.
+        return state + 1.0, jnp.sort(jnp.sort(x, axis=0), axis=1)[0, 0]
 
     state = jax.ShapeDtypeStruct((1000,), jnp.float32)
     x = jax.ShapeDtypeStruct((256, 256), jnp.float32)
@@ -50,7 +50,6 @@ def test_sizes_are_those_of_the_arrays_and_the_peak_counts_shared_memory_once():
     results = compiled.output_bytes - compiled.alias_bytes
     assert compiled.peak_bytes == compiled.argument_bytes + results + compiled.temporary_bytes
     assert compiled.temporary_bytes >= 256 * 256 * 4
-    # The product of two products is alive with its operand.
     assert compiled.live[0].bytes == 256 * 256 * 4
     assert sum(value.bytes for value in compiled.live) <= compiled.temporary_bytes
 
