@@ -83,9 +83,13 @@ def volume_line(volume: Plan) -> str:
 
 
 def time_line(plan: Plan) -> str:
+    if plan["tokens_per_second"] is not None:
+        rate = f"{plan['tokens_per_second']:,.0f} tokens/s"
+    else:
+        rate = f"{plan['samples_per_second']:,.1f} samples/s"
+    mfu = "" if plan["mfu"] is None else f", MFU {plan['mfu']:.1%}"
     return (
-        f"A step takes {seconds_text(plan['step_seconds'])} (predicted): "
-        f"{plan['tokens_per_second']:,.0f} tokens/s, MFU {plan['mfu']:.1%}, bound by "
+        f"A step takes {seconds_text(plan['step_seconds'])} (predicted): {rate}{mfu}, bound by "
         f"{part_text(plan['bound'])}"
     )
 

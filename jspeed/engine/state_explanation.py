@@ -110,11 +110,13 @@ def gather_notes(
 
 
 def microbatch_shapes(batch: Any, plan: RunPlan) -> Any:
-    """The shapes of one global microbatch, of a batch with any number of rows."""
+    """The shapes of one global microbatch, of a batch (arrays or shapes) with any number of
+    rows."""
     rows = plan.batch.micro_batch_size * plan.layout.batch_shards
 
     def shape(leaf: Any) -> jax.ShapeDtypeStruct:
-        dtype = jax.dtypes.canonicalize_dtype(np.asarray(leaf).dtype)
+        given = leaf.dtype if isinstance(leaf, jax.ShapeDtypeStruct) else np.asarray(leaf).dtype
+        dtype = jax.dtypes.canonicalize_dtype(given)
         return jax.ShapeDtypeStruct((rows, *np.shape(leaf)[1:]), dtype)
 
     return jax.tree.map(shape, batch)
