@@ -66,7 +66,9 @@ def test_a_model_of_ones_own_on_described_gpus(kind):
     # Three products of each layer but the first, which gives no gradient to the input.
     rows = 8
     assert plan.flops == pytest.approx(2 * rows * (2 * 256 * 512 + 3 * 512 * 16), rel=0.01)
-    assert plan.volume.compiled == pytest.approx(3, rel=0.02)
+    # One gather and one reduction: of a model this short XLA joins the gathers of both passes.
+    assert plan.volume.compiled == pytest.approx(2, rel=0.02)
+    assert plan.volume.paper == 3
     assert plan.tokens_per_second is None
     assert plan.mfu is None
     json = plan.to_json()
