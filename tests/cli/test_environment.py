@@ -116,6 +116,28 @@ def test_virtual_devices_are_not_silently_ignored(monkeypatch: pytest.MonkeyPatc
     )
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "share"),
+    [
+        (None, "", ".90"),
+        ("XLA_CLIENT_MEM_FRACTION", ".5", ".5"),
+        ("XLA_PYTHON_CLIENT_MEM_FRACTION", ".6", None),  # JAX refuses both together
+    ],
+)
+def test_xla_gets_the_share_of_memory_that_plans_count_on(
+    monkeypatch: pytest.MonkeyPatch, variable: str | None, value: str, share: str | None
+) -> None:
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION", "JAX_PLATFORMS"):
+        monkeypatch.delenv(name, raising=False)
+    if variable is not None:
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(environment, "has_accelerator", lambda: True)
+    monkeypatch.setattr(environment, "_import_jax", lambda: None)
+    environment.prepare_jax(load_config({"train_batch_size": 8}))
+    assert os.environ.get("XLA_CLIENT_MEM_FRACTION") == share
+    os.environ.pop("XLA_CLIENT_MEM_FRACTION", None)
+
+
 def test_only_noise_is_dropped(capfd: pytest.CaptureFixture[str]) -> None:
     with without_noise() as heard:
         os.write(2, b"WARNING: All log messages before absl::InitializeLog() is called are written")
