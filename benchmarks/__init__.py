@@ -1,1 +1,4 @@
-"""Timings that jspeed is held to. Each script prints a table and fails where a limit is passed."""
+"""What jspeed is held to: timings, predictions, and claims that compiled plans can check.
+
+Each script prints a table; those with a limit fail where it is passed.
+"""

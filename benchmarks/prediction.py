@@ -32,7 +32,7 @@ import typer
 from jspeed.planner.pool import Ending
 from jspeed.planner.resources import cores
 from jspeed.planner.sweep import Candidate, Row, RunFile
-from jspeed.planner.sweep.measure import Place, measure, on_cpu
+from jspeed.planner.sweep.measure import Place, measure, on_cpu, spearman
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "prediction.md"
 LOSS_LIMIT = 2e-5
@@ -193,11 +193,17 @@ def times_text(devices: int, result: Mapping[str, Any]) -> str:
     ratios = [trial["measured_seconds"] / trial["predicted_seconds"] for trial in trials]
     fastest = min(trial["measured_seconds"] for trial in trials)
     chosen = trials[0]["measured_seconds"]
+    undisturbed = spearman(
+        [trial["predicted_seconds"] for trial in trials],
+        [min(trial["measured_steps"]) for trial in trials],
+    )
     plural = "s" if devices > 1 else ""
     return paragraph(
         f"### {devices} device{plural} on {devices} core{plural}\n",
         f"{len(trials)} layouts: rank correlation (Spearman) "
-        f"**{measured['rank_correlation']:.2f}**. Measured over predicted: {min(ratios):.2f} to "
+        f"**{measured['rank_correlation']:.2f}** (by each layout's fastest step, which other work "
+        f"on the machine disturbs least: {undisturbed:.2f}). Measured over predicted: "
+        f"{min(ratios):.2f} to "
         f"{max(ratios):.2f}, median {statistics.median(ratios):.2f}. The layout that was predicted "
         f"to be the fastest takes {chosen / fastest:.2f} times as long as the fastest.\n",
         table(trials),
@@ -226,10 +232,13 @@ def page(layouts: Layouts, times: Mapping[int, Mapping[str, Any]]) -> str:
     return paragraph(
         "# Predictions beside measurements\n",
         f"Written by `python -m benchmarks.prediction` on {cores()} cores "
-        f"({platform.machine()}), JAX {jax.__version__}, Python {platform.python_version()}.\n",
+        f"({platform.machine()}), JAX {jax.__version__}, Python {platform.python_version()}; "
+        f"the load average over the last 15 minutes was {os.getloadavg()[2]:.1f}, and what of it "
+        f"is above {cores()} is other work that the times below are disturbed by.\n",
         "What this can show is limited. A mesh on described GPUs cannot be timed without them, so "
-        "no prediction for a GPU is tested here: only that the compiled program, the FLOPs, bytes "
-        "and collectives counted in it, and the measured figures of a device give an order that "
+        "no prediction for a GPU is tested here: only whether the compiled program, the FLOPs, "
+        "bytes and collectives counted in it, and the measured figures of a device give "
+        "an order that "
         "the device confirms. On CPUs the network is shared memory and nothing overlaps.\n",
         layouts_text(layouts),
         "## Predicted and measured step times\n",

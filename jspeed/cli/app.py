@@ -37,6 +37,12 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as run.steps=10. Repeatable."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Gpu = Annotated[
+    str | None,
+    typer.Option("--gpu", metavar="TARGET", help="A name or a .json file, see jspeed targets."),
+]
+Gpus = Annotated[int | None, typer.Option("--gpus", min=1, help="Devices in all.")]
+GpusPerHost = Annotated[int | None, typer.Option("--gpus-per-host", min=1)]
 
 
 def _print_version(wanted: bool) -> None:
@@ -144,12 +150,9 @@ def targets(
 @app.command()
 def plan(
     run: RunFile,
-    gpu: Annotated[
-        str | None,
-        typer.Option("--gpu", metavar="TARGET", help="A name or a .json file, see jspeed targets."),
-    ] = None,
-    gpus: Annotated[int | None, typer.Option("--gpus", min=1, help="Devices in all.")] = None,
-    gpus_per_host: Annotated[int | None, typer.Option("--gpus-per-host", min=1)] = None,
+    gpu: Gpu = None,
+    gpus: Gpus = None,
+    gpus_per_host: GpusPerHost = None,
     set_: Overrides = None,
     json: AsJson = False,
 ) -> None:
@@ -165,12 +168,9 @@ def plan(
 @app.command()
 def sweep(
     run: RunFile,
-    gpu: Annotated[
-        str,
-        typer.Option("--gpu", metavar="TARGET", help="A name or a .json file, see jspeed targets."),
-    ],
-    gpus: Annotated[int, typer.Option("--gpus", min=1, help="Devices in all.")],
-    gpus_per_host: Annotated[int, typer.Option("--gpus-per-host", min=1)] = 8,
+    gpu: Gpu = None,
+    gpus: Gpus = None,
+    gpus_per_host: GpusPerHost = None,
     axes: Annotated[
         str | None,
         typer.Option("--axes", help="Mesh axes that vary, as data,tensor; same as sweep.axes."),
@@ -207,7 +207,8 @@ def sweep(
         overrides.append(f"sweep.axes={as_json([axis.strip() for axis in axes.split(',')])}")
     if measure_steps is not None:
         overrides.append(f"sweep.measure_last_step={measure_steps}")
-    load_config(run, overrides=tuple(overrides))  # now rather than after JAX is imported
+    loaded = load_config(run, overrides=tuple(overrides))  # now rather than after JAX is imported
+    asked = cluster_asked(loaded, gpu=gpu, gpus=gpus, gpus_per_host=gpus_per_host)
     platform_wanted = os.environ.get("JAX_PLATFORMS")
     prepare_jax_on_cpu()
     from jspeed.cli.sweep import SweepRequest, sweep_command
@@ -215,9 +216,7 @@ def sweep(
     request = SweepRequest(
         run=run,
         overrides=overrides,
-        target=gpu,
-        gpus=gpus,
-        gpus_per_host=gpus_per_host,
+        cluster=asked,
         top=top,
         jobs=jobs,
         output=output,

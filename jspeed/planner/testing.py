@@ -1,8 +1,15 @@
-"""Compiles the real train step for described GPUs, for tests that count what it communicates."""
+"""Compiles the real train step of any model for described GPUs, for tests of what it communicates
+and holds.
+
+    step = compile_step(program, loss_fn, batch, shape=resolve_mesh(devices=8), stage=3)
+    gathers = [one for one in step.collectives if one.kind == "all-gather"]
+    assert sum(one.count for one in gathers) == 2 * layers
+    assert step.peak_bytes < 20 * 2**30
+"""
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +23,7 @@ from jspeed.layout.compiler_options import CommunicationSettings, compiler_optio
 from jspeed.layout.mesh import MeshShape
 from jspeed.layout.rules import Rule
 from jspeed.layout.zero import Layout, ZeroSettings, place
-from jspeed.planner.collectives import Collective, Overlap, collectives, overlaps
+from jspeed.planner.compiled import Compiled, compile_lowered
 from jspeed.planner.targets import described_mesh
 from jspeed.training.gradients import GradientSettings
 from jspeed.training.program import LossFn, Program
@@ -24,35 +31,17 @@ from jspeed.training.state import abstract_parameters, abstract_state
 from jspeed.training.step import StepSettings, make_train_step
 
 
-@dataclass(frozen=True)
-class CompiledStep:
-    """A compiled train step and what its text and memory analysis say; sizes are per device.
+@dataclass(frozen=True, kw_only=True)
+class CompiledStep(Compiled):
+    """A compiled train step; sizes are bytes on one device.
 
     Attributes:
-      text: of the compiled module.
       layout: that it was compiled for.
       parameters: number of elements of all parameters.
-      argument_bytes: state and batch.
-      temporary_bytes: what the step needs beside its arguments and results.
-      alias_bytes: of arguments whose memory results take over.
     """
 
-    text: str
     layout: Layout
     parameters: int
-    argument_bytes: int
-    temporary_bytes: int
-    alias_bytes: int
-
-    @functools.cached_property
-    def collectives(self) -> list[Collective]:
-        """Every array that travels, with the axes it travels over."""
-        return collectives(self.text, self.layout.sizes)
-
-    @functools.cached_property
-    def overlaps(self) -> list[Overlap]:
-        """What stands between start and end of each asynchronous collective."""
-        return overlaps(self.text)
 
 
 def compile_step(
@@ -73,6 +62,8 @@ def compile_step(
 ) -> CompiledStep:
     """Compiles the train step that training runs, for GPUs that need not be there.
 
+    Counts and bytes are the compiler's: collectives inside loops count with the loops' trip counts.
+
     Args:
       program: of the model, from `make_program`.
       loss_fn: as for training.
@@ -90,6 +81,8 @@ def compile_step(
 
     Raises:
       MissingExtraError: the CUDA compiler plugin is not installed.
+      LayoutError: a sharding rule does not fit the parameter it matches.
+      CompileError: XLA refuses the program.
     """
     mesh = described_mesh(target, shape)
     params, _ = abstract_parameters(program)
@@ -120,31 +113,10 @@ def compile_step(
         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None),
         compiler_options=dict(options),
     ).lower(state, _batch_shapes(batch, layout, accumulation))
-    compiled = compile_described(lowered)
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None, "XLA gave no memory analysis"
-    assert text is not None, "XLA gave no program text"
-    return CompiledStep(
-        text=text,
-        layout=layout,
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
-        argument_bytes=memory.argument_size_in_bytes,
-        temporary_bytes=memory.temp_size_in_bytes,
-        alias_bytes=memory.alias_size_in_bytes,
-    )
-
-
-def compile_described(lowered: Any) -> Any:
-    """Compiles a program for described devices, past the persistent cache.
-
-    Without a device the cache can write an executable but not read it again.
-    """
-    enabled = jax.config.values["jax_enable_compilation_cache"]
-    jax.config.update("jax_enable_compilation_cache", False)
-    try:
-        return lowered.compile()
-    finally:
-        jax.config.update("jax_enable_compilation_cache", enabled)
+    compiled = compile_lowered(lowered, layout.sizes)
+    said = {field.name: getattr(compiled, field.name) for field in dataclasses.fields(compiled)}
+    elements = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return CompiledStep(**said, layout=layout, parameters=elements)
 
 
 def _batch_shapes(

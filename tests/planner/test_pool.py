@@ -140,13 +140,19 @@ def test_two_workers_work_at_a_time(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_does_not_start_says_why() -> None:
+    never = Job("a", {"kind": "fine"}, {"ODD": "never"})
     with pytest.raises(JspeedError, match=r"does not start \(exit code 1\): no such plugin"):
-        outcomes(Job("a", {"kind": "fine"}, {"ODD": "never"}))
+        outcomes(never)
+    done, failed = outcomes(job("b", "fine"), never)
+    assert done.ending is Ending.DONE
+    assert failed.ending is Ending.FAILED, "others do start, so this is one outcome"
+    assert failed.error == "a worker does not start (exit code 1): no such plugin"
 
 
 def test_closing_early_leaves_no_process(tmp_path: Path) -> None:
     file = tmp_path / "pid"
-    jobs = [job("a", "fine"), job("b", "sleep", seconds=60, file=str(file))]
+    first = job("a", "sleep", seconds=2, file=str(tmp_path / "first"))
+    jobs = [first, job("b", "sleep", seconds=60, file=str(file))]
     running = run_jobs(jobs, workers=2, timeout_seconds=60, command=ODD)
     next(running)
     wait_for(lambda: file.exists() and bool(file.read_text()))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jspeed.config import Config, SweepConfig, load_config, resolve_batch
+from jspeed.config.problem import config_error
 from jspeed.core.errors import ConfigError, JspeedError
 from jspeed.engine.build import mesh_shape
 from jspeed.layout.mesh import MeshShape
@@ -102,49 +103,61 @@ def enumerate_candidates(run: RunFile, *, gpus: int, gpus_per_host: int) -> Enum
       gpus_per_host: as many share a host.
 
     Raises:
-      ConfigError: no `model` section, no global batch, or axes that do not exist yet.
+      ConfigError: no `model` section, no global batch, or keys that training refuses.
     """
     config = run.config
     if config.model is None:
         raise ConfigError(
             '"model": missing. A sweep compiles the model of a run file; add a "model" section.'
         )
+    later = config.switched_on_later()
+    if later:  # what is found could not be trained
+        raise config_error(list(later))
     train = _global_batch(config, gpus)
     meshes, discarded = _meshes(config, gpus, gpus_per_host)
     candidates: list[tuple[Candidate, Config]] = []
     seen = {(mesh.data, mesh.tensor) for mesh in meshes if mesh.replica == 1}
     for mesh, stage in itertools.product(meshes, dict.fromkeys(config.sweep.stages)):
         shards = mesh.replica * mesh.data
-        label = f"{mesh}, stage {stage}"
         if stage == 0 and mesh.replica > 1 and (shards, mesh.tensor) in seen:
             reason = f"stage 0 shards nothing, so this is data {shards} without replica"
-            discarded.append(Discarded(label, reason))
-        elif train % shards:
-            reason = f'"train_batch_size" {train} is not divisible by {shards} data-parallel shards'
-            discarded.append(Discarded(label, reason))
-        else:
-            for micro in micro_batch_sizes(config.sweep, train // shards):
-                if (train // shards) % micro:
-                    reason = _triangle(train, micro, shards)
-                    discarded.append(Discarded(f"{label}, microbatch {micro}", reason))
-                    continue
-                accumulation = train // shards // micro
-                for remat in dict.fromkeys(config.sweep.remat):
-                    candidate = Candidate(
-                        mesh.replica, mesh.data, mesh.tensor, stage, micro, accumulation, remat
-                    )
-                    found = _loaded(run, candidate)
-                    if isinstance(found, Discarded):
-                        discarded.append(found)
-                    else:
-                        candidates.append((candidate, found))
+            discarded.append(Discarded(f"{mesh}, stage 0", reason))
+            continue
+        for found in _of_layout(run, mesh, stage, train):
+            if isinstance(found, Discarded):
+                discarded.append(found)
+            else:
+                candidates.append(found)
     return Enumeration(tuple(candidates), tuple(discarded), train)
 
 
-def _loaded(run: RunFile, candidate: Candidate) -> Config | Discarded:
-    """The configuration of a candidate; a combination that breaks a rule is none."""
+def _of_layout(
+    run: RunFile, mesh: MeshShape, stage: int, train: int
+) -> Iterator[tuple[Candidate, Config] | Discarded]:
+    """Every microbatch and remat on one mesh with one ZeRO stage."""
+    label, shards = f"{mesh}, stage {stage}", mesh.replica * mesh.data
+    rows, rest = divmod(train, shards)
+    if rest:
+        reason = f'"train_batch_size" {train} is not divisible by {shards} data-parallel shards'
+        yield Discarded(label, reason)
+        return
+    sweep = run.config.sweep
+    for micro in micro_batch_sizes(sweep, rows):
+        accumulation, rest = divmod(rows, micro)
+        if rest:
+            yield Discarded(f"{label}, microbatch {micro}", _triangle(train, micro, shards))
+            continue
+        for remat in dict.fromkeys(sweep.remat):
+            yield _loaded(
+                run,
+                Candidate(mesh.replica, mesh.data, mesh.tensor, stage, micro, accumulation, remat),
+            )
+
+
+def _loaded(run: RunFile, candidate: Candidate) -> tuple[Candidate, Config] | Discarded:
+    """A candidate with its configuration; a combination that breaks a rule is none."""
     try:
-        return load_config(run.changed(candidate.changes()))
+        return candidate, load_config(run.changed(candidate.changes()))
     except ConfigError as error:
         return Discarded(candidate.label, str(error))
 
@@ -175,12 +188,6 @@ def _meshes(
 ) -> tuple[list[MeshShape], list[Discarded]]:
     """The meshes of `gpus` devices that the axes allow; `data` takes what remains."""
     mesh, sweep = config.mesh, config.sweep
-    others = mesh.pipe * mesh.expert * mesh.seq
-    if others != 1:
-        raise ConfigError(
-            '"mesh": pipe, expert and seq cannot be swept yet, and this run sets one of them. '
-            "Leave them out."
-        )
     replicas = _replica_sizes(config, gpus, gpus_per_host)
     tensors = _tensor_sizes(config, gpus, gpus_per_host)
     ruled = splits_tensor(config)

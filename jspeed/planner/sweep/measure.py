@@ -31,6 +31,7 @@ class Trial:
     Attributes:
       row: of the candidate, with the prediction.
       seconds: median of the timed steps; NaN if it did not train.
+      steps: seconds of each timed step.
       losses: of every step.
       error: why it did not train; empty if it did.
       device: kind of the devices it ran on.
@@ -38,6 +39,7 @@ class Trial:
 
     row: Row
     seconds: float
+    steps: tuple[float, ...]
     losses: tuple[float, ...]
     error: str
     device: str
@@ -48,6 +50,7 @@ class Trial:
             "label": self.row.candidate.label,
             "predicted_seconds": self.row.step_seconds,
             "measured_seconds": None if self.error else self.seconds,
+            "measured_steps": list(self.steps),
             "losses": list(self.losses),
             "error": self.error or None,
         }
@@ -188,11 +191,12 @@ def _trial_file(run: RunFile, row: Row, directory: Path) -> dict[str, Any]:
 
 def _trial(row: Row, outcome: Outcome, first: int) -> Trial:
     if outcome.ending is not Ending.DONE:
-        return Trial(row, float("nan"), (), outcome.error, "")
+        return Trial(row, float("nan"), (), (), outcome.error, "")
     result = outcome.result
     losses = tuple(float("nan") if loss is None else loss for loss in result["losses"])
-    seconds = statistics.median(result["seconds"][first:])
-    return Trial(row, seconds, losses, "", f"{result['devices']} x {result['device']}")
+    steps = tuple(result["seconds"][first:])
+    device = f"{result['devices']} x {result['device']}"
+    return Trial(row, statistics.median(steps), steps, losses, "", device)
 
 
 def spearman(xs: Sequence[float], ys: Sequence[float]) -> float:

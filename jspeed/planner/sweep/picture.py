@@ -50,14 +50,23 @@ def draw(result: SweepResult, png: Path, *, title: str) -> Path | None:
     best = frontier(result.fitting)
     _frontier(axes, best, size)
     _limit(axes, result, rows, size)
-    axes.set_ylim(bottom=0)
-    axes.margins(x=0.08)
+    _limits(axes, rows, size)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
     png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(png, format="png", dpi=120)
     return png
+
+
+def _limits(axes: Any, rows: Sequence[Row], size: int) -> None:
+    """Room on the left for names and below for the note; from 0 where that wastes little."""
+    x = [row.peak_bytes / size for row in rows]
+    y = [row.tokens_per_second for row in rows]
+    wide, high = (max(x) - min(x)) or max(x), (max(y) - min(y)) or max(y)
+    axes.set_xlim(min(x) - 0.16 * wide, max(x) + 0.06 * wide)
+    bottom = min(y) - 0.12 * high
+    axes.set_ylim(0 if bottom < 0.25 * max(y) else bottom, max(y) + 0.08 * high)
 
 
 def _points(axes: Any, rows: Sequence[Row], size: int) -> None:
@@ -75,9 +84,8 @@ def _points(axes: Any, rows: Sequence[Row], size: int) -> None:
                 [row.tokens_per_second for row in chosen],
                 marker=mark,
                 s=44,
-                alpha=0.85,
                 edgecolors=colour,
-                facecolors=[colour if row.fits else "none" for row in chosen],
+                facecolors=[colour if row.fits else "white" for row in chosen],
                 label=f"stage {stage}" + (", remat" if remat == "full" else ""),
                 zorder=3,
             )
@@ -96,20 +104,21 @@ def _frontier(axes: Any, best: Sequence[Row], size: int) -> None:
         text = (
             f"{_mesh(row)} s{candidate.stage} {candidate.micro_batch_size}x{candidate.accumulation}"
         )
-        right = px > (min(x) + max(x)) / 2
+        # Above and to the left of the frontier there is nothing.
         axes.annotate(
             text,
             (px, py),
             textcoords="offset points",
-            xytext=(-2, -13) if right else (6, -11),
-            horizontalalignment="right" if right else "left",
+            xytext=(-5, 5),
+            horizontalalignment="right",
             fontsize=7.5,
             zorder=4,
         )
     axes.text(
         0.99,
         0.015,
-        "named: mesh (r replica, d data, t tensor), stage, microbatch x accumulation",
+        "hollow: does not fit; named: mesh (r replica, d data, t tensor), stage, "
+        "microbatch x accumulation",
         transform=axes.transAxes,
         horizontalalignment="right",
         fontsize=7.5,
@@ -120,7 +129,7 @@ def _frontier(axes: Any, best: Sequence[Row], size: int) -> None:
 def _labelled(
     best: Sequence[Row], x: Sequence[float], y: Sequence[float]
 ) -> list[tuple[Row, float, float]]:
-    """Those worth a name: the fastest, the smallest, and some between, where names have room."""
+    """Those worth a name: the fastest, and others where names have room."""
     points = list(zip(best, x, y, strict=True))
     width, height = (max(x) - min(x)) or 1.0, max(y)
     chosen: list[tuple[Row, float, float]] = [points[-1]]
@@ -143,6 +152,7 @@ def _limit(axes: Any, result: SweepResult, rows: Sequence[Row], size: int) -> No
     limit, most = result.limit_bytes / size, max(row.peak_bytes for row in rows) / size
     if limit < 1.6 * most:
         axes.axvline(limit, color="tab:red", linestyle="--", linewidth=1.2, label="limit")
+        axes.set_xlim(right=max(axes.get_xlim()[1], 1.02 * limit))
     else:
         amount, unit = _unit(result.limit_bytes)
         text = f"limit: {result.limit_bytes / amount:,.1f} {unit}"

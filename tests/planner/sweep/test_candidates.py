@@ -125,7 +125,7 @@ def test_autotuning_keys_are_sweep_keys() -> None:
     ("changes", "message"),
     [
         ({"model": None}, '"model": missing. A sweep compiles'),
-        ({"mesh": {"seq": 2}}, '"mesh": pipe, expert and seq cannot be swept yet'),
+        ({"mesh": {"seq": 2}}, '"mesh.seq": 2: sequence parallelism is not built yet.'),
         (
             {"train_batch_size": None, "train_micro_batch_size_per_gpu": 2, "mesh": {"data": 3}},
             '"train_batch_size": missing, and it cannot be told from the run',

@@ -21,7 +21,7 @@ def test_spearman_is_that_of_ranks() -> None:
 
 
 def trial(tokens: float, seconds: float, losses: tuple[float, ...], error: str = "") -> Trial:
-    return Trial(row(tokens, 1), seconds, losses, error, "1 x cpu")
+    return Trial(row(tokens, 1), seconds, (seconds,), losses, error, "1 x cpu")
 
 
 def test_what_did_not_train_counts_neither_for_ranks_nor_for_losses() -> None:

@@ -109,14 +109,14 @@ def test_the_top_passes_over_what_cannot_enter_it(tmp_path: Path) -> None:
     run = run_file(
         model=model,
         train_batch_size=4096,
-        sweep={"stages": [3], "remat": ["none"], "micro_batch_sizes": [1, 4, 16, 64]},
+        sweep={"stages": [3], "remat": ["full"], "micro_batch_sizes": [1, 4, 16]},
     )
     notes = Notes()
     result = sweep(tmp_path, notes, run=run, top=1)
     assert [one.candidate.micro_batch_size for one in result.pruned] == [4, 1]
     assert notes.passes == list(result.pruned)
     assert all("best so far take" in one.reason for one in result.pruned)
-    assert {row.candidate.micro_batch_size for row in result.rows} == {16, 64}
+    assert [row.candidate.micro_batch_size for row in result.rows] == [16]
 
 
 def test_the_files(tmp_path: Path) -> None:
