@@ -19,6 +19,7 @@ _PARTS = {
     "compute": "matrix products, at the rate the target reaches",
     "memory": "kernels that wait for the device's memory",
     "launch": "between kernels",
+    "allocation": "temporaries that the system gives anew each step",
 }
 _INDENT = (0, 0, 0, 2)
 

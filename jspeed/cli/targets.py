@@ -138,6 +138,10 @@ def figures(target: Target) -> dict[str, str]:
         link: Any = getattr(target, name)
         found[f"{name}.bandwidth"] = rate_text(link.bandwidth, "B/s")
         found[f"{name}.latency"] = seconds_text(link.latency)
+    if target.fresh_memory is not None:
+        fresh = target.fresh_memory
+        found["fresh_memory.bandwidth"] = rate_text(fresh.bandwidth, "B/s")
+        found["fresh_memory.threshold"] = bytes_text(fresh.threshold)
     if target.compiler is not None:
         found["compiler"] = f"{target.compiler.count(':')} fields"
     return found

@@ -95,6 +95,14 @@ def cpu_data(core: Mapping[str, Any], link: Mapping[str, Any]) -> dict[str, Any]
         "launch_seconds": figure(core["launch"], "what one more 8 x 8 product adds to a chain"),
         "device_link": both,
         "network": both,
+        "fresh_memory": {
+            "bandwidth": figure(core["fresh"], "mapping 64 MiB and writing to each page once"),
+            "threshold": chosen(
+                32 * 2**20,
+                "glibc maps larger allocations anew each time (mallopt(3): the greatest value that "
+                "M_MMAP_THRESHOLD grows to)",
+            ),
+        },
         "host_link": {
             "bandwidth": figure(core["copy"], "a copy of 64 MiB within memory"),
             "latency": chosen(0, "the devices' memory is the host's"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import mmap
 import os
 import statistics
 import sys
@@ -87,6 +88,21 @@ def copy_bandwidth() -> float:
     return _STREAM_BYTES / median_seconds(lambda: np.copyto(target, source))
 
 
+def fresh_bandwidth() -> float:
+    """Bytes per second at which the system maps and clears memory that it gives anew, in pages of
+    the usual size; on top of writing it."""
+
+    def fresh() -> None:
+        with mmap.mmap(-1, _STREAM_BYTES) as pages:
+            view = np.frombuffer(pages, np.uint8)
+            view.fill(0)
+            del view  # a view keeps the map open
+
+    kept = np.ones(_STREAM_BYTES, np.uint8)
+    extra = median_seconds(fresh) - median_seconds(lambda: kept.fill(0))
+    return _STREAM_BYTES / max(extra, 1e-9)
+
+
 def launch_seconds() -> float:
     """Seconds from one kernel to the next: what each further product of tiny matrices adds."""
     x = jnp.eye(8)
@@ -136,6 +152,7 @@ def core() -> dict[str, Any]:
         "matmul_share": statistics.median(typical) / peak["float32"],
         "stream": stream_bandwidth(),
         "copy": copy_bandwidth(),
+        "fresh": fresh_bandwidth(),
         "launch": launch_seconds(),
     }
 

@@ -182,7 +182,9 @@ def _plan(step: _Step, cluster: Cluster, remarks: list[str]) -> Plan:
             stage=layout.stage,
             accumulation=run.batch.accumulation,
         ),
-        time=time_step(compiled.module, cluster, layout.sizes),
+        time=time_step(
+            compiled.module, cluster, layout.sizes, temporaries=compiled.temporary_bytes
+        ),
         model_flops=None if step.model_flops is None else step.model_flops / ways,
         remarks=tuple(remarks),
     )

@@ -1,7 +1,8 @@
 """How long a compiled step takes: the schedule walked with a roofline of compute, memory and
 network (Williams et al., 2009).
 
-Kernels run one after another, each as long as the slower of its FLOPs and its bytes. An
+Kernels run one after another, each as long as the slower of its FLOPs and its bytes, on a CPU's
+core as long as both. An
 asynchronous collective starts where the schedule starts it, waits for the one before it on the same
 axes, and costs only what is left when the schedule asks for its result; so overlap counts exactly
 as far as the compiler put compute between start and end.
@@ -21,6 +22,7 @@ from jspeed.planner.hlo import Computation, Instruction, Module
 from jspeed.planner.trips import trip_count
 
 COMPUTE, MEMORY, LAUNCH = "compute", "memory", "launch"
+ALLOCATION = "allocation"
 
 
 @dataclass
@@ -31,7 +33,7 @@ class Spent:
       seconds: from start to end.
       parts: of it, by what bounds it: `compute` (kernels that wait for FLOPs), `memory` (kernels
         that wait for bytes), `launch` (between kernels), `network:<axes>` (waiting for a
-        collective).
+        collective), `allocation` (memory that the system gives anew).
       network: that collectives are on their way, waited for or not, by axes.
       flops: of matrix products, by dtype.
     """
@@ -53,8 +55,9 @@ class Spent:
                 mine[key] += times * value
 
     def spend(self, part: str, seconds: float) -> None:
-        self.seconds += seconds
-        self.parts[part] += seconds
+        if seconds > 0:
+            self.seconds += seconds
+            self.parts[part] += seconds
 
     @property
     def total_flops(self) -> float:
@@ -66,18 +69,25 @@ class Spent:
         return max(self.parts, key=lambda part: self.parts[part]) if self.parts else COMPUTE
 
 
-def time_step(module: Module, cluster: Cluster, sizes: Mapping[str, int]) -> Spent:
+def time_step(
+    module: Module, cluster: Cluster, sizes: Mapping[str, int], *, temporaries: int = 0
+) -> Spent:
     """The time of one run of a compiled module on a cluster.
 
     Args:
       module: parsed.
       cluster: whose rates count.
       sizes: of the mesh axes, in the mesh's order.
+      temporaries: bytes that the run allocates on one device, in one piece.
 
     Raises:
       JspeedError: how often a loop runs cannot be told.
     """
-    return _Walk(module, cluster, sizes).run(module.entry)
+    spent = _Walk(module, cluster, sizes).run(module.entry)
+    fresh = cluster.target.fresh_memory
+    if fresh is not None and temporaries >= fresh.threshold:
+        spent.spend(ALLOCATION, temporaries / fresh.bandwidth)
+    return spent
 
 
 class _Walk:
@@ -164,7 +174,11 @@ class _Walk:
         target = self.cluster.target
         compute = sum(count / target.matmul_flops(dtype) for dtype, count in cost.flops.items())
         memory = cost.bytes / target.memory_rate()
-        spent.spend(COMPUTE if compute >= memory else MEMORY, max(compute, memory))
+        if target.overlaps_memory:
+            spent.spend(COMPUTE if compute >= memory else MEMORY, max(compute, memory))
+        else:
+            spent.spend(COMPUTE, compute)
+            spent.spend(MEMORY, memory)
         spent.spend(LAUNCH, target.launch_seconds)
         for dtype, count in cost.flops.items():
             spent.flops[dtype] += count

@@ -13,7 +13,7 @@ from jspeed.core.errors import JspeedError
 from jspeed.planner import measure
 from jspeed.planner.measure import cpu_data, measure_cpu, total_memory
 from jspeed.planner.measure_programs import median_seconds
-from jspeed.planner.targets import Link, load_target
+from jspeed.planner.targets import FreshMemory, Link, load_target
 
 CORE = {
     "flops": {"float32": 101.234e9, "bfloat16": 90e9, "float16": 80e9},
@@ -21,6 +21,7 @@ CORE = {
     "stream": 40e9,
     "copy": 12e9,
     "launch": 5e-7,
+    "fresh": 1.2e9,
 }
 LINK = {"latency": 2e-5, "bandwidth": 6e9}
 
@@ -34,12 +35,13 @@ def test_what_was_measured_becomes_a_target(tmp_path: Path) -> None:
     assert target.matmul_flops("float32") == pytest.approx(0.75 * 101.2e9)
     assert target.memory_rate() == 40e9
     assert target.launch_seconds == 5e-7
+    assert target.fresh_memory == FreshMemory(1.2e9, 32 * 2**20)
     assert target.device_link == target.network == Link(6e9, 2e-5)
     assert target.device_link_rate() == 6e9
     assert target.host_link == Link(12e9, 0)
     assert target.memory_bytes == total_memory()
     measured = [name for name, source in target.sources.items() if source.startswith("measured by")]
-    assert len(measured) == 11
+    assert len(measured) == 12
 
 
 def test_memory_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,3 +126,5 @@ def test_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1e8 < target.device_link.bandwidth < 1e12
     assert 1e-7 < target.device_link.latency < 1e-2
     assert 1e-9 < target.launch_seconds < 1e-4
+    assert target.fresh_memory is not None
+    assert 1e8 < target.fresh_memory.bandwidth < target.memory_bandwidth

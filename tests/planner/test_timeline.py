@@ -12,7 +12,7 @@ from jspeed.layout.mesh import AXES
 from jspeed.nn.attention import STAND_IN
 from jspeed.planner.cluster import Cluster, collective_seconds
 from jspeed.planner.hlo import parse_module
-from jspeed.planner.targets import load_target
+from jspeed.planner.targets import FreshMemory, load_target
 from jspeed.planner.timeline import time_step
 
 # A product of 2^30 x 2 FLOPs, a copy of 2^21 bytes each way and a gather of 2^24 bytes.
@@ -124,6 +124,24 @@ def test_attention_in_place_of_cudnn_is_one_kernel():
     assert inside.seconds < outside.seconds
     carried = (4 + 2 * 1024**2 + 2 * 2**20) / TARGET.memory_rate()
     assert inside.seconds == pytest.approx(max(10 * PRODUCT_SECONDS, carried))
+
+
+def test_on_a_core_of_a_cpu_computing_and_loading_add_up():
+    core = dataclasses.replace(TARGET, platform="cpu", compiler=None)
+    text = LOOP.replace("BODY\n", product()).replace("SCOPE", "layers")
+    spent = time_step(parse_module(text), Cluster(core, 8), SIZES)
+    loads = 10 * 3 * 2 * 1024**2 / core.memory_rate() + scalars(spent)
+    assert spent.parts["compute"] == pytest.approx(10 * PRODUCT_SECONDS)
+    assert spent.parts["memory"] == pytest.approx(loads)
+
+
+@pytest.mark.parametrize(("size", "seconds"), [(99, 0.0), (100, 2.0), (500, 10.0)])
+def test_large_temporaries_cost_what_the_system_takes_to_map_them(size, seconds):
+    target = dataclasses.replace(TARGET, fresh_memory=FreshMemory(50, 100))
+    text = LOOP.replace("BODY\n", product()).replace("SCOPE", "layers")
+    spent = time_step(parse_module(text), Cluster(target, 8), SIZES, temporaries=size)
+    assert spent.parts.get("allocation", 0.0) == pytest.approx(seconds)
+    assert spent.seconds == pytest.approx(sum(spent.parts.values()))
 
 
 def test_the_largest_part_bounds_the_step():

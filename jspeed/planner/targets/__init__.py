@@ -6,10 +6,11 @@ from jspeed.planner.targets.described import (
     has_gpu_compiler,
 )
 from jspeed.planner.targets.load import TARGETS, known_targets, load_target, target_data
-from jspeed.planner.targets.target import Link, Target
+from jspeed.planner.targets.target import FreshMemory, Link, Target
 
 __all__ = [
     "TARGETS",
+    "FreshMemory",
     "Link",
     "Target",
     "described_devices",

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard, cast, get_args
 
 from jspeed.core.errors import JspeedError
-from jspeed.planner.targets.target import EFFICIENCIES, Link, Platform, Target
+from jspeed.planner.targets.target import EFFICIENCIES, FreshMemory, Link, Platform, Target
 from jspeed.planner.targets.text_proto import text_proto
 
 _LINKS = ("device_link", "network", "host_link")
 _LINK_FIGURES = ("bandwidth", "latency")
+_FRESH_FIGURES = ("bandwidth", "threshold")
 _FRACTIONS = ("usable_fraction", "efficiency")
 _MAY_BE_ZERO = ("launch_seconds", "latency")
 _KEYS = (
@@ -32,6 +33,7 @@ _KEYS = (
     "efficiency",
     "launch_seconds",
     *_LINKS,
+    "fresh_memory",
 )
 _FIGURE = 'write {"value": NUMBER, "source": "where it is from"}'
 _DEPTH = 4
@@ -84,6 +86,7 @@ def read_target(origin: Origin, base: Callable[[str], Data]) -> Target:
         device_link=reader.link("device_link"),
         network=reader.link("network"),
         host_link=reader.link("host_link"),
+        fresh_memory=reader.fresh_memory(),
         sources=dict(reader.sources),
     )
 
@@ -216,6 +219,13 @@ class _Reader:
     def link(self, key: str) -> Link:
         figures = self.numbers(key, _LINK_FIGURES)
         return Link(figures["bandwidth"], figures["latency"])
+
+    def fresh_memory(self) -> FreshMemory | None:
+        """The only figures that may be missing."""
+        if "fresh_memory" not in self.data:
+            return None
+        figures = self.numbers("fresh_memory", _FRESH_FIGURES)
+        return FreshMemory(figures["bandwidth"], figures["threshold"])
 
     def compiler(self, memory: int, bandwidth: int) -> str:
         """The description for XLA; the size and speed of memory are the target's own figures."""

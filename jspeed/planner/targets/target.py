@@ -27,6 +27,19 @@ class Link:
 
 
 @dataclass(frozen=True)
+class FreshMemory:
+    """Memory that the system maps and clears anew each time a program runs, page by page.
+
+    Attributes:
+      bandwidth: bytes per second.
+      threshold: bytes of the smallest allocation that this happens to.
+    """
+
+    bandwidth: float
+    threshold: float
+
+
+@dataclass(frozen=True)
 class Target:
     """A device that programs are compiled for and that their time is predicted on.
 
@@ -50,6 +63,8 @@ class Target:
       device_link: to other devices of the same host (NVLink; shared memory on the CPU).
       network: to other hosts.
       host_link: to the memory of the host.
+      fresh_memory: what temporaries cost beside their use; None where the runtime keeps its memory,
+        as on GPUs.
       sources: figure -> where it is from; `"flops.bfloat16"`, `"network.latency"`, `"compiler"`.
     """
 
@@ -67,6 +82,13 @@ class Target:
     network: Link
     host_link: Link
     sources: Mapping[str, str]
+    fresh_memory: FreshMemory | None = None
+
+    @property
+    def overlaps_memory(self) -> bool:
+        """Whether a kernel loads and stores while it computes: GPUs do, with many threads in
+        flight; on one core of a CPU the times add up."""
+        return self.platform != "cpu"
 
     @property
     def limit_bytes(self) -> int:
