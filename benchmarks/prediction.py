@@ -261,8 +261,8 @@ def main(
         folder = (keep or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         os.chdir(folder)
-        layouts = sweep_layouts(folder)
         times = sweep_times(folder)
+        layouts = sweep_layouts(folder)
     PAGE.write_text(page(layouts, times))
     print(PAGE.read_text())
     for failure in layouts.failed:

@@ -150,7 +150,8 @@ def gradient_shapes(state: Explanation) -> dict[tuple[int, ...], tuple[str, ...]
         ways = [math.prod(state.sizes[axis] for axis in axes_of(entry)) for entry in leaf.home.spec]
         ways += [1] * (len(leaf.shape) - len(ways))
         part = tuple(size // way for size, way in zip(leaf.shape, ways, strict=True))
-        for shape in {leaf.shape, leaf.shape[1:], part, part[1:]}:
+        # A table that is also the head has its gradient as the head: transposed.
+        for shape in {leaf.shape, leaf.shape[1:], leaf.shape[::-1], part, part[1:]}:
             if math.prod(shape) > 1:
                 shapes[shape].append(leaf.path)
     return {shape: tuple(paths) for shape, paths in shapes.items()}
