@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from jspeed.layout.rules import axes_of
 from jspeed.planner.pool import Job, Outcome
 from jspeed.planner.sweep.run_file import RunFile
 
@@ -158,7 +159,7 @@ def _higher_stages(run: RunFile, plan: Mapping[str, Any]) -> Iterator[Change]:
 
 
 def _other_meshes(run: RunFile, plan: Mapping[str, Any]) -> list[Change]:
-    """Sharding over copies too, and twice the GPUs."""
+    """Sharding over copies too, tensor parallelism where rules use it, and twice the GPUs."""
     mesh, found = plan["mesh"], []
     if mesh["replica"] > 1 and plan["zero_stage"] > 0:
         data = mesh["replica"] * mesh["data"]
@@ -169,11 +170,19 @@ def _other_meshes(run: RunFile, plan: Mapping[str, Any]) -> list[Change]:
         }
         found.append(Change(f"mesh.data: {data} without copies", keys))
     rows, micro = plan["train_batch_size"], plan["micro_batch_size"]
+    if _splits_over_tensor(run) and mesh["data"] % 2 == 0:
+        tensor, data = 2 * mesh["tensor"], mesh["data"] // 2
+        keys = {"mesh.tensor": tensor, "mesh.data": data, **_batch(rows, micro)}
+        found.append(Change(f"mesh.tensor: {tensor} with mesh.data {data}", keys))
     if plan["zero_stage"] > 0 and rows % (2 * micro * _shards(mesh)) == 0:
         gpus = 2 * plan["gpus"]
         keys = {"mesh.data": 2 * mesh["data"], **_batch(rows, micro)}
         found.append(Change(f"{gpus} GPUs: mesh.data {2 * mesh['data']}", keys, gpus))
     return found
+
+
+def _splits_over_tensor(run: RunFile) -> bool:
+    return any("tensor" in axes_of(entry) for _, spec in run.config.mesh.rules for entry in spec)
 
 
 def _batch(rows: int, micro: int) -> dict[str, Any]:

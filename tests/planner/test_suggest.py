@@ -1,0 +1,114 @@
+"""The single changes of a run that does not fit: which there are, and what becomes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytest
+
+from jspeed.planner.pool import Ending, Job, Outcome
+from jspeed.planner.suggest import Where, single_changes, suggest, together
+from jspeed.planner.sweep.run_file import RunFile
+
+RUN: dict[str, Any] = {
+    "train_batch_size": 64,
+    "train_micro_batch_size_per_gpu": 4,
+    "gradient_accumulation_steps": 2,
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+    "zero_optimization": {"stage": 1},
+    "mesh": {"data": 8},
+    "model": {"family": "gpt2", "layers": 2, "hidden_size": 64, "heads": 4, "sequence_length": 64,
+              "vocab_size": 256},
+}  # fmt: skip
+PLAN: dict[str, Any] = {
+    "train_batch_size": 64,
+    "micro_batch_size": 4,
+    "zero_stage": 1,
+    "gpus": 8,
+    "mesh": {"pipe": 1, "replica": 1, "data": 8, "expert": 1, "seq": 1, "tensor": 1},
+}
+WHERE = Where("h200", 8, 8)
+
+
+def texts(run: dict[str, Any], **plan: Any) -> list[str]:
+    return [change.text for change in single_changes(RunFile.read(run), {**PLAN, **plan})]
+
+
+def test_microbatch_stage_remat_and_mesh():
+    assert texts(RUN) == [
+        "train_micro_batch_size_per_gpu: 2",
+        "train_micro_batch_size_per_gpu: 1",
+        "zero_optimization.stage: 2",
+        "zero_optimization.stage: 3",
+        "model.remat: full",
+        "16 GPUs: mesh.data 16",
+    ]
+
+
+def test_what_cannot_be_changed_is_not_proposed():
+    model = {**RUN["model"], "remat": "full"}
+    run = {**RUN, "model": model, "train_micro_batch_size_per_gpu": 8, "train_batch_size": 64}
+    del run["gradient_accumulation_steps"]
+    # One microbatch of 8 on 8 devices cannot be spread over 16; nor is there a stage after 3.
+    assert texts(run, micro_batch_size=8, zero_stage=3) == [
+        "train_micro_batch_size_per_gpu: 4",
+        "train_micro_batch_size_per_gpu: 1",
+    ]
+
+
+def test_copies_are_given_up_and_rules_over_tensor_are_used():
+    rules = [["blocks/mlp/fc/kernel", [None, None, "tensor"]]]
+    run = {**RUN, "mesh": {"data": 4, "replica": 2, "rules": rules}}
+    mesh = {**PLAN["mesh"], "data": 4, "replica": 2}
+    found = texts(run, mesh=mesh)
+    assert "mesh.data: 8 without copies" in found
+    assert "mesh.tensor: 2 with mesh.data 2" in found
+
+
+@pytest.mark.parametrize("position", range(6))
+def test_each_change_makes_a_run_file_that_loads_with_the_same_global_batch(position):
+    run = RunFile.read(RUN)
+    change = single_changes(run, PLAN)[position]
+    changed = RunFile.read(run.changed(change.keys))
+    devices = change.gpus or 8
+    assert changed.config.batch.train_batch_size == 64
+    micro = changed.config.batch.micro_batch_size
+    assert micro is not None
+    assert 64 % (micro * devices) == 0
+
+
+def answering(fitting: set[str]) -> Any:
+    """Compiles nothing: a job fits if its change is among `fitting`."""
+
+    def run_jobs(jobs: Iterable[Job]) -> Iterator[Outcome]:
+        for job in jobs:
+            config = job.request["config"]
+            name = f"{config['zero_optimization']['stage']}/{config['model'].get('remat', 'none')}"
+            if name == "2/none":
+                yield Outcome(job.key, Ending.ABORTED, None, "the compiler gave up", 1.0)
+                continue
+            fits = name in fitting
+            memory = {"peak_bytes": 50 if fits else 100, "limit_bytes": 80}
+            result = {"fits": fits, "memory": memory, "step_seconds": 2.0}
+            yield Outcome(job.key, Ending.DONE, result, "", 1.0)
+
+    return run_jobs
+
+
+def test_those_that_fit_come_first_and_a_failure_is_a_row():
+    found = suggest(RunFile.read(RUN), WHERE, PLAN, answering({"3/none"}))
+    assert found[0]["change"] == "zero_optimization.stage: 3"
+    assert (found[0]["fits"], found[0]["peak_bytes"]) == (True, 50)
+    assert found[-1]["change"] == "zero_optimization.stage: 2"
+    assert found[-1]["error"] == "the compiler gave up"
+    assert len(found) == 6
+
+
+def test_all_together_if_no_single_change_is_enough():
+    found = suggest(RunFile.read(RUN), WHERE, PLAN, answering({"3/full"}))
+    assert [entry["fits"] for entry in found] == [True] + [False] * 6
+    assert found[0]["change"] == (
+        "train_micro_batch_size_per_gpu: 1 and zero_optimization.stage: 3 and model.remat: full"
+    )
+    assert together(RunFile.read(RUN), {**PLAN, "zero_stage": 1}) is not None
