@@ -249,8 +249,8 @@ CLAIMS: tuple[Claim, ...] = (
         "State is what is stored between steps, and gradients are those alive at the peak. At "
         "stage 3 the stored state agrees (12Ψ/N: there is no copy in bfloat16, the master is cast "
         "and gathered at use), but gradients are more than the paper's 2Ψ/N: their shards are "
-        "fp32, and those of the embedding and of the layers at hand are whole, in bfloat16, until "
-        "they are reduced. The paper counts neither.",
+        "fp32, and until they are reduced those of the layers at hand are whole in bfloat16 and "
+        "that of the embedding, which is the head too, in fp32. The paper counts neither.",
     ),
     Claim(
         "reductions",
