@@ -18,8 +18,8 @@ from jspeed.core.errors import JspeedError
 from jspeed.planner.cluster import Cluster
 from jspeed.planner.pool import Ending, Job, run_jobs
 from jspeed.planner.resources import worker_count, worker_memory
+from jspeed.planner.run_file import RunFile
 from jspeed.planner.suggest import Where, suggest
-from jspeed.planner.sweep.run_file import RunFile
 from jspeed.planner.targets import load_target
 
 _TIMEOUT_SECONDS = 1800.0

@@ -8,7 +8,7 @@ from typing import Any
 
 from jspeed.layout.rules import axes_of
 from jspeed.planner.pool import Job, Outcome
-from jspeed.planner.sweep.run_file import RunFile
+from jspeed.planner.run_file import RunFile
 
 RunJobs = Callable[[Iterable[Job]], Iterator[Outcome]]
 """Does jobs in any order, as `jspeed.planner.pool.run_jobs` with all else given."""

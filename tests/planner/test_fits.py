@@ -13,8 +13,8 @@ from rich.console import Console
 from jspeed.cli.plan import PlanRequest, plan_command
 from jspeed.cli.plan_page import render
 from jspeed.planner.pool import Ending, run_jobs
+from jspeed.planner.run_file import RunFile
 from jspeed.planner.suggest import Where
-from jspeed.planner.sweep.run_file import RunFile
 from jspeed.planner.targets import has_gpu_compiler
 
 pytestmark = [

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from jspeed.planner.pool import Ending, Job, Outcome
+from jspeed.planner.run_file import RunFile
 from jspeed.planner.suggest import Where, single_changes, suggest, together
-from jspeed.planner.sweep.run_file import RunFile
 
 RUN: dict[str, Any] = {
     "train_batch_size": 64,

@@ -12,7 +12,7 @@ from jspeed.config.problem import config_error
 from jspeed.core.errors import ConfigError, JspeedError
 from jspeed.engine.build import mesh_shape
 from jspeed.layout.mesh import MeshShape
-from jspeed.planner.sweep.run_file import RunFile
+from jspeed.planner.run_file import RunFile
 
 
 @dataclass(frozen=True, order=True)

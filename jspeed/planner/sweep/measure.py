@@ -15,9 +15,9 @@ import numpy as np
 from jspeed.core.errors import ConfigError
 from jspeed.engine.run import run_sections
 from jspeed.planner.pool import Ending, Job, Outcome, environment, run_jobs
+from jspeed.planner.run_file import RunFile
 from jspeed.planner.sweep.output import run_file_of
 from jspeed.planner.sweep.result import Row
-from jspeed.planner.sweep.run_file import RunFile
 from jspeed.planner.sweep.trial import CORES
 
 TRIAL = (sys.executable, "-m", "jspeed.planner.sweep.trial")

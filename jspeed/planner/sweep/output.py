@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from jspeed.config import load_config
+from jspeed.planner.run_file import RunFile
 from jspeed.planner.sweep.candidates import Candidate
 from jspeed.planner.sweep.result import SweepResult
-from jspeed.planner.sweep.run_file import RunFile
 
 RESULTS, BEST, PICTURE = "sweep.json", "best.json", "sweep.png"
 

@@ -12,10 +12,10 @@ from jspeed.config import Config
 from jspeed.core.errors import JspeedError
 from jspeed.planner.cluster import Cluster
 from jspeed.planner.pool import WORKER, Ending, Job, Outcome, run_jobs
+from jspeed.planner.run_file import RunFile
 from jspeed.planner.sweep.bounds import Bounds, Floor
 from jspeed.planner.sweep.candidates import Candidate, Discarded, enumerate_candidates
 from jspeed.planner.sweep.result import Pruned, Row, SweepResult, ranked
-from jspeed.planner.sweep.run_file import RunFile
 from jspeed.planner.sweep.store import Store, row_key
 
 GIB = 2**30
