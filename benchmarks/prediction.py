@@ -227,14 +227,14 @@ def table(trials: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([head, *rows])
 
 
-def page(layouts: Layouts, times: Mapping[int, Mapping[str, Any]]) -> str:
-    """The whole page."""
+def page(layouts: Layouts, times: Mapping[int, Mapping[str, Any]], load: float) -> str:
+    """The whole page; `load` is the load average at the end of the timed part."""
     return paragraph(
         "# Predictions beside measurements\n",
         f"Written by `python -m benchmarks.prediction` on {cores()} cores "
         f"({platform.machine()}), JAX {jax.__version__}, Python {platform.python_version()}; "
-        f"the load average over the last 15 minutes was {os.getloadavg()[2]:.1f}, and what of it "
-        f"is above {cores()} is other work that the times below are disturbed by.\n",
+        f"the load average over the last 15 minutes of the timed part was {load:.1f}, and what of "
+        f"it is above {cores()} is other work that the times below are disturbed by.\n",
         "What this can show is limited. A mesh on described GPUs cannot be timed without them, so "
         "no prediction for a GPU is tested here: only whether the compiled program, the FLOPs, "
         "bytes and collectives counted in it, and the measured figures of a device give "
@@ -262,8 +262,9 @@ def main(
         folder.mkdir(parents=True, exist_ok=True)
         os.chdir(folder)
         times = sweep_times(folder)
+        load = os.getloadavg()[2]
         layouts = sweep_layouts(folder)
-    PAGE.write_text(page(layouts, times))
+    PAGE.write_text(page(layouts, times, load))
     print(PAGE.read_text())
     for failure in layouts.failed:
         print(failure, file=sys.stderr)
