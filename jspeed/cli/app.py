@@ -156,7 +156,7 @@ def plan(
     set_: Overrides = None,
     json: AsJson = False,
 ) -> None:
-    """Compile a run's step for a cluster that need not be there; print what it needs and takes."""
+    """Compile a run for GPUs that need not be there."""
     loaded = load_config(run, overrides=tuple(set_ or []))  # now rather than after JAX is imported
     asked = cluster_asked(loaded, gpu=gpu, gpus=gpus, gpus_per_host=gpus_per_host)
     prepare_jax_on_cpu()

@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -20,7 +19,7 @@ from jspeed.planner.pool import Ending, Job, run_jobs
 from jspeed.planner.resources import worker_count, worker_memory
 from jspeed.planner.run_file import RunFile
 from jspeed.planner.suggest import Where, suggest
-from jspeed.planner.targets import load_target
+from jspeed.planner.targets import load_target, target_reference
 
 _TIMEOUT_SECONDS = 1800.0
 
@@ -47,9 +46,8 @@ def plan_command(request: PlanRequest) -> None:
     run = RunFile.read(request.run, request.overrides)
     target = load_target(request.target)
     cluster = Cluster(target, request.gpus, request.gpus_per_host)
-    is_file = Path(request.target).is_file()
     where = Where(
-        str(Path(request.target).resolve()) if is_file else request.target,
+        target_reference(request.target),
         cluster.gpus,
         request.gpus_per_host,
         on_cpu=target.platform == "cpu",

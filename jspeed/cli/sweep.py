@@ -29,7 +29,7 @@ from jspeed.planner.sweep.measure import Measured, Place, Trial, measure, on_cpu
 from jspeed.planner.sweep.output import PICTURE, default_folder, write_best, write_results
 from jspeed.planner.sweep.picture import draw
 from jspeed.planner.sweep.store import Store
-from jspeed.planner.targets import load_target
+from jspeed.planner.targets import load_target, target_reference
 
 _PRINTED = 10
 
@@ -109,7 +109,7 @@ def trials_wanted(measure: str | None) -> int | None:
 def _swept(run: RunFile, request: SweepRequest, store: Store, console: Console) -> SweepResult:
     target, gpus, gpus_per_host = request.cluster
     settings = SweepSettings(
-        target=str(Path(target).resolve()) if Path(target).is_file() else target,
+        target=target_reference(target),
         top=request.top or run.config.sweep.top,
         workers=worker_count(request.jobs),
         memory_limit_bytes=worker_memory(),

@@ -121,3 +121,29 @@ def idle_axes(layout: Layout) -> list[str]:
         f'"mesh.tensor": {size}, but no rule splits a parameter over it: each is held {size} '
         'times. Add rules as "mesh.rules".'
     ]
+
+
+def check_attention(config: Config, platform: str) -> None:
+    """Refuses attention that a run's devices or dtype cannot compute; JAX would end in the middle.
+
+    Args:
+      config: with a `model` section.
+      platform: a JAX platform name.
+
+    Raises:
+      ConfigError: cuDNN's attention is asked for where there is no NVIDIA GPU, or in float32.
+    """
+    assert config.model is not None
+    if config.model.attention.implementation != "cudnn":
+        return
+    instead = 'Use "auto", which picks by platform and dtype, or "xla".'
+    if platform not in ("gpu", "cuda"):
+        raise ConfigError(
+            '"model.attention.implementation": cudnn runs on NVIDIA GPUs only, and this run is on '
+            f"{platform} devices. {instead}"
+        )
+    if config.precision.compute_dtype == "float32":
+        raise ConfigError(
+            '"model.attention.implementation": cudnn computes in float16 and bfloat16 only, and '
+            f"this run is in float32. {instead}"
+        )

@@ -17,6 +17,7 @@ from jspeed.config import Config
 from jspeed.core.errors import CheckpointError, ConfigError
 from jspeed.core.tree import count_parameters
 from jspeed.data import TextDataset, TrainIterator, build_dataset
+from jspeed.engine.abstract_run import check_attention
 from jspeed.engine.compilation import enable_compile_cache
 from jspeed.engine.engine import Engine, initialize
 from jspeed.engine.folder import METRICS, claim_folder, clear_folder, failure_noted
@@ -173,11 +174,7 @@ def _train_run(
 def _make_parts(config: Config) -> _Parts:
     model, _, run = run_sections(config)
     platform = jax.devices()[0].platform
-    if model.attention.implementation == "cudnn" and platform not in ("gpu", "cuda"):
-        raise ConfigError(
-            '"model.attention.implementation": cudnn runs on NVIDIA GPUs only, and this run is on '
-            f'{platform} devices. Use "auto", which picks by platform, or "xla".'
-        )
+    check_attention(config, platform)
     if run.compile_cache:
         enable_compile_cache()
     data = load_data(config)

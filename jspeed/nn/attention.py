@@ -15,7 +15,9 @@ from jspeed.core.shapes import Array, Float, Int
 from jspeed.nn.attention_blockwise import blockwise_attention
 from jspeed.nn.attention_cpu import cpu_attention
 
-Implementation = Literal["auto", "blockwise", "cpu", "cudnn", "gpu", "described_gpu", "xla"]
+Implementation = Literal[
+    "auto", "blockwise", "cpu", "cudnn", "gpu", "described_cudnn", "described_gpu", "xla"
+]
 
 STAND_IN = "in_place_of_cudnn"
 """Names the scope of the attention that a described GPU computes where a real one calls cuDNN."""
@@ -29,7 +31,7 @@ def choose_implementation(requested: Implementation, platform: str) -> Implement
     cuDNN's is computed block by block, which holds the same arrays.
     """
     if platform == "described_gpu" and requested in ("auto", "cudnn"):
-        return "described_gpu"
+        return "described_cudnn" if requested == "cudnn" else "described_gpu"
     if requested != "auto":
         return requested
     known: dict[str, Implementation] = {"gpu": "gpu", "cuda": "gpu", "cpu": "cpu"}
@@ -55,7 +57,8 @@ def causal_attention(
         these never fall back, and given segments `cudnn` and `xla` make a mask
         `[batch, 1, seq, seq]`. `gpu` is `cudnn` where that can compute it (half precision, `dim` at
         most 128 and a multiple of 8), otherwise `xla`; given segments it is the formulation of
-        `cpu`, which makes no such mask. `described_gpu` is `gpu` with `blockwise` for `cudnn`.
+        `cpu`, which makes no such mask. `described_gpu` is `gpu` with `blockwise` for `cudnn`, and
+        `described_cudnn` is `blockwise` in the place of `cudnn`.
 
     Returns:
       `[batch, seq, heads, dim]` in the query's dtype.
@@ -63,13 +66,13 @@ def causal_attention(
     Raises:
       ValueError: `implementation` is none of these.
     """
-    described = implementation == "described_gpu"
     if implementation in ("gpu", "described_gpu"):
-        unmasked: Implementation = "cudnn" if _fits_cudnn(query) else "xla"
+        cudnn: Implementation = "cudnn" if implementation == "gpu" else "described_cudnn"
+        unmasked: Implementation = cudnn if _fits_cudnn(query) else "xla"
         implementation = unmasked if segment_ids is None else "cpu"
-    if described and implementation == "cudnn":
+    if implementation == "described_cudnn":
         with jax.named_scope(STAND_IN):
-            return blockwise_attention(query, key, value)
+            return blockwise_attention(query, key, value, segment_ids)
     if implementation == "blockwise":
         return blockwise_attention(query, key, value, segment_ids)
     if implementation == "cpu":

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from jspeed.planner.hlo import ArrayType, Computation, Instruction, Module
+from jspeed.planner.targets.target import FULL_FLOAT32
 
 FREE = frozenset(
     {
@@ -34,6 +35,7 @@ FREE = frozenset(
 """Opcodes that no kernel runs for, or none worth counting."""
 _READS_A_PART = frozenset({"dynamic-slice", "slice", "gather"})
 _DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64"}
+_HIGHEST = re.compile(r'operand_precision=?"?:?[\[{]"?(?:highest|HIGHEST)')
 _LIST = re.compile(r"\d+")
 
 
@@ -111,7 +113,7 @@ def product_flops(computation: Computation, instruction: Instruction) -> dict[st
     if instruction.opcode == "dot":
         left = computation.by_name[instruction.operands[0]].arrays()[0]
         summed = _numbers(instruction.attribute("lhs_contracting_dims"))
-        return _product(left, summed, instruction.arrays()[0])
+        return _product(left, summed, instruction)
     if instruction.opcode == "convolution":
         return _convolution_flops(computation, instruction)
     if instruction.opcode == "custom-call":
@@ -119,9 +121,12 @@ def product_flops(computation: Computation, instruction: Instruction) -> dict[st
     return {}
 
 
-def _product(left: ArrayType, summed: list[int], result: ArrayType) -> dict[str, float]:
+def _product(left: ArrayType, summed: list[int], instruction: Instruction) -> dict[str, float]:
     inner = math.prod(left.shape[dim] for dim in summed)
-    return {_DTYPES.get(left.dtype, left.dtype): 2.0 * result.elements * inner}
+    dtype = _DTYPES.get(left.dtype, left.dtype)
+    if dtype == "float32" and _HIGHEST.search(instruction.attributes):
+        dtype = FULL_FLOAT32
+    return {dtype: 2.0 * instruction.arrays()[0].elements * inner}
 
 
 def _custom_call_flops(computation: Computation, instruction: Instruction) -> dict[str, float]:
@@ -130,12 +135,11 @@ def _custom_call_flops(computation: Computation, instruction: Instruction) -> di
     if not target.startswith(("__cublas", "__onednn$matmul")):
         return {}
     left = computation.by_name[instruction.operands[0]].arrays()[0]
-    result = instruction.arrays()[0]
     config = re.search(r'"dot_dimension_numbers":(\{.*?\})', instruction.attributes)
     if config is None:
         return {}
     numbers = json.loads(config.group(1))
-    return _product(left, [int(dim) for dim in numbers["lhs_contracting_dimensions"]], result)
+    return _product(left, [int(dim) for dim in numbers["lhs_contracting_dimensions"]], instruction)
 
 
 def _convolution_flops(computation: Computation, instruction: Instruction) -> dict[str, float]:

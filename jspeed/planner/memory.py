@@ -178,6 +178,9 @@ def temporaries_at_peak(
         if instruction is None:
             found.append(Buffer(value.bytes, OTHER, written, ""))
             continue
+        if instruction.opcode == "custom-call" and value.index and value.index[0] > 0:
+            found.append(Buffer(value.bytes, OTHER, written, "workspace of a matrix product"))
+            continue
         source = sources.of(instruction, value.index)
         paths = (gradients or {}).get(array.shape, ()) if array else ()
         role = _role(instruction, source, array, paths)

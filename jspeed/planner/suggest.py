@@ -10,6 +10,8 @@ from jspeed.layout.rules import axes_of
 from jspeed.planner.pool import Job, Outcome
 from jspeed.planner.run_file import RunFile
 
+KINDS = ("mesh", "stage", "remat", "microbatch")
+"""What a run can change; in this order, so that the batch is what the microbatch says."""
 RunJobs = Callable[[Iterable[Job]], Iterator[Outcome]]
 """Does jobs in any order, as `jspeed.planner.pool.run_jobs` with all else given."""
 
@@ -48,11 +50,13 @@ class Change:
     """One thing to do about a run.
 
     Attributes:
+      kind: of what it changes, one of `KINDS`.
       text: for people.
       keys: path -> value in the run file; None removes the key.
       gpus: to run on instead; None: as many as now.
     """
 
+    kind: str
     text: str
     keys: Mapping[str, Any] = field(default_factory=dict)
     gpus: int | None = None
@@ -70,20 +74,26 @@ def single_changes(run: RunFile, plan: Mapping[str, Any]) -> list[Change]:
     """
     changes = [*_smaller_microbatches(plan), *_higher_stages(run, plan)]
     if run.config.model is not None and run.config.model.remat == "none":
-        changes.append(Change("model.remat: full", {"model.remat": "full"}))
+        changes.append(Change("remat", "model.remat: full", {"model.remat": "full"}))
     return changes + _other_meshes(run, plan)
 
 
 def together(run: RunFile, plan: Mapping[str, Any]) -> Change | None:
-    """All of the changes that keep the GPUs, each at its most; None where there are not two."""
-    keys: dict[str, Any] = {}
-    texts = []
+    """All of the changes that keep the GPUs, each at its most; None where there are not two.
+
+    Of several meshes it takes the first: they rule each other out.
+    """
+    last: dict[str, Change] = {}
     for change in single_changes(run, plan):
-        if change.gpus is None:
-            keys.update(change.keys)
-            texts.append(change.text)
-    last = {text.split(":")[0]: text for text in texts}
-    return Change(" and ".join(last.values()), keys) if len(last) > 1 else None
+        if change.gpus is None and not (change.kind == "mesh" and "mesh" in last):
+            last[change.kind] = change
+    if len(last) < 2:
+        return None
+    chosen = [last[kind] for kind in KINDS if kind in last]
+    keys: dict[str, Any] = {}
+    for change in chosen:
+        keys |= change.keys
+    return Change("together", " and ".join(change.text for change in chosen), keys)
 
 
 def suggest(
@@ -147,6 +157,7 @@ def _smaller_microbatches(plan: Mapping[str, Any]) -> Iterator[Change]:
     for smaller in dict.fromkeys((micro // 2, 1)):
         if 0 < smaller < micro and rows % smaller == 0:
             yield Change(
+                "microbatch",
                 f"train_micro_batch_size_per_gpu: {smaller}",
                 _batch(plan["train_batch_size"], smaller),
             )
@@ -155,7 +166,8 @@ def _smaller_microbatches(plan: Mapping[str, Any]) -> Iterator[Change]:
 def _higher_stages(run: RunFile, plan: Mapping[str, Any]) -> Iterator[Change]:
     if _shards(plan["mesh"]) > 1:
         for stage in range(plan["zero_stage"] + 1, 4):
-            yield Change(f"zero_optimization.stage: {stage}", {"zero_optimization.stage": stage})
+            keys = {"zero_optimization.stage": stage}
+            yield Change("stage", f"zero_optimization.stage: {stage}", keys)
 
 
 def _other_meshes(run: RunFile, plan: Mapping[str, Any]) -> list[Change]:
@@ -168,16 +180,16 @@ def _other_meshes(run: RunFile, plan: Mapping[str, Any]) -> list[Change]:
             "mesh.data": data,
             "zero_optimization.mics_shard_size": None,
         }
-        found.append(Change(f"mesh.data: {data} without copies", keys))
+        found.append(Change("mesh", f"mesh.data: {data} without copies", keys))
     rows, micro = plan["train_batch_size"], plan["micro_batch_size"]
     if _splits_over_tensor(run) and mesh["data"] % 2 == 0:
         tensor, data = 2 * mesh["tensor"], mesh["data"] // 2
         keys = {"mesh.tensor": tensor, "mesh.data": data, **_batch(rows, micro)}
-        found.append(Change(f"mesh.tensor: {tensor} with mesh.data {data}", keys))
+        found.append(Change("mesh", f"mesh.tensor: {tensor} with mesh.data {data}", keys))
     if plan["zero_stage"] > 0 and rows % (2 * micro * _shards(mesh)) == 0:
         gpus = 2 * plan["gpus"]
         keys = {"mesh.data": 2 * mesh["data"], **_batch(rows, micro)}
-        found.append(Change(f"{gpus} GPUs: mesh.data {2 * mesh['data']}", keys, gpus))
+        found.append(Change("mesh", f"{gpus} GPUs: mesh.data {2 * mesh['data']}", keys, gpus))
     return found
 
 

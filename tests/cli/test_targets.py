@@ -48,7 +48,7 @@ def test_all_targets(capsys: pytest.CaptureFixture[str]) -> None:
     lines = printed(capsys).splitlines()
     assert [line.split()[0] for line in lines[1:6]] == list(TARGETS)
     assert re.match(
-        r"h200 +140\.4 GiB +989\.4 TFLOP/s +66\.9 TFLOP/s +4\.8 TB/s +450 GB/s +50 GB/s +"
+        r"h200 +140\.4 GiB +989\.4 TFLOP/s +494\.7 TFLOP/s +4\.8 TB/s +450 GB/s +50 GB/s +"
         r"NVIDIA H200 SXM, 141 GB HBM3e",
         lines[2],
     )

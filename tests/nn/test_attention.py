@@ -92,7 +92,7 @@ def test_what_gpu_means_depends_on_what_cudnn_can_do():
         ("auto", "tpu", "xla"),
         ("cudnn", "cpu", "cudnn"),
         ("auto", "described_gpu", "described_gpu"),
-        ("cudnn", "described_gpu", "described_gpu"),
+        ("cudnn", "described_gpu", "described_cudnn"),
         ("xla", "described_gpu", "xla"),
     ],
 )

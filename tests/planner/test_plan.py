@@ -181,12 +181,24 @@ def test_largest_buffers_are_named_by_module_and_parameter():
 # --- what cannot be -------------------------------------------------------------------------------
 
 
-def test_cudnn_is_not_planned_for_cpus():
-    config = run_file(model={"attention": {"implementation": "cudnn"}})
-    with pytest.raises(
-        ConfigError, match=r'"model.attention.implementation": cudnn runs on NVIDIA'
-    ):
-        make_plan(load_config(config), Cluster(CPU, 1))
+def test_cudnn_is_not_planned_where_training_refuses_it():
+    model = {"attention": {"implementation": "cudnn"}}
+    with pytest.raises(ConfigError, match=r"cudnn runs on NVIDIA GPUs only"):
+        make_plan(load_config(run_file(model=model)), Cluster(CPU, 1))
+    config = run_file(model=model, bf16={"enabled": False})
+    with pytest.raises(ConfigError, match=r"cudnn computes in float16 and bfloat16 only"):
+        make_plan(load_config(config), Cluster(H100, 1))
+
+
+@pytest.mark.gpu_target
+def test_what_cudnn_would_add_for_documents_is_said():
+    data = {"source": "golden", "sequence_length": 32, "document_mask": True,
+            "tokenizer": {"kind": "byte"}}  # fmt: skip
+    model = {"attention": {"implementation": "cudnn"}, "vocab_size": 260}
+    plan = make_plan(load_config(run_file(model=model, data=data)), Cluster(H100, 1))
+    assert any("1,024 bytes of each layer's are not in this plan" in line for line in plan.remarks)
+    auto = make_plan(load_config(run_file(model={"vocab_size": 260}, data=data)), Cluster(H100, 1))
+    assert not any("makes a mask" in line for line in auto.remarks)
 
 
 def test_a_batch_that_does_not_hold_is_refused_as_in_training():

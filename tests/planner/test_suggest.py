@@ -109,6 +109,22 @@ def test_all_together_if_no_single_change_is_enough():
     found = suggest(RunFile.read(RUN), WHERE, PLAN, answering({"3/full"}))
     assert [entry["fits"] for entry in found] == [True] + [False] * 6
     assert found[0]["change"] == (
-        "train_micro_batch_size_per_gpu: 1 and zero_optimization.stage: 3 and model.remat: full"
+        "zero_optimization.stage: 3 and model.remat: full and train_micro_batch_size_per_gpu: 1"
     )
-    assert together(RunFile.read(RUN), {**PLAN, "zero_stage": 1}) is not None
+
+
+@pytest.mark.parametrize("replica", [1, 2])
+def test_text_and_keys_of_all_together_agree_and_the_mesh_keeps_its_gpus(replica):
+    rules = [["blocks/mlp/fc/kernel", [None, None, "tensor"]]]
+    run = RunFile.read({**RUN, "mesh": {"data": 8 // replica, "replica": replica, "rules": rules}})
+    mesh = {**PLAN["mesh"], "data": 8 // replica, "replica": replica}
+    change = together(run, {**PLAN, "mesh": mesh})
+    assert change is not None
+    changed = RunFile.read(run.changed(change.keys)).config
+    assert changed.mesh.data * changed.mesh.replica * changed.mesh.tensor == 8
+    assert changed.batch.micro_batch_size == 1
+    assert changed.batch.train_batch_size == 64
+    assert "train_micro_batch_size_per_gpu: 1" in change.text
+    wanted = "mesh.data: 8 without copies" if replica == 2 else "mesh.tensor: 2 with mesh.data 4"
+    assert change.text.startswith(wanted)
+    assert ("tensor" in change.text) == (changed.mesh.tensor > 1)

@@ -29,7 +29,7 @@ from jspeed.planner.targets import (
     target_data,
 )
 from jspeed.planner.targets.load import measured_path
-from jspeed.planner.targets.target import EFFICIENCIES
+from jspeed.planner.targets.target import EFFICIENCIES, FULL_FLOAT32
 from jspeed.planner.targets.text_proto import text_proto
 
 needs_gpu_compiler = pytest.mark.skipif(
@@ -81,7 +81,8 @@ def test_datasheet_figures(
 
 def test_rates_by_dtype() -> None:
     h200, a100 = load_target("h200"), load_target("a100")
-    assert h200.peak_flops("float32") == 66.9e12  # TF32 is off unless it is asked for
+    assert h200.peak_flops("float32") == 494.7e12  # JAX takes TF32 unless HIGHEST is asked for
+    assert h200.peak_flops(FULL_FLOAT32) == 66.9e12
     assert h200.peak_flops("float8_e4m3fn") == h200.peak_flops("float8_e5m2") == 1978.9e12
     assert a100.peak_flops("float8_e4m3fn") == a100.peak_flops("int32") == 19.5e12
     assert h200.matmul_flops("bfloat16") == pytest.approx(791.5e12, rel=1e-3)

@@ -21,7 +21,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "plan.md"
 
 
 def test_the_test_in_the_documentation_passes() -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+    examples = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+    (example,) = [text for text in examples if "compile_step" in text]
     names: dict[str, Any] = {}
     exec(compile(example, str(PAGE), "exec", dont_inherit=True), names)
     tests = [name for name in names if name.startswith("test_")]

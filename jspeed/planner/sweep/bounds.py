@@ -108,14 +108,17 @@ class Bounds:
         return make_program(self._factory)
 
     def _compute_seconds(self, candidate: Candidate, config: Config) -> float:
-        """Attention is counted causal, and what remat computes again without attention."""
+        """Attention is counted causal, and what remat computes again without attention and without
+        the last product of each layer, whose result nothing needs."""
         model, length = self._factory, sequence_length(config)
         products = model.flops_per_token(0)
         attention = (model.flops_per_token(length) - products) / 2
         flops = products + attention
         if candidate.remat == "full":
-            head = 6.0 * model.config.hidden_size * model.config.vocab_size
-            flops += (products - head) / 3
+            shape = model.config
+            head = 6.0 * shape.hidden_size * shape.vocab_size
+            last = 2.0 * shape.layers * shape.hidden_size * shape.intermediate_size
+            flops += (products - head) / 3 - last
         rows = candidate.micro_batch_size * candidate.accumulation
         rate = self._cluster.target.matmul_flops(config.precision.compute_dtype)
         return flops * rows * length / candidate.tensor / rate

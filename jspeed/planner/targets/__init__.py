@@ -5,7 +5,13 @@ from jspeed.planner.targets.described import (
     described_mesh,
     has_gpu_compiler,
 )
-from jspeed.planner.targets.load import TARGETS, known_targets, load_target, target_data
+from jspeed.planner.targets.load import (
+    TARGETS,
+    known_targets,
+    load_target,
+    target_data,
+    target_reference,
+)
 from jspeed.planner.targets.target import FreshMemory, Link, Target
 
 __all__ = [
@@ -19,4 +25,5 @@ __all__ = [
     "known_targets",
     "load_target",
     "target_data",
+    "target_reference",
 ]

@@ -44,6 +44,11 @@ def target_data(name_or_path: str) -> dict[str, Any]:
     return resolved(origin, _base)
 
 
+def target_reference(name_or_path: str) -> str:
+    """What names the same target from any working directory: a name as it is, a whole path."""
+    return str(Path(name_or_path).resolve()) if _is_path(name_or_path) else name_or_path
+
+
 def known_targets() -> tuple[str, ...]:
     """The names that `load_target` takes, those of the CPU and short ones included."""
     return (*TARGETS, *ALIASES, CPU)
@@ -55,8 +60,12 @@ def measured_path() -> Path:
     return Path(cache) / "jspeed" / "targets" / "cpu.json"
 
 
+def _is_path(name_or_path: str) -> bool:
+    return name_or_path.endswith(".json") or os.sep in name_or_path
+
+
 def _origin(name_or_path: str) -> Origin:
-    if name_or_path.endswith(".json") or os.sep in name_or_path:
+    if _is_path(name_or_path):
         return _file(Path(name_or_path))
     name = name_or_path.lower()
     name = ALIASES.get(name, name)

@@ -13,6 +13,10 @@ EFFICIENCIES = ("matmul", "memory", "device_link", "network")
 """The rates of which a program reaches a known share only."""
 
 
+FULL_FLOAT32 = "float32 at HIGHEST"
+"""How products in the whole of float32 are called where TF32 may stand for it."""
+
+
 @dataclass(frozen=True)
 class Link:
     """A connection of one device.
@@ -54,9 +58,9 @@ class Target:
         None for the CPU, which is there.
       memory_bytes: total, as CUDA reports it; of the CPU, what this machine's devices share.
       usable_fraction: of the total, what a program's arrays can take.
-      flops: dtype -> peak dense FLOP/s. `"float32"` is what a float32 matrix product runs at in
-        XLA, which leaves TF32 off; `"tf32"` what it would run at with it. `"float8"` stands for
-        all 8-bit floating-point types.
+      flops: dtype -> peak dense FLOP/s. `"tf32"` is what float32 products of JAX's default
+        precision run at on GPUs that have it; `"float32"` what those of precision `HIGHEST` do, and
+        all of them elsewhere. `"float8"` stands for all 8-bit floating-point types.
       memory_bandwidth: peak bytes per second, reads and writes counted.
       efficiency: for each of `EFFICIENCIES`, the share of the peak that programs reach.
       launch_seconds: that pass from one kernel to the next beside their own time.
@@ -96,12 +100,15 @@ class Target:
         return math.floor(self.memory_bytes * self.usable_fraction)
 
     def peak_flops(self, dtype: str) -> float:
-        """Peak FLOP/s of matrix products on operands of a dtype, in JAX's spelling.
+        """Peak FLOP/s of matrix products on operands of a dtype, in JAX's spelling, at its default
+        precision; `FULL_FLOAT32` for float32 products of precision `HIGHEST`.
 
         A dtype without a figure of its own (integers, float64) is taken to run like float32.
         """
         if dtype.startswith("float8"):
             dtype = "float8"
+        if dtype == "float32" and "tf32" in self.flops:
+            dtype = "tf32"
         return self.flops.get(dtype, self.flops["float32"])
 
     def matmul_flops(self, dtype: str) -> float:
