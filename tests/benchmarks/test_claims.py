@@ -30,6 +30,7 @@ def claim(key: str) -> Claim:
 
 
 @pytest.mark.gpu_target
+@pytest.mark.slow
 @needs_gpu_compiler
 def test_the_optimizer_state_on_the_page_is_the_compilers() -> None:
     """A quarter on 4 devices and an eighth on 8; bytes of state are the same in all versions."""
