@@ -51,10 +51,6 @@ class Cost:
     flops: Mapping[str, float] = field(default_factory=dict)
     bytes: int = 0
 
-    @property
-    def total_flops(self) -> float:
-        return sum(self.flops.values())
-
 
 class Costs:
     """The costs of the instructions of one module."""

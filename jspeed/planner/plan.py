@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,8 +41,6 @@ from jspeed.training.program import LossFn, Program, make_program
 from jspeed.training.state import abstract_state
 
 __all__ = ["Plan", "make_plan", "plan_model"]
-
-_STACK = 100
 
 
 @dataclass(frozen=True)
@@ -206,10 +203,8 @@ def _compile(step: _Step, *, described: bool) -> tuple[Compiled, int]:
     run, layout = step.run, step.run.layout
     state = abstract_state(step.program, run.optimizer, layout, run.loss_scale)
     batch = step_batch(step.microbatch, run)
-    with _whole_stacks():
-        jitted = jit_step(step.config, step.program, step.loss_fn, run, described=described)
-        lowered = jitted.lower(state, batch)
-    compiled = compile_lowered(lowered, layout.sizes)
+    jitted = jit_step(step.config, step.program, step.loss_fn, run, described=described)
+    compiled = compile_lowered(jitted.lower(state, batch), layout.sizes)
     rows = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
     return compiled, rows // layout.batch_shards
 
@@ -224,16 +219,3 @@ def step_batch(microbatch: Any, run: RunPlan) -> Any:
         ),
         microbatch,
     )
-
-
-@contextmanager
-def _whole_stacks() -> Iterator[None]:
-    """Lets operations remember all the functions that asked for them, not the innermost alone, so
-    that buffers can be told by module."""
-    name = "jax_traceback_in_locations_limit"
-    before = jax.config.values[name]
-    jax.config.update(name, _STACK)
-    try:
-        yield
-    finally:
-        jax.config.update(name, before)
