@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jspeed.core.tree import named_leaves
 from jspeed.layout.gather import GatherPlan
-from jspeed.layout.mesh import AUTOMATIC_AXES, AXES, BATCH_AXES, ZERO_AXES, AnyMesh
+from jspeed.layout.mesh import AUTOMATIC_AXES, AXES, BATCH_AXES, PIPE, ZERO_AXES, AnyMesh
 from jspeed.layout.rules import Entry, Rule, axes_of, check_used, match_rule
 
 
@@ -49,7 +49,8 @@ class LeafPlacement:
       path: its name in the model's tree.
       shape: whole.
       rule: the sharding rule that matched, empty for none.
-      base: the spec over automatic axes.
+      base: the spec without ZeRO: over automatic axes, and over `pipe` where it stacks the layers
+        that a pipeline splits.
       zero_dim: the dimension that ZeRO splits, None when no dimension lets it.
       whole_because: why ZeRO keeps what it could split whole on every device; empty if it does not.
       persistent: ZeRO-3 keeps a whole copy, because the parameter is small.
@@ -62,6 +63,15 @@ class LeafPlacement:
     zero_dim: int | None
     whole_because: str
     persistent: bool
+
+    @property
+    def in_stages(self) -> bool:
+        """Whether each pipeline stage holds its own layers of it, and no others."""
+        return self.base[:1] == (PIPE,)
+
+    def automatic_spec(self) -> tuple[Entry, ...]:
+        """The spec over automatic axes alone."""
+        return (None, *self.base[1:]) if self.in_stages else self.base
 
     def sharded_spec(self) -> tuple[Entry, ...]:
         """The spec with ZeRO's dimension split as well."""
@@ -94,6 +104,11 @@ class Layout:
     @property
     def sizes(self) -> dict[str, int]:
         return dict(self.mesh.shape)
+
+    @property
+    def stages(self) -> int:
+        """Of the pipeline."""
+        return self.sizes[PIPE]
 
     @property
     def batch_shards(self) -> int:
@@ -149,7 +164,7 @@ class Layout:
             axes=ZERO_AXES,
             dim=leaf.zero_dim - len(leaf.shape),
             auto_axes=self.automatic_axes,
-            auto_spec=leaf.base,
+            auto_spec=leaf.automatic_spec(),
             compute_dtype=self.compute_dtype,
             reduce_dtype=self.reduce_dtype,
         )
@@ -232,6 +247,8 @@ def _place_leaf(
     rule = match_rule(rules, path, shape, sizes)
     base: tuple[Entry, ...] = rule.spec if rule else (None,) * len(shape)
     is_stacked = any(re.fullmatch(pattern, path) for pattern in stacked)
+    if is_stacked and sizes[PIPE] > 1:
+        base = (PIPE, *base[1:])
     ways = math.prod(sizes[axis] for axis in ZERO_AXES)
     dim, because = _zero_dimension(shape, base, ways, is_stacked)
     elements = math.prod(shape[1:]) if is_stacked else math.prod(shape)
