@@ -211,6 +211,6 @@ def test_long_schedules_are_made_quickly() -> None:
 
 
 def test_none_of_it_imports_jax() -> None:
-    modules = "operations, packing, schedules, validate, cost"
+    modules = "operations, packing, schedules, validate, cost, partition, picture"
     program = f"from jspeed.pipeline import {modules}; import sys; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
