@@ -154,6 +154,18 @@ def mesh(values: Values) -> Iterator[Problem]:
         )
 
 
+def pipeline(values: Values) -> Iterator[Problem]:
+    """The two ways to say the number of stages agree."""
+    path, mesh_path = "pipeline.stages", "mesh.pipe"
+    stages, size = values.get(path), values.get(mesh_path)
+    if stages != "auto" and values.is_given(mesh_path) and stages != size:
+        yield Problem(
+            path,
+            f'{stages} contradicts "{mesh_path}": {size}. Write one of the two.',
+            values.line(path),
+        )
+
+
 def data_parallel_size(values: Values) -> int | None:
     """Return over how many devices the batch is split, where the mesh fixes it."""
     size = 1
@@ -295,6 +307,7 @@ RULES: tuple[Rule, ...] = (
     offload,
     optimizer,
     mesh,
+    pipeline,
     batch_triangle,
     model,
     data,

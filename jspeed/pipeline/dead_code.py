@@ -9,9 +9,7 @@ from jspeed.core._compat import JaxprEqn, Literal, eval_jaxpr, open_jaxpr, prune
 from jspeed.layout.operations import Operation
 
 
-def needed_operations(
-    operations: Sequence[Operation], results: Iterable[Any]
-) -> list[Operation]:
+def needed_operations(operations: Sequence[Operation], results: Iterable[Any]) -> list[Operation]:
     """The operations, in order, that results depend on."""
     wanted = {atom for atom in results if not isinstance(atom, Literal)}
     kept = []

@@ -192,7 +192,7 @@ class _Cutter:
             used_layers=self._used(beside, [*consts, *rest]),
             used_last=self._used(last, self.flat.outputs[:2]),
             carry=tuple(
-                jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
+                jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)  # pyright: ignore
                 for var in scan.eqn.outvars[:n_carry]
             ),
             _flat=self.flat,

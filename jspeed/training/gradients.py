@@ -1,11 +1,10 @@
-"""Local gradients of one step: microbatches in a scan, reductions where the ZeRO stage puts them.
-"""
+"""Local gradients of one step: microbatches in a loop or a pipeline, then the reduction."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +14,18 @@ from jspeed.core._compat import shard_map
 from jspeed.core.loss import LossSum
 from jspeed.core.tree import map_named, named_leaves
 from jspeed.layout.at_use import call_with_gather_at_use
-from jspeed.layout.mesh import BATCH_AXES
+from jspeed.layout.mesh import BATCH_AXES, PIPE
 from jspeed.layout.zero import Layout, Role, manual_spec
+from jspeed.pipeline.operations import Schedule
+from jspeed.pipeline.schedules import FORWARD_ONLY, make_schedule
 from jspeed.training.local_parameters import Arrays, LocalParameters, state_specs
+from jspeed.training.pipelined import pipelined_evaluation, pipelined_sums
 from jspeed.training.program import LossFn, Program, loss_parts
+from jspeed.training.shard import BoundLoss, Shard, Sums
 from jspeed.training.state import TrainState, abstract_parameters
 
-BoundLoss = Callable[[list[Any], Any, Any, jax.Array], tuple[LossSum, Any]]
-"""`(parameters in tree order, mutable state, microbatch, key) -> (loss, new mutable state)`."""
+# The loss of a pipeline is known to its last stage; the others add zeros.
+LOSS_AXES = (PIPE, *BATCH_AXES)
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class GradientSettings:
       sum_over_shards: gradients are the sum over shards of each shard's mean, instead of the mean
         (`gradient_allreduce_op: "sum"`).
       cast_inputs: cast floating-point arrays of the batch to the compute dtype (`fp16.auto_cast`).
+      schedule: of the pipeline; its microbatches are the accumulation.
     """
 
     accumulation: int = 1
@@ -47,47 +51,7 @@ class GradientSettings:
     before_reduction: float = 1.0
     sum_over_shards: bool = False
     cast_inputs: bool = False
-
-
-@dataclass(frozen=True)
-class Shard:
-    """What one device's part of a step has at hand.
-
-    Attributes:
-      local: how it sees the parameters.
-      master: path -> its part of the master.
-      copies: path -> its part of the stored copy in the compute dtype.
-      mutable: the model's other state.
-      batch: its microbatches, leaves `[accumulation, microbatch, ...]`.
-      key: of its random numbers in this step.
-      factor: on the loss before it is differentiated.
-    """
-
-    local: LocalParameters
-    master: Arrays
-    copies: Arrays
-    mutable: Any
-    batch: Any
-    key: jax.Array
-    factor: Any
-
-    def microbatch(self, index: Any) -> tuple[Any, jax.Array]:
-        """A microbatch and its key."""
-
-        def take(leaf: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)
-
-        return jax.tree.map(take, self.batch), jax.random.fold_in(self.key, index)
-
-
-class Sums(NamedTuple):
-    """Over a device's microbatches: gradients by path, the loss's total and weight; and the mutable
-    state after the last."""
-
-    gradients: Arrays
-    total: jax.Array
-    weight: jax.Array
-    mutable: Any
+    schedule: Schedule | None = None
 
 
 def bound_loss(
@@ -137,7 +101,10 @@ def local_gradients(
         )
         reference = _reference_weight(run, shard) if settings.normalise_loss else 1.0
         shard = replace(shard, factor=scale * settings.before_reduction / reference)
-        sums = _one_after_another(run, shard, settings)
+        if settings.schedule is None:
+            sums = _one_after_another(run, shard, settings)
+        else:
+            sums = pipelined_sums(run, shard, settings.schedule, settings.accumulation_dtype)
         grads, loss, weight = _mean(sums, shard, settings)
         tree = jax.tree.unflatten(
             jax.tree.structure(master_tree), [grads[path] for path in shard.master]
@@ -210,7 +177,7 @@ def _mean(
     """Reduced gradients of the mean loss, that loss and its weight, from all devices' sums."""
     local = shard.local
     grads = local.reduce_once(sums.gradients)
-    total, weight = jax.lax.psum(jnp.stack([sums.total, sums.weight]), BATCH_AXES)
+    total, weight = jax.lax.psum(jnp.stack([sums.total, sums.weight]), LOSS_AXES)
     # A batch that counts nothing has no loss: gradients of 0, and no update of NaN.
     counted = jnp.where(weight > 0, weight, 1.0)
     unscale = 1.0 / (shard.factor * counted)
@@ -273,11 +240,16 @@ def local_evaluation(
 
     def on_shard(master_tree: Any, copies: Any, mutable: Any, batch: Any):
         master, local = dict(named_leaves(master_tree)), LocalParameters(layout)
-        homes = local.homes(local.differentiated(master, copies, master), master, copies)
-        loss, _ = call_with_gather_at_use(
-            run, homes, mutable, batch, jax.random.key(0), refetch=False
-        )
-        sums = jax.lax.psum(jnp.stack([loss.total, loss.weight]), BATCH_AXES)
+        key = jax.random.key(0)
+        if settings.schedule is None:
+            homes = local.homes(local.differentiated(master, copies, master), master, copies)
+            loss, _ = call_with_gather_at_use(run, homes, mutable, batch, key, refetch=False)
+        else:
+            schedule = _evaluation_schedule(settings.schedule, batch)
+            parts = jax.tree.map(lambda leaf: _cut(leaf, schedule.microbatches), batch)
+            shard = Shard(local, master, copies, mutable, parts, key, 1.0)
+            loss = pipelined_evaluation(run, shard, schedule)
+        sums = jax.lax.psum(jnp.stack([loss.total, loss.weight]), LOSS_AXES)
         return sums[0], sums[1]
 
     def evaluate(state: TrainState, batch: Any) -> tuple[jax.Array, jax.Array]:
@@ -294,3 +266,17 @@ def local_evaluation(
         )(state.master, state.copies, state.mutable, batch)
 
     return evaluate
+
+
+def _evaluation_schedule(training: Schedule, batch: Any) -> Schedule:
+    """Forwards only, over as many microbatches as divide the examples, up to four per stage."""
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    most = min(rows, 4 * training.stages)
+    microbatches = max(n for n in range(1, most + 1) if rows % n == 0)
+    return make_schedule(
+        FORWARD_ONLY, stages=training.stages, microbatches=microbatches, chunks=training.chunks
+    )
+
+
+def _cut(leaf: jax.Array, microbatches: int) -> jax.Array:
+    return leaf.reshape(microbatches, leaf.shape[0] // microbatches, *leaf.shape[1:])

@@ -122,5 +122,3 @@ def state_specs(layout: Layout, state: TrainState) -> tuple[Any, Any, Any]:
     )
     copies = {path: manual_spec(layout.role_spec(path, Role.PARAM)) for path in state.copies}
     return master, copies, jax.tree.map(lambda _: PartitionSpec(), state.mutable)
-
-
