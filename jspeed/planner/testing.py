@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding
 from jspeed.layout.compiler_options import CommunicationSettings, compiler_options
 from jspeed.layout.mesh import MeshShape
 from jspeed.layout.rules import Rule
+from jspeed.layout.tensor import tensor_splits
 from jspeed.layout.zero import Layout, ZeroSettings, place
 from jspeed.pipeline.schedules import make_schedule
 from jspeed.planner.compiled import Compiled, compile_lowered
@@ -96,6 +97,12 @@ def compile_step(
         mesh=mesh,
         zero=ZeroSettings(stage, persistence_threshold),
         rules=rules,
+        splits=tensor_splits(
+            params,
+            logical_axes=program.logical_axes,
+            blueprint=program.blueprint,
+            ways=mesh.shape["tensor"],
+        ),
         stacked=program.stacked,
         compute_dtype=compute_dtype,
         reduce_dtype=reduce_dtype,
