@@ -96,6 +96,7 @@ class PipelineConfig:
 
     schedule: Literal["gpipe", "1f1b", "interleaved-1f1b", "zb-h1"]
     chunks: int
+    partition: str
 
 
 @dataclass(frozen=True, slots=True)
