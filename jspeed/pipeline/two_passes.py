@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from jspeed.core._compat import Jaxpr, Literal, equation_context, open_jaxpr, scan_counts
-from jspeed.layout.homes import REMAT
+from jspeed.layout.homes import COSTLY, REMAT
 from jspeed.layout.operations import Key, Operation, evaluate, flatten, read
 
 Env = dict[Any, Any]
@@ -114,8 +114,13 @@ def _handed_over(
 def _cut(
     operations: Sequence[Operation], wanted: Sequence[Any], others: Sequence[Any]
 ) -> tuple[list[_Piece], list[_Piece]]:
-    """Operations that `wanted` depends on, and those that only `others` depends on."""
+    """Operations that `wanted` depends on, and those that only `others` depends on.
+
+    Of the others, what takes no product to make, as the gradient of a bias or of a norm's scale,
+    is made with the first: it is small, and what it is made of would have to be handed over.
+    """
     needed = {atom for atom in wanted if not isinstance(atom, Literal)}
+    needed.update(_light(operations, needed, others))
     first: list[_Piece] = []
     second: list[_Piece] = []
     for operation in reversed(operations):
@@ -131,6 +136,25 @@ def _cut(
             first.append(_whole(operation))
             needed.update(operation.reads)
     return first[::-1], _reaching(second[::-1], others)
+
+
+def _light(
+    operations: Sequence[Operation], needed: Collection[Any], others: Sequence[Any]
+) -> set[Any]:
+    """Which of `others` need no costly operation beside those that lead to `needed`."""
+    reached = set(needed)
+    for operation in reversed(operations):
+        if reached.intersection(operation.outputs):
+            reached.update(operation.reads)
+    costly: set[Any] = set()
+    defined: set[Any] = set()
+    for operation in operations:
+        if reached.intersection(operation.outputs):
+            continue
+        defined.update(operation.outputs)
+        if operation.name in COSTLY or costly.intersection(operation.reads):
+            costly.update(operation.outputs)
+    return {atom for atom in others if not isinstance(atom, Literal) and atom in defined - costly}
 
 
 def _reaching(pieces: Sequence[_Piece], results: Sequence[Any]) -> list[_Piece]:
