@@ -15,6 +15,7 @@ from jspeed.config import Batch, Config, resolve_batch
 from jspeed.core.errors import ConfigError
 from jspeed.layout.mesh import AnyMesh, MeshShape, make_mesh, resolve_mesh
 from jspeed.layout.rules import Rule
+from jspeed.layout.tensor import tensor_splits
 from jspeed.layout.zero import Layout, ZeroSettings, place
 from jspeed.optim import (
     LossScale,
@@ -103,6 +104,12 @@ def plan_run(
             model_persistence_threshold=config.zero.model_persistence_threshold,
         ),
         rules=[*rules, *(Rule(pattern, tuple(spec)) for pattern, spec in config.mesh.rules)],
+        splits=tensor_splits(
+            params,
+            logical_axes=program.logical_axes,
+            blueprint=program.blueprint,
+            ways=mesh.shape["tensor"],
+        ),
         stacked=program.stacked,
         compute_dtype=precision.compute_dtype,
         reduce_dtype=precision.communication_dtype,

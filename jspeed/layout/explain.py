@@ -224,7 +224,7 @@ def explain(
 
 def placed_by(layout: Layout, leaf: LeafPlacement) -> str:
     """What decided where a parameter lives: a sharding rule, ZeRO, both or neither."""
-    parts = [f"rule {leaf.rule}"] if leaf.rule else []
+    parts = [leaf.rule] if leaf.rule else []
     if layout.stage and layout.zero_splits(leaf.path):
         axes = "+".join(axis for axis in ZERO_AXES if layout.sizes[axis] > 1)
         kept = ""

@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jspeed.core.tree import named_leaves
 from jspeed.layout.gather import GatherPlan
+from jspeed.layout.logical import Split
 from jspeed.layout.mesh import AUTOMATIC_AXES, AXES, BATCH_AXES, ZERO_AXES, AnyMesh
 from jspeed.layout.rules import Entry, Rule, axes_of, check_used, match_rule
 
@@ -48,7 +49,8 @@ class LeafPlacement:
     Attributes:
       path: its name in the model's tree.
       shape: whole.
-      rule: the sharding rule that matched, empty for none.
+      rule: what placed it over automatic axes, in words: the sharding rule that matched, or why
+        `tensor` splits it or does not; empty where nothing did.
       base: the spec over automatic axes.
       zero_dim: the dimension that ZeRO splits, None when no dimension lets it.
       whole_because: why ZeRO keeps what it could split whole on every device; empty if it does not.
@@ -203,6 +205,7 @@ def place(
     mesh: AnyMesh,
     zero: ZeroSettings,
     rules: Sequence[Rule] = (),
+    splits: Mapping[str, Split] | None = None,
     stacked: Sequence[str] = (),
     compute_dtype: str = "float32",
     reduce_dtype: str | None = None,
@@ -213,7 +216,9 @@ def place(
       params: a pytree of arrays or shapes.
       mesh: with the axes of `jspeed.layout.mesh.AXES`.
       zero: the stage and thresholds.
-      rules: for the automatic axes, first match wins; no match leaves a parameter whole over them.
+      rules: for the automatic axes, first match wins.
+      splits: path -> what `tensor` splits of a parameter that no rule matches; one that is missing
+        stays whole over the automatic axes.
       stacked: regexes of parameters whose first dimension stacks layers. ZeRO never splits that
         dimension, and thresholds concern one layer's slice.
       compute_dtype: of the stored copy and of what is gathered.
@@ -227,7 +232,8 @@ def place(
     assert not missing, f"mesh lacks {missing}"
     leaves: dict[str, LeafPlacement] = {}
     for path, leaf in named_leaves(params):
-        leaves[path] = _place_leaf(path, tuple(leaf.shape), sizes, zero, rules, stacked)
+        split = (splits or {}).get(path)
+        leaves[path] = _place_leaf(path, tuple(leaf.shape), sizes, zero, rules, split, stacked)
     check_used(rules, leaves)
     if zero.stage == 3:
         _limit_persistent(leaves, zero.model_persistence_threshold)
@@ -240,10 +246,12 @@ def _place_leaf(
     sizes: Mapping[str, int],
     zero: ZeroSettings,
     rules: Sequence[Rule],
+    split: Split | None,
     stacked: Sequence[str],
 ) -> LeafPlacement:
     rule = match_rule(rules, path, shape, sizes)
-    base: tuple[Entry, ...] = rule.spec if rule else (None,) * len(shape)
+    placed = Split((None,) * len(shape), "") if split is None else split
+    base, why = (rule.spec, f"rule {rule}") if rule else (placed.spec, placed.because)
     is_stacked = any(re.fullmatch(pattern, path) for pattern in stacked)
     ways = math.prod(sizes[axis] for axis in ZERO_AXES)
     dim, because = _zero_dimension(shape, base, ways, is_stacked)
@@ -255,7 +263,7 @@ def _place_leaf(
             f"fewer than {zero.persistence_threshold:,} elements{each}, see "
             "stage3_param_persistence_threshold"
         )
-    return LeafPlacement(path, shape, str(rule) if rule else "", base, dim, because, persistent)
+    return LeafPlacement(path, shape, why, base, dim, because, persistent)
 
 
 def _zero_dimension(

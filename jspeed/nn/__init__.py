@@ -11,6 +11,7 @@ from jspeed.nn.blocks import (
     stack_layers,
 )
 from jspeed.nn.dense import dense
+from jspeed.nn.embedding import embed
 from jspeed.nn.logical_axes import LOGICAL_AXES, LogicalAxes
 from jspeed.nn.losses import IGNORED, cross_entropy, linear_cross_entropy
 
@@ -25,6 +26,7 @@ __all__ = [
     "choose_implementation",
     "cross_entropy",
     "dense",
+    "embed",
     "gelu",
     "language_model_loss",
     "linear_cross_entropy",

@@ -21,6 +21,7 @@ import optax
 from jspeed.layout.compiler_options import CommunicationSettings, compiler_options
 from jspeed.layout.mesh import MeshShape
 from jspeed.layout.rules import Rule
+from jspeed.layout.tensor import tensor_splits
 from jspeed.layout.zero import Layout, ZeroSettings, place
 from jspeed.planner.compiled import Compiled, compile_lowered
 from jspeed.planner.targets import described_mesh
@@ -90,6 +91,12 @@ def compile_step(
         mesh=mesh,
         zero=ZeroSettings(stage, persistence_threshold),
         rules=rules,
+        splits=tensor_splits(
+            params,
+            logical_axes=program.logical_axes,
+            blueprint=program.blueprint,
+            ways=mesh.shape["tensor"],
+        ),
         stacked=program.stacked,
         compute_dtype=compute_dtype,
         reduce_dtype=reduce_dtype,

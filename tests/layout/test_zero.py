@@ -132,7 +132,7 @@ def test_rules_and_zero_share_a_parameter() -> None:
     placed = layout(shapes(w=(2, 64, 8)), mesh, 3, rules=rules, compute_dtype="bfloat16")
     assert placed.role_spec("w", Role.MASTER) == (None, "tensor", SHARDED)
     assert placed.role_spec("w", Role.PARAM) == (None, "tensor", None)
-    assert placed.leaves["w"].rule == "w -> [-, tensor, -]"
+    assert placed.leaves["w"].rule == "rule w -> [-, tensor, -]"
     plan = placed.gathered("w")
     assert plan is not None
     assert (plan.dim, plan.axes, plan.auto_axes) == (-1, ZERO_AXES, ("tensor",))

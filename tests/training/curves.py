@@ -57,10 +57,18 @@ def ds_config(*, stage: int, micro: int, optimizer: str = "SGD", **more: Any) ->
     }
 
 
-def train_curve(config: dict[str, Any], *, devices: int, steps: int, seed: int = 0) -> Curve:
-    """The curve of the tiny GPT-2 under a configuration on so many devices."""
+def train_curve(
+    config: dict[str, Any],
+    *,
+    devices: int,
+    steps: int,
+    seed: int = 0,
+    model: Any = ModelFactory("gpt2", TINY),
+) -> Curve:
+    """The curve of a model, the tiny GPT-2 if not said, under a configuration on so many
+    devices."""
     engine = jspeed.initialize(
-        model=ModelFactory("gpt2", TINY),
+        model=model,
         loss_fn=language_model_loss,
         config=config,
         devices=jax.devices()[:devices],

@@ -14,6 +14,7 @@ from jspeed.nn import (
     Linear,
     LogicalAxes,
     causal_attention,
+    embed,
     gelu,
     scan_layers,
     stack_layers,
@@ -117,6 +118,11 @@ class GPT2(nnx.Module):
         self.remat = config.remat
         self.loss_chunk_size = config.loss_chunk_size
 
+    @property
+    def logical_units(self) -> dict[str, int]:
+        """Of how many parts that are never cut the dimensions of a name consist."""
+        return {"heads": self.blocks.attn.heads}
+
     def hidden(
         self,
         input_ids: jax.Array,
@@ -127,7 +133,7 @@ class GPT2(nnx.Module):
         """Tokens `[batch, seq]` -> the normalised last hidden states `[batch, seq, features]`."""
         if positions is None:
             positions = jnp.arange(input_ids.shape[1])[None]
-        x = self.wte[...][input_ids] + self.wpe[...][positions]
+        x = embed(self.wte[...], input_ids) + self.wpe[...][positions]
         x = scan_layers(self.blocks, x, lambda layer, x: layer(x, segment_ids), remat=self.remat)
         return self.ln_f(x)
 

@@ -12,6 +12,7 @@ from jspeed.nn import (
     LogicalAxes,
     RMSNorm,
     causal_attention,
+    embed,
     scan_layers,
     stack_layers,
     swiglu,
@@ -122,6 +123,11 @@ class Llama(nnx.Module):
         self.remat = config.remat
         self.loss_chunk_size = config.loss_chunk_size
 
+    @property
+    def logical_units(self) -> dict[str, int]:
+        """Of how many parts that are never cut the dimensions of a name consist."""
+        return {"heads": self.blocks.attn.heads, "kv_heads": self.blocks.attn.kv_heads}
+
     def hidden(
         self,
         input_ids: jax.Array,
@@ -131,7 +137,7 @@ class Llama(nnx.Module):
     ) -> jax.Array:
         """Tokens `[batch, seq]` -> the normalised last hidden states `[batch, seq, features]`."""
         where = jnp.arange(input_ids.shape[1])[None] if positions is None else positions
-        x = self.embedding[...][input_ids]
+        x = embed(self.embedding[...], input_ids)
         x = scan_layers(
             self.blocks, x, lambda layer, x: layer(x, where, segment_ids), remat=self.remat
         )

@@ -1,0 +1,87 @@
+"""Tensor parallelism from `mesh.tensor` alone, no rule written: equal to one device."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import pytest
+
+from jspeed.models import GPT2Config, LlamaConfig, ModelFactory
+from tests.training.curves import (
+    BATCH,
+    TINY,
+    VOCAB,
+    Curve,
+    ds_config,
+    loss_error,
+    parameter_error,
+    train_curve,
+)
+
+STEPS = 10
+# fp32 sums in another order.
+TOLERANCE = 1e-5
+GPT2 = dataclasses.replace(TINY, heads=4)
+LLAMA = LlamaConfig(
+    vocab_size=VOCAB,
+    layers=2,
+    hidden_size=32,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    intermediate_size=48,
+    attention="cpu",
+)
+MODELS: dict[str, GPT2Config | LlamaConfig] = {
+    "gpt2": GPT2,
+    "gpt2-untied": dataclasses.replace(GPT2, tie_embeddings=False),
+    # 4 does not divide the vocabulary: the table stays whole, the logits are computed in parts.
+    "gpt2-odd-vocabulary": dataclasses.replace(GPT2, vocab_size=VOCAB + 3),
+    "llama": dataclasses.replace(LLAMA, tie_embeddings=False),
+    "llama-tied": dataclasses.replace(LLAMA, tie_embeddings=True),
+}
+ROWS = [
+    # model, data, tensor, ZeRO stage
+    ("gpt2", 1, 2, 0),
+    ("gpt2", 4, 2, 1),
+    ("gpt2", 2, 4, 3),
+    ("gpt2-untied", 1, 4, 0),
+    ("gpt2-untied", 4, 2, 2),
+    ("gpt2-odd-vocabulary", 2, 4, 3),
+    ("llama", 1, 2, 0),
+    ("llama", 2, 4, 1),  # fewer key and value heads than devices
+    ("llama", 4, 2, 3),
+    ("llama-tied", 2, 4, 2),
+    ("llama-tied", 2, 4, 3),
+]
+QUICK = {("gpt2", 2, 4, 3), ("gpt2-untied", 4, 2, 2), ("llama", 2, 4, 1), ("llama-tied", 2, 4, 3)}
+
+
+def factory(name: str) -> ModelFactory:
+    return ModelFactory(name.split("-")[0], MODELS[name])
+
+
+@functools.cache
+def one_device(name: str) -> Curve:
+    config = ds_config(stage=0, micro=BATCH)
+    return train_curve(config, devices=1, steps=STEPS, model=factory(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "tensor", "stage"),
+    [pytest.param(*row, marks=[] if row in QUICK else [pytest.mark.slow]) for row in ROWS],
+)
+def test_tensor_equals_one_device(name, data, tensor, stage):
+    config = ds_config(stage=stage, micro=BATCH // data, mesh={"tensor": tensor})
+    curve = train_curve(config, devices=data * tensor, steps=STEPS, model=factory(name))
+    assert loss_error(curve, one_device(name)) < TOLERANCE
+    assert parameter_error(curve, one_device(name)) < TOLERANCE
+    assert curve.losses[-1] < curve.losses[0] - 0.02
+
+
+def test_accumulation_equals_one_device():
+    config = ds_config(stage=2, micro=2, mesh={"tensor": 2})
+    curve = train_curve(config, devices=4, steps=STEPS, model=factory("llama"))
+    assert loss_error(curve, one_device("llama")) < TOLERANCE
+    assert parameter_error(curve, one_device("llama")) < TOLERANCE
