@@ -20,6 +20,7 @@ from jspeed.nn import (
     stack_layers,
 )
 from jspeed.nn.attention import Implementation
+from jspeed.nn.sequence import SequenceParallel, shard_sequence
 
 _STDDEV = 0.02
 
@@ -36,6 +37,7 @@ class Attention(nnx.Module):
         self.proj = Linear(width, width, axes=proj, stddev=residual, bias=True, rngs=rngs)
         self.heads = config.heads
         self.implementation: Implementation = config.attention
+        self.sequence_parallel: SequenceParallel = config.sequence_parallel
 
     def __call__(self, x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
         batch, seq, width = x.shape
@@ -44,7 +46,12 @@ class Attention(nnx.Module):
             for part in jnp.unstack(self.qkv(x), axis=2)
         )
         out = causal_attention(
-            query, key, value, segment_ids=segment_ids, implementation=self.implementation
+            query,
+            key,
+            value,
+            segment_ids=segment_ids,
+            implementation=self.implementation,
+            sequence_parallel=self.sequence_parallel,
         )
         return self.proj(out.reshape(batch, seq, width))
 
@@ -79,8 +86,9 @@ class Block(nnx.Module):
         self.dropout = nnx.Dropout(config.dropout, rngs=rngs) if config.dropout else None
 
     def __call__(self, x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+        x = shard_sequence(x)
         x = x + self._drop(self.attn(self.ln_1(x), segment_ids))
-        return x + self._drop(self.mlp(self.ln_2(x)))
+        return shard_sequence(x + self._drop(self.mlp(self.ln_2(x))))
 
     def _drop(self, x: jax.Array) -> jax.Array:
         return x if self.dropout is None else self.dropout(x)

@@ -19,6 +19,7 @@ from jspeed.nn import (
 )
 from jspeed.nn.attention import Implementation
 from jspeed.nn.rope import apply_rope, rope_frequencies
+from jspeed.nn.sequence import SequenceParallel, shard_sequence
 
 _STDDEV = 0.02
 
@@ -39,6 +40,7 @@ class Attention(nnx.Module):
         self.heads, self.kv_heads, self.dim = config.heads, config.kv_heads, dim
         self.theta, self.scaling = config.rope_theta, config.rope_scaling
         self.implementation: Implementation = config.attention
+        self.sequence_parallel: SequenceParallel = config.sequence_parallel
 
     def __call__(
         self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array | None
@@ -54,6 +56,7 @@ class Attention(nnx.Module):
             v,
             segment_ids=segment_ids,
             implementation=self.implementation,
+            sequence_parallel=self.sequence_parallel,
         )
         return self.o(out.reshape(batch, seq, self.heads * self.dim))
 
@@ -92,8 +95,9 @@ class Block(nnx.Module):
     def __call__(
         self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array | None
     ) -> jax.Array:
+        x = shard_sequence(x)
         x = x + self.attn(self.attention_norm(x), positions, segment_ids)
-        return x + self.mlp(self.mlp_norm(x))
+        return shard_sequence(x + self.mlp(self.mlp_norm(x)))
 
 
 class Llama(nnx.Module):
