@@ -128,6 +128,7 @@ class ModelConfig:
     norm_epsilon: float
     remat: Literal["none", "full"]
     attention: AttentionConfig
+    sequence_sharding: bool
     loss_chunk_size: int | None
 
 

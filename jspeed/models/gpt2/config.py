@@ -30,3 +30,4 @@ class GPT2Config:
     sequence_parallel: SequenceParallel = "auto"
     loss_chunk_size: int | None = None
     recompute: tuple[Recomputed, ...] = ()
+    sequence_sharding: bool = True

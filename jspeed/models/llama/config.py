@@ -33,3 +33,4 @@ class LlamaConfig:
     sequence_parallel: SequenceParallel = "auto"
     loss_chunk_size: int | None = None
     recompute: tuple[Recomputed, ...] = ()
+    sequence_sharding: bool = True
