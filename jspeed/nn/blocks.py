@@ -93,7 +93,8 @@ class Linear(nnx.Module):
         sequence_sharding: bool = False,
     ) -> None:
         sides: dict[str, SplitSide] = {axes[0]: "input", axes[-1]: "output"}
-        self.split = sides.get("embed") if sequence_sharding else None
+        side = sides.get("embed")
+        self.split: SplitSide | None = side if sequence_sharding else None
         kernel = stddev * jax.random.normal(rngs.params(), (inputs, *outputs))
         self.kernel = nnx.Param(kernel, logical_axes=axes)
         zeros = jnp.zeros(outputs, jnp.float32)
