@@ -257,6 +257,7 @@ def data(values: Values) -> Iterator[Problem]:
         yield Problem(
             path, f'{rows} is longer than "model.sequence_length" {longest}.', values.line(path)
         )
+    yield from _split_sequence(values, path, rows)
     kind, file = values.get("data.tokenizer.kind"), values.get("data.tokenizer.path")
     if kind == "file" and file is None:
         yield Problem("data.tokenizer.path", 'missing; "kind": "file" needs a tokenizer.json.')
@@ -267,6 +268,22 @@ def data(values: Values) -> Iterator[Problem]:
             values.line("data.tokenizer.path"),
         )
     yield from _vocabulary(values, kind)
+
+
+def _split_sequence(values: Values, path: str, rows: int | None) -> Iterator[Problem]:
+    """Devices that share a sequence have parts of the same length."""
+    shards = values.get("mesh.seq")
+    if rows is None or rows % shards == 0:
+        return
+    below = rows // shards * shards
+    near = [str(length) for length in (below, below + shards) if length]
+    divisors = [n for n in range(1, shards) if rows % n == 0]
+    yield Problem(
+        path,
+        f'{rows} is not divisible by "mesh.seq" {shards} (remainder {rows % shards}). Use '
+        f'{" or ".join(near)} tokens, or "mesh.seq": {divisors[-1]}.',
+        values.line(path),
+    )
 
 
 def _vocabulary(values: Values, kind: str) -> Iterator[Problem]:

@@ -198,6 +198,19 @@ class Layout:
         """The spec of a batch whose examples stand after `leading` other dimensions."""
         return PartitionSpec(*(None,) * leading, BATCH_AXES)
 
+    def batch_sharding(self, shape: Sequence[int], leading: int = 0) -> NamedSharding:
+        """Where a leaf of a batch lives: examples over the batch axes, and the dimension after
+        them, which is the sequence, over `seq`.
+
+        Args:
+          shape: of the leaf, with `leading` other dimensions before its examples.
+          leading: how many.
+        """
+        spec = self.batch_spec(leading)
+        if self.sizes["seq"] > 1 and len(shape) > len(spec) and shape[len(spec)] > 1:
+            spec = PartitionSpec(*spec, "seq")
+        return NamedSharding(self.mesh, spec)
+
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
 
