@@ -18,8 +18,9 @@ from jspeed.nn import (
     swiglu,
 )
 from jspeed.nn.attention import Implementation
+from jspeed.nn.attention_island import preferred_order
 from jspeed.nn.rope import apply_rope, rope_frequencies
-from jspeed.nn.sequence import SequenceParallel, shard_sequence
+from jspeed.nn.sequence import SequenceOrder, SequenceParallel, shard_sequence
 
 _STDDEV = 0.02
 
@@ -43,7 +44,11 @@ class Attention(nnx.Module):
         self.sequence_parallel: SequenceParallel = config.sequence_parallel
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array | None
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None,
+        order: SequenceOrder = "natural",
     ) -> jax.Array:
         batch, seq, _ = x.shape
         frequencies = rope_frequencies(self.dim, self.theta, self.scaling)
@@ -57,6 +62,7 @@ class Attention(nnx.Module):
             segment_ids=segment_ids,
             implementation=self.implementation,
             sequence_parallel=self.sequence_parallel,
+            order=order,
         )
         return self.o(out.reshape(batch, seq, self.heads * self.dim))
 
@@ -93,10 +99,14 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array | None
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None,
+        order: SequenceOrder = "natural",
     ) -> jax.Array:
         x = shard_sequence(x)
-        x = x + self.attn(self.attention_norm(x), positions, segment_ids)
+        x = x + self.attn(self.attention_norm(x), positions, segment_ids, order)
         return shard_sequence(x + self.mlp(self.mlp_norm(x)))
 
 
@@ -134,14 +144,23 @@ class Llama(nnx.Module):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        order: SequenceOrder = "natural",
     ) -> jax.Array:
-        """Tokens `[batch, seq]` -> the normalised last hidden states `[batch, seq, features]`."""
+        """Tokens `[batch, seq]` -> the normalised last hidden states `[batch, seq, features]`.
+
+        Tokens may come in the order of `token_order`, if their positions say so; so do the states.
+        """
         where = jnp.arange(input_ids.shape[1])[None] if positions is None else positions
         x = embed(self.embedding[...], input_ids)
         x = scan_layers(
-            self.blocks, x, lambda layer, x: layer(x, where, segment_ids), remat=self.remat
+            self.blocks, x, lambda layer, x: layer(x, where, segment_ids, order), remat=self.remat
         )
         return self.norm(x)
+
+    def token_order(self, length: int) -> SequenceOrder:
+        """The order of the tokens of a sequence in which attention moves least."""
+        attention = self.blocks.attn
+        return preferred_order(attention.sequence_parallel, heads=attention.heads, length=length)
 
     def head(self) -> jax.Array:
         """The output projection `[features, vocabulary]`."""
