@@ -28,6 +28,8 @@ def derive(values: Values) -> Values:
 
     stage = values.get(f"{_ZERO}.stage")
     put(f"{_ZERO}.overlap_comm", stage == 3, f"stage {stage}")
+    stages = values.get("pipeline.stages")
+    put("mesh.pipe", stages, "from pipeline.stages", only_if=stages != "auto")
     longest = values.get("model.sequence_length")
     put("data.sequence_length", longest, "from model.sequence_length",
         only_if=values.has_section("data") and longest is not None)  # fmt: skip
@@ -161,6 +163,11 @@ def mesh(values: Values) -> types.MeshConfig:
     fields = _fields(values, "mesh", types.MeshConfig)
     fields["rules"] = tuple((pattern, tuple(axes)) for pattern, axes in fields["rules"])
     return types.MeshConfig(**fields)
+
+
+def pipeline(values: Values) -> types.PipelineConfig:
+    """Return the pipeline section with its defaults."""
+    return types.PipelineConfig(**_fields(values, "pipeline", types.PipelineConfig))
 
 
 def model(values: Values) -> types.ModelConfig | None:

@@ -21,6 +21,7 @@ from jspeed.config.sections import (
     ModelConfig,
     MonitorConfig,
     OptimizerConfig,
+    PipelineConfig,
     PrecisionConfig,
     RunConfig,
     SchedulerConfig,
@@ -51,6 +52,7 @@ class Config:
     gradient_allreduce_op: Literal["mean", "sum"]
     zero: ZeroConfig
     mesh: MeshConfig
+    pipeline: PipelineConfig
     model: ModelConfig | None
     data: DataConfig | None
     run: RunConfig | None
@@ -150,6 +152,7 @@ def from_values(values: Values, given: Values) -> Config:
         gradient_allreduce_op=values.get("gradient_allreduce_op"),
         zero=build.zero(values),
         mesh=build.mesh(values),
+        pipeline=build.pipeline(values),
         model=build.model(values),
         data=build.data(values),
         run=build.run(values),

@@ -1,6 +1,6 @@
 """DeepSpeed's parallelism and model-side sections."""
 
-from jspeed.config.key import Auto, automatic, later, passive, section
+from jspeed.config.key import Auto, automatic, later, mapped, passive, section
 from jspeed.config.kinds import (
     Anything,
     Bool,
@@ -14,7 +14,7 @@ from jspeed.config.kinds import (
     either,
 )
 
-_PIPE = "pipeline parallelism is not built yet"
+_PARTITION = "layers are split evenly; other partitions are not built yet"
 _AUTOTP = (
     'AutoTP is not built yet; write sharding rules by hand: "mesh": {"tensor": N, "rules": []}'
 )
@@ -28,18 +28,20 @@ _COUNT = Int(0)
 
 PIPELINE_KEYS = section(
     "pipeline",
-    later("stages", either(_AUTO, Int(1)), "auto", _PIPE, off=(1,)),
-    passive(
-        later("partition", Text(), "best", _PIPE),
-        later("seed_layers", Bool(), False, _PIPE),
-    ),
-    later("activation_checkpoint_interval", _COUNT, 0, _PIPE),
-    passive(
-        later("pipe_partitioned", Bool(), True, _PIPE),
-        later("grad_partitioned", Bool(), True, _PIPE),
-        later("use_reentrant", Bool(), True, _PIPE),
-    ),
-)
+    mapped("stages", either(_AUTO, Int(1)), "auto",
+           "the size of mesh.pipe; auto: that of the mesh"),
+    mapped("schedule", choice("gpipe", "1f1b", "interleaved-1f1b", "zb-h1"), "1f1b",
+           "the order of forward and backward passes; jspeed schedule draws it"),
+    mapped("chunks", Int(1), 1, "pieces of the model per stage, for interleaved-1f1b"),
+    passive(later("partition", Text(), "best", _PARTITION)),
+    automatic("seed_layers", Bool(), False,
+              "each layer's initial values are the same whatever stage it is on"),
+    later("activation_checkpoint_interval", _COUNT, 0, _REMAT),
+    automatic("pipe_partitioned", Bool(), True,
+              "between stages, devices that hold the same activations send a part each"),
+    automatic("grad_partitioned", Bool(), True, "gradients travel as activations do"),
+    automatic("use_reentrant", Bool(), True, "a PyTorch setting without object"),
+)  # fmt: skip
 
 _SPEC = section(
     "partition_config.layer_specs[]",

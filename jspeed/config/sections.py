@@ -91,6 +91,14 @@ class MeshConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class PipelineConfig:
+    """The order in which pipeline stages work; how many there are is `MeshConfig.pipe`."""
+
+    schedule: Literal["gpipe", "1f1b", "interleaved-1f1b", "zb-h1"]
+    chunks: int
+
+
+@dataclass(frozen=True, slots=True)
 class RopeScalingConfig:
     """llama3 scaling of the rotary frequencies."""
 

@@ -112,14 +112,14 @@ def token_batch(config: Config, plan: RunPlan) -> dict[str, Any]:
 
 
 def idle_axes(layout: Layout) -> list[str]:
-    """A `tensor` axis that no rule names holds the same parameters on all of its devices."""
+    """A `tensor` axis that splits nothing holds the same parameters on all of its devices."""
     size = layout.sizes["tensor"]
     entries = (entry for leaf in layout.leaves.values() for entry in leaf.base)
     if size == 1 or any("tensor" in axes_of(entry) for entry in entries):
         return []
     return [
-        f'"mesh.tensor": {size}, but no rule splits a parameter over it: each is held {size} '
-        'times. Add rules as "mesh.rules".'
+        f'"mesh.tensor": {size}, but no parameter is split over it: each is held {size} times. '
+        'See "mesh.rules".'
     ]
 
 

@@ -24,6 +24,8 @@ from jspeed.optim import (
     make_optimizer,
     make_schedule,
 )
+from jspeed.pipeline import Schedule
+from jspeed.pipeline import make_schedule as make_pipeline_schedule
 from jspeed.training.gradients import GradientSettings
 from jspeed.training.program import Program
 from jspeed.training.state import abstract_parameters, check_trainable
@@ -124,6 +126,7 @@ def plan_run(
         before_reduction=_before_reduction(config, layout),
         sum_over_shards=config.gradient_allreduce_op == "sum",
         cast_inputs=precision.cast_inputs,
+        schedule=_schedule(config, layout, batch),
     )
     step = StepSettings(
         gradients=gradients,
@@ -140,6 +143,18 @@ def plan_devices(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over real devices."""
     available = list(devices) if devices is not None else jax.devices()
     return make_mesh(mesh_shape(config, len(available)), devices)
+
+
+def _schedule(config: Config, layout: Layout, batch: Batch) -> Schedule | None:
+    """Of the pipeline; its microbatches are the gradient accumulation."""
+    if layout.stages == 1:
+        return None
+    return make_pipeline_schedule(
+        config.pipeline.schedule,
+        stages=layout.stages,
+        microbatches=batch.accumulation,
+        chunks=config.pipeline.chunks,
+    )
 
 
 def _before_reduction(config: Config, layout: Layout) -> float:

@@ -102,6 +102,14 @@ def _split(
     return Split(whole, f"whole over tensor: {reason}")
 
 
+def undividable(units: Mapping[str, int], ways: int) -> str:
+    """Why heads, or the parts of another name that must divide, do not; empty if they do."""
+    for name, count in units.items():
+        if count % ways and name not in _MAY_STAY_WHOLE:
+            return _does_not_divide(name, count, ways)
+    return ""
+
+
 def _does_not_divide(name: str, count: int, ways: int) -> str:
     fitting = [n for n in range(1, count + 1) if count % n == 0]
     below = max((n for n in fitting if n < ways), default=1)

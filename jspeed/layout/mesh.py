@@ -17,6 +17,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from jspeed.core.errors import LayoutError
 
 AXES = ("pipe", "replica", "data", "expert", "seq", "tensor")
+PIPE = "pipe"
+"""The layers are split over this, in pipeline stages."""
 BATCH_AXES = ("replica", "data", "expert")
 """The batch is split over these, in this order."""
 ZERO_AXES = ("data", "expert")

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jspeed.core.tree import named_leaves
 from jspeed.layout.gather import GatherPlan
 from jspeed.layout.logical import Split
-from jspeed.layout.mesh import AUTOMATIC_AXES, AXES, BATCH_AXES, ZERO_AXES, AnyMesh
+from jspeed.layout.mesh import AUTOMATIC_AXES, AXES, BATCH_AXES, PIPE, ZERO_AXES, AnyMesh
 from jspeed.layout.rules import Entry, Rule, axes_of, check_used, match_rule
 
 
@@ -51,7 +51,8 @@ class LeafPlacement:
       shape: whole.
       rule: what placed it over automatic axes, in words: the sharding rule that matched, or why
         `tensor` splits it or does not; empty where nothing did.
-      base: the spec over automatic axes.
+      base: the spec without ZeRO: over automatic axes, and over `pipe` where it stacks the layers
+        that a pipeline splits.
       zero_dim: the dimension that ZeRO splits, None when no dimension lets it.
       whole_because: why ZeRO keeps what it could split whole on every device; empty if it does not.
       persistent: ZeRO-3 keeps a whole copy, because the parameter is small.
@@ -64,6 +65,15 @@ class LeafPlacement:
     zero_dim: int | None
     whole_because: str
     persistent: bool
+
+    @property
+    def in_stages(self) -> bool:
+        """Whether each pipeline stage holds its own layers of it, and no others."""
+        return self.base[:1] == (PIPE,)
+
+    def automatic_spec(self) -> tuple[Entry, ...]:
+        """The spec over automatic axes alone."""
+        return (None, *self.base[1:]) if self.in_stages else self.base
 
     def sharded_spec(self) -> tuple[Entry, ...]:
         """The spec with ZeRO's dimension split as well."""
@@ -96,6 +106,11 @@ class Layout:
     @property
     def sizes(self) -> dict[str, int]:
         return dict(self.mesh.shape)
+
+    @property
+    def stages(self) -> int:
+        """Of the pipeline."""
+        return self.sizes[PIPE]
 
     @property
     def batch_shards(self) -> int:
@@ -151,7 +166,7 @@ class Layout:
             axes=ZERO_AXES,
             dim=leaf.zero_dim - len(leaf.shape),
             auto_axes=self.automatic_axes,
-            auto_spec=leaf.base,
+            auto_spec=leaf.automatic_spec(),
             compute_dtype=self.compute_dtype,
             reduce_dtype=self.reduce_dtype,
         )
@@ -253,6 +268,8 @@ def _place_leaf(
     placed = Split((None,) * len(shape), "") if split is None else split
     base, why = (rule.spec, f"rule {rule}") if rule else (placed.spec, placed.because)
     is_stacked = any(re.fullmatch(pattern, path) for pattern in stacked)
+    if is_stacked and sizes[PIPE] > 1:
+        base = (PIPE, *base[1:])
     ways = math.prod(sizes[axis] for axis in ZERO_AXES)
     dim, because = _zero_dimension(shape, base, ways, is_stacked)
     elements = math.prod(shape[1:]) if is_stacked else math.prod(shape)

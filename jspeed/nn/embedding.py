@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from jspeed.core._compat import context_mesh, shard_map
@@ -14,7 +15,7 @@ from jspeed.layout.context import automatic_sizes
 
 
 def embed(
-    table: Float[Array, "vocabulary features"], ids: Int[Array, "*tokens"]
+    table: Float[Array, "vocabulary features"], ids: Int[Array | np.ndarray, "*tokens"]
 ) -> Float[Array, "*tokens features"]:
     """`table[ids]`.
 
@@ -36,7 +37,7 @@ def embed(
         return _lookup_of_parts(table, ids)
     if table.shape[0] % sizes.get("tensor", 1) or "tensor" not in sizes:
         return table[ids]
-    return _split_lookup(table, ids)
+    return _split_lookup(table, jnp.asarray(ids))
 
 
 def _lookup_of_parts(table: jax.Array, ids: jax.Array) -> jax.Array:

@@ -163,12 +163,18 @@ def test_batch_sizes_that_do_not_hold_are_a_remark() -> None:
 
 
 def test_an_axis_that_splits_nothing_is_a_remark() -> None:
-    rules = [["blocks/mlp/fc/kernel", [None, None, "tensor"]]]
-    idle = explain_run(load_config(run_file(mesh={"tensor": 2})), devices=4)
-    used = explain_run(load_config(run_file(mesh={"tensor": 2, "rules": rules})), devices=4)
+    rules = [
+        ["blocks/attn/qkv/kernel", [None] * 4],
+        ["blocks/attn/qkv/bias", [None] * 3],
+        [".*/kernel", [None] * 3],
+        ["blocks/mlp/fc/bias", [None] * 2],
+        ["wte", [None] * 2],
+    ]
+    idle = explain_run(load_config(run_file(mesh={"tensor": 2, "rules": rules})), devices=4)
+    used = explain_run(load_config(run_file(mesh={"tensor": 2})), devices=4)
     assert idle.remarks == (
-        '"mesh.tensor": 2, but no rule splits a parameter over it: each is held 2 times. Add rules '
-        'as "mesh.rules".',
+        '"mesh.tensor": 2, but no parameter is split over it: each is held 2 times. See '
+        '"mesh.rules".',
     )
     assert used.remarks == ()
 

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
-from jspeed.core._compat import sub_jaxprs
+from jspeed.core._compat import shard_map, sub_jaxprs
+from jspeed.layout.mesh import MeshShape, make_mesh
 from jspeed.nn import IGNORED, cross_entropy, linear_cross_entropy
 from jspeed.nn.losses import default_chunk_size
 
@@ -141,6 +143,46 @@ def test_never_all_logits_at_once():
         assert largest_float_array(traced.jaxpr) == 16 * 1000
     whole = jax.make_jaxpr(lambda h, k: plain(h, k, labels))(hidden, kernel)
     assert largest_float_array(whole.jaxpr) == 512 * 1000
+
+
+@pytest.mark.parametrize("vocabulary", [VOCAB, VOCAB - 3])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        MeshShape(tensor=4),
+        MeshShape(data=3, tensor=2),
+        MeshShape(seq=7),
+        MeshShape(pipe=2, tensor=4),
+    ],
+    ids=str,
+)
+def test_parts_of_the_vocabulary_change_nothing(operands, shape, vocabulary):
+    """Manual over all but `seq` and `tensor`, as in the step; 37 ids do not divide by 2 or 4."""
+    hidden, kernel, labels = operands
+    kernel, labels = kernel[:, :vocabulary], np.minimum(labels, vocabulary - 1)
+    mesh, rows = make_mesh(shape), PartitionSpec("data")
+
+    def local(hidden: Any, kernel: Any, labels: Any) -> Any:
+        def loss(hidden: Any, kernel: Any) -> jax.Array:
+            return 3.0 * linear_cross_entropy(hidden, kernel, labels, chunk_size=4).total
+
+        value, (d_hidden, d_kernel) = jax.value_and_grad(loss, argnums=(0, 1))(hidden, kernel)
+        alone = linear_cross_entropy(hidden, kernel, labels, chunk_size=4).total
+        return value[None], alone[None], d_hidden, d_kernel[None]
+
+    mapped = shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(rows, PartitionSpec(), rows),
+        out_specs=(rows, rows, rows, rows),
+        axis_names=set(mesh.axis_names) - {"seq", "tensor"},
+    )
+    value, alone, d_hidden, d_kernel = jax.jit(mapped)(*map(jnp.asarray, (hidden, kernel, labels)))
+    expected, (plain_hidden, plain_kernel) = value_and_gradients(plain, hidden, kernel, labels)
+    assert float(value.sum()) == pytest.approx(float(expected), rel=1e-5)
+    assert float(3.0 * alone.sum()) == pytest.approx(float(expected), rel=1e-5)
+    np.testing.assert_allclose(d_hidden, plain_hidden, atol=1e-5)
+    np.testing.assert_allclose(d_kernel.sum(0), plain_kernel, atol=2e-5)
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,8 @@ def test_a_batch_that_does_not_hold_is_refused_as_in_training():
 
 
 def test_an_idle_tensor_axis_is_remarked_on():
-    config = run_file(mesh={"data": 4, "tensor": 2})
+    whole = [["blocks/.*kernel", [None] * 3], ["wte", [None] * 2], [".*/fc/bias", [None] * 2]]
+    fused = [["blocks/attn/qkv/kernel", [None] * 4], ["blocks/attn/qkv/bias", [None] * 3]]
+    config = run_file(mesh={"data": 4, "tensor": 2, "rules": fused + whole})
     plan = make_plan(load_config(config), Cluster(CPU, 8))
-    assert any('"mesh.tensor": 2, but no rule splits' in remark for remark in plan.remarks)
+    assert any('"mesh.tensor": 2, but no parameter' in remark for remark in plan.remarks)

@@ -63,12 +63,12 @@ def train_curve(
     devices: int,
     steps: int,
     seed: int = 0,
-    model: Any = ModelFactory("gpt2", TINY),
+    model: ModelFactory | None = None,
 ) -> Curve:
     """The curve of a model, the tiny GPT-2 if not said, under a configuration on so many
     devices."""
     engine = jspeed.initialize(
-        model=model,
+        model=model or ModelFactory("gpt2", TINY),
         loss_fn=language_model_loss,
         config=config,
         devices=jax.devices()[:devices],

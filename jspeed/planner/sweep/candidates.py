@@ -11,6 +11,7 @@ from jspeed.config import Config, SweepConfig, load_config, resolve_batch
 from jspeed.config.problem import config_error
 from jspeed.core.errors import ConfigError, JspeedError
 from jspeed.engine.build import mesh_shape
+from jspeed.layout.logical import undividable
 from jspeed.layout.mesh import MeshShape
 from jspeed.planner.run_file import RunFile
 
@@ -190,7 +191,6 @@ def _meshes(
     mesh, sweep = config.mesh, config.sweep
     replicas = _replica_sizes(config, gpus, gpus_per_host)
     tensors = _tensor_sizes(config, gpus, gpus_per_host)
-    ruled = splits_tensor(config)
     found: list[MeshShape] = []
     discarded: list[Discarded] = []
     for replica, tensor in itertools.product(replicas, tensors):
@@ -199,11 +199,7 @@ def _meshes(
         if gpus % (replica * tensor):
             reason = f"{replica * tensor} does not divide {gpus} devices"
             discarded.append(Discarded(label, reason))
-        elif tensor > 1 and not ruled:
-            reason = (
-                'no rule in "mesh.rules" splits a parameter over tensor, so its devices would '
-                "all compute the same"
-            )
+        elif reason := undividable(_units(config), tensor):
             discarded.append(Discarded(label, reason))
         elif not _varies(sweep, "data") and mesh.data not in (-1, data):
             reason = f'data would be {data}, but "sweep.axes" keeps it at {mesh.data}'
@@ -211,6 +207,12 @@ def _meshes(
         else:
             found.append(MeshShape(replica=replica, data=data, tensor=tensor))
     return found, discarded
+
+
+def _units(config: Config) -> dict[str, int]:
+    """What `tensor` never cuts, unless rules by hand say what it cuts."""
+    assert config.model is not None
+    return {} if splits_tensor(config) else {"heads": config.model.heads}
 
 
 def _varies(sweep: SweepConfig, axis: str) -> bool:

@@ -34,7 +34,7 @@ def test_the_defaults_on_one_host() -> None:
     assert len(everything.candidates) == 4 * 3 * 2  # stages, microbatches of 4 rows, remat
     assert everything.discarded == ()
     assert values(everything, "micro_batch_size") == [1, 2, 4]
-    assert values(everything, "tensor") == [1], "no rule splits this model over tensor"
+    assert values(everything, "tensor") == [1], "asked for by rules, axes or sizes"
     assert values(everything, "replica") == [1], "one host has one copy"
     assert {one.data for one, _ in everything.candidates} == {8}
 
@@ -45,15 +45,15 @@ def test_several_hosts_are_tried_with_a_copy_each() -> None:
     assert values(explicit, "replica") == [1, 2, 4, 8, 16, 32]
 
 
-def test_tensor_is_tried_where_rules_split_over_it_within_a_host() -> None:
+def test_tensor_is_tried_where_it_is_asked_for_within_a_host() -> None:
     assert values(found(gpus=16, mesh={"rules": TENSOR_RULES}), "tensor") == [1, 2, 4, 8]
     kept = found(mesh={"rules": TENSOR_RULES, "tensor": 2}, sweep={"axes": ["data"]})
     assert values(kept, "tensor") == [2]
-    unruled = found(sweep={"tensor": [1, 2]})
-    assert values(unruled, "tensor") == [1]
+    unruled = found(sweep={"tensor": [1, 2, 8]})
+    assert values(unruled, "tensor") == [1, 2]
     assert reasons(unruled) == {
-        "replica 1 x tensor 2": 'no rule in "mesh.rules" splits a parameter over tensor, so its '
-        "devices would all compute the same"
+        "replica 1 x tensor 8": '"model.heads": 4 does not divide by "mesh.tensor": 8. The nearest '
+        'that fit are "mesh.tensor": 4, or "model.heads": 8.'
     }
 
 
