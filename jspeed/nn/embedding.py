@@ -34,7 +34,7 @@ def embed(
     """
     sizes = automatic_sizes()
     if "seq" in sizes and "tensor" not in sizes:
-        return _lookup_of_parts(table, ids)
+        return _lookup_of_parts(table, jnp.asarray(ids))
     if table.shape[0] % sizes.get("tensor", 1) or "tensor" not in sizes:
         return table[ids]
     return _split_lookup(table, jnp.asarray(ids))
