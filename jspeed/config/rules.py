@@ -232,6 +232,14 @@ def model(values: Values) -> Iterator[Problem]:
             f"{values.get('model.dropout'):g} is given, but llama has no dropout; set it to 0.",
             values.line("model.dropout"),
         )
+    path = "model.attention.sequence_parallel"
+    if values.get(path) == "ring" and values.get("mesh.pipe") > 1:
+        yield Problem(
+            path,
+            f'"ring" does not go with "mesh.pipe" {values.get("mesh.pipe")}: its permutes would '
+            'stand in branches that stages take differently. Use "ulysses" or "allgather".',
+            values.line(path),
+        )
     low, high = (values.get(f"model.rope_scaling.{end}_freq_factor") for end in ("low", "high"))
     if scaled and low >= high:
         yield Problem(

@@ -124,6 +124,11 @@ class Layout:
         return math.prod(self.sizes[axis] for axis in ZERO_AXES)
 
     @property
+    def manual_zero_ways(self) -> int:
+        """Into how many shards ZeRO splits what the code of the step sees as local."""
+        return math.prod(self.sizes[axis] for axis in ZERO_AXES if axis not in AUTOMATIC_AXES)
+
+    @property
     def automatic_axes(self) -> tuple[str, ...]:
         """Automatic axes that split anything."""
         return tuple(axis for axis in AUTOMATIC_AXES if self.sizes[axis] > 1)
@@ -173,12 +178,13 @@ class Layout:
         leaf = self.leaves[path]
         assert leaf.zero_dim is not None
         return GatherPlan(
-            axes=ZERO_AXES,
+            axes=tuple(axis for axis in ZERO_AXES if axis not in AUTOMATIC_AXES),
             dim=leaf.zero_dim - len(leaf.shape),
             auto_axes=self.automatic_axes,
             auto_spec=leaf.automatic_spec(),
             compute_dtype=self.compute_dtype,
             reduce_dtype=self.reduce_dtype,
+            auto_shards=tuple(axis for axis in self.automatic_axes if axis in ZERO_AXES),
         )
 
     def role_spec(self, path: str, role: Role) -> tuple[Entry, ...]:

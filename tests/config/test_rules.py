@@ -263,3 +263,17 @@ def test_a_split_sequence_has_equal_parts(length, seq, message):
     with pytest.raises(ConfigError) as error:
         load_config(tree)
     assert message in str(error.value)
+
+
+def test_the_ring_is_refused_in_a_pipeline():
+    tree = {
+        "train_batch_size": 8,
+        "mesh": {"pipe": 2, "seq": 2},
+        "model": {**MODEL, "attention": {"sequence_parallel": "ring"}},
+    }
+    with pytest.raises(ConfigError) as error:
+        load_config(tree)
+    assert str(error.value) == (
+        '"model.attention.sequence_parallel": "ring" does not go with "mesh.pipe" 2: its permutes '
+        'would stand in branches that stages take differently. Use "ulysses" or "allgather".'
+    )
