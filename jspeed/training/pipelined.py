@@ -51,7 +51,9 @@ def pipelined_sums(
     )
     diff = parts.weights(list(shard.master))
     zeros = {path: jnp.zeros(leaf.shape, accumulation_dtype) for path, leaf in diff.items()}
-    sums = run_schedule(table, TrainingStage(parts, traced, passes), wire, buffers, _no_loss(zeros))
+    sums = run_schedule(
+        table, TrainingStage(parts, wire, traced, passes), wire, buffers, _no_loss(zeros)
+    )
     return Sums(sums.gradients, sums.total, sums.weight, shard.mutable)
 
 
@@ -61,7 +63,7 @@ def pipelined_evaluation(run: BoundLoss, shard: Shard, schedule: Schedule) -> Su
     parts = Parts(_split(run, shard), shard, schedule.chunks)
     wire = _wire(parts, schedule)
     buffers = Buffers(empty(table.slots.activation, parts.split.carry), (), (), (), ())
-    sums = run_schedule(table, EvaluationStage(parts), wire, buffers, _no_loss({}))
+    sums = run_schedule(table, EvaluationStage(parts, wire), wire, buffers, _no_loss({}))
     return Sums({}, sums.total, sums.weight, shard.mutable)
 
 

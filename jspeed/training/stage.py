@@ -23,6 +23,7 @@ from jspeed.pipeline.linearised import (
 from jspeed.pipeline.operations import SENDS_GRADIENT
 from jspeed.pipeline.program import Cell
 from jspeed.pipeline.split import Split
+from jspeed.pipeline.wire import Wire
 from jspeed.training.local_parameters import Arrays, LocalParameters
 from jspeed.training.shard import Shard
 
@@ -196,8 +197,11 @@ class TrainingStage:
     of what a `lax.cond` hands through, XLA makes a copy in every turn.
     """
 
-    def __init__(self, parts: Parts, traced: Linearised, passes: SplitBackward | None) -> None:
+    def __init__(
+        self, parts: Parts, wire: Wire, traced: Linearised, passes: SplitBackward | None
+    ) -> None:
         self.parts = parts
+        self.wire = wire
         self.traced = traced
         self.passes = passes
 
@@ -205,7 +209,7 @@ class TrainingStage:
         self, cell: Cell, buffers: Buffers, sums: StageSums
     ) -> tuple[Buffers, StageSums, Carry]:
         inputs = self.parts.inputs(cell)
-        carry = entering(self.parts, cell, buffers, inputs)
+        carry = entering(self.parts, self.wire, cell, buffers, inputs)
         weights, others = self.parts.chunk(cell, inputs)
         out, kept = self.traced.forward(weights, others, carry)
         buffers = buffers._replace(kept=store(buffers.kept, cell.kept, kept))
@@ -218,15 +222,17 @@ class TrainingStage:
 
     def head(self, cell: Cell, buffers: Buffers, sums: StageSums) -> tuple[StageSums, Carry]:
         arrived = load(buffers.gradient, cell.gradient)
-        return jax.lax.switch(
-            jnp.int32((cell.last == 1) & _goes_back(cell)),
-            [
-                lambda sums, arrived: (sums, arrived),
-                lambda sums, arrived: self._head(cell, buffers, sums),
-            ],
-            sums,
-            arrived,
-        )
+
+        def received(sums: StageSums, arrived: Carry) -> tuple[StageSums, Carry]:
+            return sums, self.wire.placed(arrived)
+
+        def head(sums: StageSums, arrived: Carry) -> tuple[StageSums, Carry]:
+            del arrived
+            sums, gradient = self._head(cell, buffers, sums)
+            return sums, self.wire.placed(gradient)
+
+        taken = jnp.int32((cell.last == 1) & _goes_back(cell))
+        return jax.lax.switch(taken, [received, head], sums, arrived)
 
     def backward(
         self, cell: Cell, buffers: Buffers, sums: StageSums, gradient: Carry
@@ -290,14 +296,15 @@ class TrainingStage:
 class EvaluationStage:
     """Forward passes alone, with the loss at their end."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, wire: Wire) -> None:
         self.parts = parts
+        self.wire = wire
 
     def forward(
         self, cell: Cell, buffers: Buffers, sums: StageSums
     ) -> tuple[Buffers, StageSums, Carry]:
         inputs = self.parts.inputs(cell)
-        carry = entering(self.parts, cell, buffers, inputs)
+        carry = entering(self.parts, self.wire, cell, buffers, inputs)
         weights, others = self.parts.chunk(cell, inputs)
         out = self.parts.layers(weights, others, carry)
 
@@ -313,12 +320,14 @@ def _goes_back(cell: Cell) -> Any:
     return functools.reduce(jnp.logical_or, sends)
 
 
-def entering(parts: Parts, cell: Cell, buffers: Buffers, inputs: Sequence[Any]) -> Carry:
+def entering(
+    parts: Parts, wire: Wire, cell: Cell, buffers: Buffers, inputs: Sequence[Any]
+) -> Carry:
     """What enters a chunk's first layer: the embedding's output, or what has arrived."""
     return jax.lax.cond(
         cell.first == 1,
-        lambda: parts.first(parts.weights(parts.of_first), inputs),
-        lambda: load(buffers.activation, cell.activation),
+        lambda: wire.placed(parts.first(parts.weights(parts.of_first), inputs)),
+        lambda: wire.placed(load(buffers.activation, cell.activation)),
     )
 
 
