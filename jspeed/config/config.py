@@ -25,6 +25,7 @@ from jspeed.config.sections import (
     RunConfig,
     SchedulerConfig,
     SweepConfig,
+    TensorParallelConfig,
     ZeroConfig,
 )
 from jspeed.config.values import Values
@@ -51,6 +52,7 @@ class Config:
     gradient_allreduce_op: Literal["mean", "sum"]
     zero: ZeroConfig
     mesh: MeshConfig
+    tensor_parallel: TensorParallelConfig
     model: ModelConfig | None
     data: DataConfig | None
     run: RunConfig | None
@@ -150,6 +152,7 @@ def from_values(values: Values, given: Values) -> Config:
         gradient_allreduce_op=values.get("gradient_allreduce_op"),
         zero=build.zero(values),
         mesh=build.mesh(values),
+        tensor_parallel=build.tensor_parallel(values),
         model=build.model(values),
         data=build.data(values),
         run=build.run(values),
