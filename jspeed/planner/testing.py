@@ -98,9 +98,11 @@ def compile_step(
         rules=rules,
         splits=tensor_splits(
             params,
+            sizes=dict(mesh.shape),
             logical_axes=program.logical_axes,
             blueprint=program.blueprint,
-            ways=mesh.shape["tensor"],
+            stacked=program.stacked,
+            ruled=bool(rules),
         ),
         stacked=program.stacked,
         compute_dtype=compute_dtype,
