@@ -136,6 +136,7 @@ class ModelConfig:
     norm_epsilon: float
     remat: Literal["none", "full"]
     attention: AttentionConfig
+    mlp_chunk_size: int | None
     loss_chunk_size: int | None
 
 

@@ -28,5 +28,6 @@ class GPT2Config:
     remat: str = "none"
     attention: Implementation = "xla"
     sequence_parallel: SequenceParallel = "auto"
+    mlp_chunk_size: int | None = None
     loss_chunk_size: int | None = None
     recompute: tuple[Recomputed, ...] = ()

@@ -22,6 +22,7 @@ from jspeed.nn import (
 from jspeed.nn.attention import Implementation
 from jspeed.nn.attention_island import preferred_order
 from jspeed.nn.sequence import SequenceOrder, SequenceParallel, shard_sequence
+from jspeed.nn.tiling import in_chunks
 
 _STDDEV = 0.02
 
@@ -87,6 +88,7 @@ class Block(nnx.Module):
             config.hidden_size, epsilon=config.norm_epsilon, recompute="norm" in config.recompute
         )
         self.mlp = MLP(config, rngs=rngs)
+        self.mlp_chunk_size = config.mlp_chunk_size
         self.dropout = nnx.Dropout(config.dropout, rngs=rngs) if config.dropout else None
 
     def __call__(
@@ -94,7 +96,8 @@ class Block(nnx.Module):
     ) -> jax.Array:
         x = shard_sequence(x)
         x = x + self._drop(self.attn(self.ln_1(x), segment_ids, order))
-        return shard_sequence(x + self._drop(self.mlp(self.ln_2(x))))
+        inner = in_chunks(self.mlp, self.ln_2(x), chunk_size=self.mlp_chunk_size)
+        return shard_sequence(x + self._drop(inner))
 
     def _drop(self, x: jax.Array) -> jax.Array:
         return x if self.dropout is None else self.dropout(x)

@@ -21,6 +21,7 @@ from jspeed.nn.attention import Implementation
 from jspeed.nn.attention_island import preferred_order
 from jspeed.nn.rope import apply_rope, rope_frequencies
 from jspeed.nn.sequence import SequenceOrder, SequenceParallel, shard_sequence
+from jspeed.nn.tiling import in_chunks
 
 _STDDEV = 0.02
 
@@ -97,6 +98,7 @@ class Block(nnx.Module):
             config.hidden_size, epsilon=config.norm_epsilon, recompute="norm" in config.recompute
         )
         self.mlp = MLP(config, rngs=rngs)
+        self.mlp_chunk_size = config.mlp_chunk_size
 
     def __call__(
         self,
@@ -107,7 +109,8 @@ class Block(nnx.Module):
     ) -> jax.Array:
         x = shard_sequence(x)
         x = x + self.attn(self.attention_norm(x), positions, segment_ids, order)
-        return shard_sequence(x + self.mlp(self.mlp_norm(x)))
+        inner = in_chunks(self.mlp, self.mlp_norm(x), chunk_size=self.mlp_chunk_size)
+        return shard_sequence(x + inner)
 
 
 class Llama(nnx.Module):
