@@ -15,7 +15,7 @@ MESH_KEYS = section(
     mapped("data", Int(-1), -1, "the axis ZeRO shards over; -1 takes all remaining devices"),
     later("expert", _COUNT, 1, _EXPERT),
     mapped("seq", _COUNT, 1, "sequence parallelism: how many devices share each sequence"),
-    mapped("tensor", _COUNT, 1, "tensor parallelism, by sharding rules"),
+    mapped("tensor", _COUNT, 1, "tensor parallelism: heads, inner width, vocabulary"),
     mapped("rules", ShardingRules(), [], "sharding rules by parameter path, the first match wins"),
 )
 
@@ -60,6 +60,8 @@ MODEL_KEYS = section(
            "how attention sees a sequence that mesh.seq splits; auto is ulysses where heads allow"),
     mapped("mlp_chunk_size", _COUNT, None,
            "tokens of a row whose MLP exists at once on a device; null: all"),
+    mapped("sequence_sharding", Bool(), True,
+           "mesh.tensor also splits the residual stream between blocks, along the sequence"),
     mapped("loss_chunk_size", _COUNT, None, "tokens whose logits exist at once; null: 64 MiB"),
 )  # fmt: skip
 

@@ -96,6 +96,7 @@ class PipelineConfig:
 
     schedule: Literal["gpipe", "1f1b", "interleaved-1f1b", "zb-h1"]
     chunks: int
+    partition: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +138,7 @@ class ModelConfig:
     remat: Literal["none", "full"]
     attention: AttentionConfig
     mlp_chunk_size: int | None
+    sequence_sharding: bool
     loss_chunk_size: int | None
 
 

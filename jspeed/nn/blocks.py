@@ -13,7 +13,7 @@ from flax import nnx
 
 from jspeed.core.loss import LossSum
 from jspeed.core.shapes import Array, Float
-from jspeed.nn.dense import dense
+from jspeed.nn.dense import SplitSide, dense
 from jspeed.nn.logical_axes import LogicalAxes
 from jspeed.nn.losses import default_chunk_size, linear_cross_entropy
 from jspeed.nn.recompute import keeping_only_inputs
@@ -78,7 +78,9 @@ class Linear(nnx.Module):
 
     Several output dimensions, as the three of a fused query, key and value projection, keep the
     heads in a dimension of their own, which a `tensor` axis can then split. `axes` names the
-    kernel's dimensions, see `jspeed.nn.logical_axes`.
+    kernel's dimensions, see `jspeed.nn.logical_axes`. With `sequence_sharding` what comes from the
+    residual stream, or goes to it, has its sequence split over `tensor`, see
+    `jspeed.nn.residual`.
     """
 
     def __init__(
@@ -89,14 +91,18 @@ class Linear(nnx.Module):
         stddev: float,
         bias: bool,
         rngs: nnx.Rngs,
+        sequence_sharding: bool = False,
     ) -> None:
+        sides: dict[str, SplitSide] = {axes[0]: "input", axes[-1]: "output"}
+        side = sides.get("embed")
+        self.split: SplitSide | None = side if sequence_sharding else None
         kernel = stddev * jax.random.normal(rngs.params(), (inputs, *outputs))
         self.kernel = nnx.Param(kernel, logical_axes=axes)
         zeros = jnp.zeros(outputs, jnp.float32)
         self.bias = nnx.Param(zeros, logical_axes=axes[1:]) if bias else None
 
     def __call__(self, x: Float[Array, "*tokens inputs"]) -> Array:
-        y = dense(x, self.kernel[...])
+        y = dense(x, self.kernel[...], self.split)
         return y if self.bias is None else y + self.bias[...]
 
 

@@ -31,3 +31,4 @@ class GPT2Config:
     mlp_chunk_size: int | None = None
     loss_chunk_size: int | None = None
     recompute: tuple[Recomputed, ...] = ()
+    sequence_sharding: bool = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -17,11 +18,12 @@ from jspeed.nn import (
     embed,
     gelu,
     scan_layers,
+    split_sequence,
     stack_layers,
 )
 from jspeed.nn.attention import Implementation
 from jspeed.nn.attention_island import preferred_order
-from jspeed.nn.sequence import SequenceOrder, SequenceParallel, shard_sequence
+from jspeed.nn.sequence import SequenceOrder, SequenceParallel
 from jspeed.nn.tiling import in_chunks
 
 _STDDEV = 0.02
@@ -34,9 +36,12 @@ class Attention(nnx.Module):
         width = config.hidden_size
         # Residual projections start smaller by the root of their number (GPT-2, section 2.3).
         residual = _STDDEV / math.sqrt(2 * config.layers)
+        linear = functools.partial(
+            Linear, bias=True, rngs=rngs, sequence_sharding=config.sequence_sharding
+        )
         qkv, proj = ("embed", "qkv", "heads"), ("heads", "embed")
-        self.qkv = Linear(width, 3, width, axes=qkv, stddev=_STDDEV, bias=True, rngs=rngs)
-        self.proj = Linear(width, width, axes=proj, stddev=residual, bias=True, rngs=rngs)
+        self.qkv = linear(width, 3, width, axes=qkv, stddev=_STDDEV)
+        self.proj = linear(width, width, axes=proj, stddev=residual)
         self.heads = config.heads
         self.implementation: Implementation = config.attention
         self.sequence_parallel: SequenceParallel = config.sequence_parallel
@@ -67,9 +72,12 @@ class MLP(nnx.Module):
     def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs) -> None:
         width, inner = config.hidden_size, config.intermediate_size
         residual = _STDDEV / math.sqrt(2 * config.layers)
+        linear = functools.partial(
+            Linear, bias=True, rngs=rngs, sequence_sharding=config.sequence_sharding
+        )
         fc, proj = ("embed", "mlp"), ("mlp", "embed")
-        self.fc = Linear(width, inner, axes=fc, stddev=_STDDEV, bias=True, rngs=rngs)
-        self.proj = Linear(inner, width, axes=proj, stddev=residual, bias=True, rngs=rngs)
+        self.fc = linear(width, inner, axes=fc, stddev=_STDDEV)
+        self.proj = linear(inner, width, axes=proj, stddev=residual)
         self.recompute = "activation" in config.recompute
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -90,14 +98,16 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
         self.mlp_chunk_size = config.mlp_chunk_size
         self.dropout = nnx.Dropout(config.dropout, rngs=rngs) if config.dropout else None
+        self.sequence_sharding = config.sequence_sharding
 
     def __call__(
         self, x: jax.Array, segment_ids: jax.Array | None, order: SequenceOrder = "natural"
     ) -> jax.Array:
-        x = shard_sequence(x)
-        x = x + self._drop(self.attn(self.ln_1(x), segment_ids, order))
-        inner = in_chunks(self.mlp, self.ln_2(x), chunk_size=self.mlp_chunk_size)
-        return shard_sequence(x + self._drop(inner))
+        split = functools.partial(split_sequence, over_tensor=self.sequence_sharding)
+        x = split(x)
+        x = x + self._drop(split(self.attn(split(self.ln_1(x)), segment_ids, order)))
+        inner = in_chunks(self.mlp, split(self.ln_2(x)), chunk_size=self.mlp_chunk_size)
+        return split(x + self._drop(split(inner)))
 
     def _drop(self, x: jax.Array) -> jax.Array:
         return x if self.dropout is None else self.dropout(x)
@@ -125,6 +135,7 @@ class GPT2(nnx.Module):
             None if config.tie_embeddings else normal(width, vocabulary, axes=("embed", "vocab"))
         )
         self.remat = config.remat
+        self.sequence_sharding = config.sequence_sharding
         self.loss_chunk_size = config.loss_chunk_size
 
     @property
@@ -146,7 +157,8 @@ class GPT2(nnx.Module):
         """
         if positions is None:
             positions = jnp.arange(input_ids.shape[1])[None]
-        x = embed(self.wte[...], input_ids) + self.wpe[...][positions]
+        x = embed(self.wte[...], input_ids) + embed(self.wpe[...], positions, over_tensor=False)
+        x = split_sequence(x, over_tensor=self.sequence_sharding)
         x = scan_layers(
             self.blocks, x, lambda layer, x: layer(x, segment_ids, order), remat=self.remat
         )

@@ -34,3 +34,4 @@ class LlamaConfig:
     mlp_chunk_size: int | None = None
     loss_chunk_size: int | None = None
     recompute: tuple[Recomputed, ...] = ()
+    sequence_sharding: bool = True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,13 +16,14 @@ from jspeed.nn import (
     causal_attention,
     embed,
     scan_layers,
+    split_sequence,
     stack_layers,
     swiglu,
 )
 from jspeed.nn.attention import Implementation
 from jspeed.nn.attention_island import preferred_order
 from jspeed.nn.rope import apply_rope, rope_frequencies
-from jspeed.nn.sequence import SequenceOrder, SequenceParallel, shard_sequence
+from jspeed.nn.sequence import SequenceOrder, SequenceParallel
 from jspeed.nn.tiling import in_chunks
 
 _STDDEV = 0.02
@@ -33,7 +36,15 @@ class Attention(nnx.Module):
         width, dim = config.hidden_size, config.head_dim
 
         def linear(inputs: int, outputs: int, axes: LogicalAxes) -> Linear:
-            return Linear(inputs, outputs, axes=axes, stddev=_STDDEV, bias=False, rngs=rngs)
+            return Linear(
+                inputs,
+                outputs,
+                axes=axes,
+                stddev=_STDDEV,
+                bias=False,
+                rngs=rngs,
+                sequence_sharding=config.sequence_sharding,
+            )
 
         self.q = linear(width, config.heads * dim, ("embed", "heads"))
         self.k = linear(width, config.kv_heads * dim, ("embed", "kv_heads"))
@@ -75,7 +86,15 @@ class MLP(nnx.Module):
         width, inner = config.hidden_size, config.intermediate_size
 
         def linear(inputs: int, outputs: int, axes: LogicalAxes) -> Linear:
-            return Linear(inputs, outputs, axes=axes, stddev=_STDDEV, bias=False, rngs=rngs)
+            return Linear(
+                inputs,
+                outputs,
+                axes=axes,
+                stddev=_STDDEV,
+                bias=False,
+                rngs=rngs,
+                sequence_sharding=config.sequence_sharding,
+            )
 
         self.gate = linear(width, inner, ("embed", "mlp"))
         self.up = linear(width, inner, ("embed", "mlp"))
@@ -99,6 +118,7 @@ class Block(nnx.Module):
         )
         self.mlp = MLP(config, rngs=rngs)
         self.mlp_chunk_size = config.mlp_chunk_size
+        self.sequence_sharding = config.sequence_sharding
 
     def __call__(
         self,
@@ -107,10 +127,11 @@ class Block(nnx.Module):
         segment_ids: jax.Array | None,
         order: SequenceOrder = "natural",
     ) -> jax.Array:
-        x = shard_sequence(x)
-        x = x + self.attn(self.attention_norm(x), positions, segment_ids, order)
-        inner = in_chunks(self.mlp, self.mlp_norm(x), chunk_size=self.mlp_chunk_size)
-        return shard_sequence(x + inner)
+        split = functools.partial(split_sequence, over_tensor=self.sequence_sharding)
+        x = split(x)
+        x = x + split(self.attn(split(self.attention_norm(x)), positions, segment_ids, order))
+        inner = in_chunks(self.mlp, split(self.mlp_norm(x)), chunk_size=self.mlp_chunk_size)
+        return split(x + split(inner))
 
 
 class Llama(nnx.Module):
@@ -134,6 +155,7 @@ class Llama(nnx.Module):
             None if config.tie_embeddings else normal(width, vocabulary, axes=("embed", "vocab"))
         )
         self.remat = config.remat
+        self.sequence_sharding = config.sequence_sharding
         self.loss_chunk_size = config.loss_chunk_size
 
     @property
@@ -155,6 +177,7 @@ class Llama(nnx.Module):
         """
         where = jnp.arange(input_ids.shape[1])[None] if positions is None else positions
         x = embed(self.embedding[...], input_ids)
+        x = split_sequence(x, over_tensor=self.sequence_sharding)
         x = scan_layers(
             self.blocks, x, lambda layer, x: layer(x, where, segment_ids, order), remat=self.remat
         )
