@@ -164,6 +164,7 @@ class ModelConfig:
     norm_epsilon: float
     remat: Literal["none", "full"]
     attention: AttentionConfig
+    mlp_chunk_size: int | None
     sequence_sharding: bool
     loss_chunk_size: int | None
 

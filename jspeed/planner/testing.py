@@ -122,7 +122,7 @@ def compile_step(
         communication or CommunicationSettings(stage, False, 0, 0, 0),
         compute_dtype=compute_dtype,
         reduce_dtype=reduce_dtype,
-        automatic_axes=bool(layout.automatic_axes),
+        automatic_axes=layout.automatic_axes,
         described=True,
     )
     lowered = jax.jit(
