@@ -1,4 +1,4 @@
-"""The commands: train, explain, config, targets, sweep.
+"""The commands: train, explain, config, targets, plan, sweep, schedule.
 
 Nothing here imports JAX before a command that needs it has prepared the environment, so that
 `jspeed config` stays quick and a machine without a GPU driver shows nothing of its plugins.
@@ -226,3 +226,43 @@ def sweep(
         as_json=json,
     )
     raise typer.Exit(sweep_command(request))
+
+
+@app.command()
+def schedule(
+    stages: Annotated[int, typer.Option("--stages", min=1, help="Devices along mesh.pipe.")],
+    microbatches: Annotated[
+        int, typer.Option("--microbatches", min=1, help="Of a step, the gradient accumulation.")
+    ],
+    kind: Annotated[
+        str,
+        typer.Option(
+            "--kind", help="gpipe, 1f1b, interleaved-1f1b, zb-h1; forward; all compares the four."
+        ),
+    ] = "all",
+    chunks: Annotated[
+        int | None,
+        typer.Option("--chunks", min=1, help="Per stage; 2 for interleaved-1f1b, else 1."),
+    ] = None,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Backwards compute the forward again, as in remat.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE.png", help="Draw a picture.")
+    ] = None,
+    json: AsJson = False,
+) -> None:
+    """Draw a pipeline schedule, with its bubble, memory and messages."""
+    from jspeed.cli.schedule import ScheduleRequest, schedule_command
+
+    schedule_command(
+        ScheduleRequest(
+            kind=kind,
+            stages=stages,
+            microbatches=microbatches,
+            chunks=chunks,
+            recompute=recompute,
+            output=output,
+            as_json=json,
+        )
+    )

@@ -28,6 +28,8 @@ def derive(values: Values) -> Values:
 
     stage = values.get(f"{_ZERO}.stage")
     put(f"{_ZERO}.overlap_comm", stage == 3, f"stage {stage}")
+    stages = values.get("pipeline.stages")
+    put("mesh.pipe", stages, "from pipeline.stages", only_if=stages != "auto")
     path, tensor = autotp_size(values)
     put("mesh.tensor", tensor, f'from "{path}"', only_if=tensor > 1)
     longest = values.get("model.sequence_length")
@@ -163,6 +165,11 @@ def mesh(values: Values) -> types.MeshConfig:
     fields = _fields(values, "mesh", types.MeshConfig)
     fields["rules"] = tuple((pattern, tuple(axes)) for pattern, axes in fields["rules"])
     return types.MeshConfig(**fields)
+
+
+def pipeline(values: Values) -> types.PipelineConfig:
+    """Return the pipeline section with its defaults."""
+    return types.PipelineConfig(**_fields(values, "pipeline", types.PipelineConfig))
 
 
 def tensor_parallel(values: Values) -> types.TensorParallelConfig:

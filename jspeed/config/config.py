@@ -21,6 +21,7 @@ from jspeed.config.sections import (
     ModelConfig,
     MonitorConfig,
     OptimizerConfig,
+    PipelineConfig,
     PrecisionConfig,
     RunConfig,
     SchedulerConfig,
@@ -52,6 +53,7 @@ class Config:
     gradient_allreduce_op: Literal["mean", "sum"]
     zero: ZeroConfig
     mesh: MeshConfig
+    pipeline: PipelineConfig
     tensor_parallel: TensorParallelConfig
     model: ModelConfig | None
     data: DataConfig | None
@@ -152,6 +154,7 @@ def from_values(values: Values, given: Values) -> Config:
         gradient_allreduce_op=values.get("gradient_allreduce_op"),
         zero=build.zero(values),
         mesh=build.mesh(values),
+        pipeline=build.pipeline(values),
         tensor_parallel=build.tensor_parallel(values),
         model=build.model(values),
         data=build.data(values),

@@ -14,7 +14,9 @@ from jspeed.config.kinds import (
     either,
 )
 
-_PIPE = "pipeline parallelism is not built yet"
+_AUTOTP = (
+    'AutoTP is not built yet; write sharding rules by hand: "mesh": {"tensor": N, "rules": []}'
+)
 _EXPERTS = "expert parallelism is not built yet"
 _SPARSE = "block-sparse attention is not built yet"
 _HYBRID = "the hybrid (train and generate) engine is not built yet"
@@ -25,18 +27,21 @@ _COUNT = Int(0)
 
 PIPELINE_KEYS = section(
     "pipeline",
-    later("stages", either(_AUTO, Int(1)), "auto", _PIPE, off=(1,)),
-    passive(
-        later("partition", Text(), "best", _PIPE),
-        later("seed_layers", Bool(), False, _PIPE),
-    ),
-    later("activation_checkpoint_interval", _COUNT, 0, _PIPE),
-    passive(
-        later("pipe_partitioned", Bool(), True, _PIPE),
-        later("grad_partitioned", Bool(), True, _PIPE),
-        later("use_reentrant", Bool(), True, _PIPE),
-    ),
-)
+    mapped("stages", either(_AUTO, Int(1)), "auto",
+           "the size of mesh.pipe; auto: that of the mesh"),
+    mapped("schedule", choice("gpipe", "1f1b", "interleaved-1f1b", "zb-h1"), "1f1b",
+           "the order of forward and backward passes; jspeed schedule draws it"),
+    mapped("chunks", Int(1), 1, "pieces of the model per stage, for interleaved-1f1b"),
+    mapped("partition", Text(filled=True), "best",
+           "layers per stage: uniform, parameters, or type:<regex>; best is uniform"),
+    automatic("seed_layers", Bool(), False,
+              "each layer's initial values are the same whatever stage it is on"),
+    later("activation_checkpoint_interval", _COUNT, 0, _REMAT),
+    automatic("pipe_partitioned", Bool(), True,
+              "between stages, devices that hold the same activations send a part each"),
+    automatic("grad_partitioned", Bool(), True, "gradients travel as activations do"),
+    automatic("use_reentrant", Bool(), True, "a PyTorch setting without object"),
+)  # fmt: skip
 
 _INJECTION = "AutoTP changes no module, it places parameters; say what to split in layer_specs"
 _GATHERS = "XLA gathers or reduces where the model needs it"

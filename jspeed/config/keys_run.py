@@ -5,13 +5,12 @@ from jspeed.config.key import later, mapped, section
 from jspeed.config.keys_sweep import SWEEP_KEYS
 from jspeed.config.kinds import Bool, Int, Number, ShardingRules, Text, choice
 
-_PIPE = "training over pipeline stages is not built yet"
 _EXPERT = "expert parallelism is not built yet"
 _COUNT = Int(1)
 
 MESH_KEYS = section(
     "mesh",
-    later("pipe", _COUNT, 1, _PIPE),
+    mapped("pipe", _COUNT, 1, "pipeline stages, over which the layers are split"),
     mapped("replica", _COUNT, 1, "copies of the ZeRO shards"),
     mapped("data", Int(-1), -1, "the axis ZeRO shards over; -1 takes all remaining devices"),
     later("expert", _COUNT, 1, _EXPERT),
@@ -21,8 +20,8 @@ MESH_KEYS = section(
 )
 
 ALIAS_KEYS = (
-    later("pipeline_parallelism.num_stages", _COUNT, None, 'the number of pipeline stages',
-          alias_of="mesh.pipe"),
+    mapped("pipeline_parallelism.num_stages", _COUNT, None, 'the number of pipeline stages',
+           alias_of="mesh.pipe"),
     mapped("tensor_model_parallel_size", _COUNT, None, "the size of tensor parallelism",
            alias_of="mesh.tensor"),
     mapped("sequence_parallel_size", _COUNT, None, "the size of sequence parallelism",
@@ -59,6 +58,8 @@ MODEL_KEYS = section(
            "which attention computes the same; auto picks by platform"),
     mapped("attention.sequence_parallel", choice("auto", "ulysses", "ring", "allgather"), "auto",
            "how attention sees a sequence that mesh.seq splits; auto is ulysses where heads allow"),
+    mapped("mlp_chunk_size", _COUNT, None,
+           "tokens of a row whose MLP exists at once on a device; null: all"),
     mapped("sequence_sharding", Bool(), True,
            "mesh.tensor also splits the residual stream between blocks, along the sequence"),
     mapped("loss_chunk_size", _COUNT, None, "tokens whose logits exist at once; null: 64 MiB"),

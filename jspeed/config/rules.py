@@ -155,6 +155,18 @@ def mesh(values: Values) -> Iterator[Problem]:
         )
 
 
+def pipeline(values: Values) -> Iterator[Problem]:
+    """The two ways to say the number of stages agree."""
+    path, mesh_path = "pipeline.stages", "mesh.pipe"
+    stages, size = values.get(path), values.get(mesh_path)
+    if stages != "auto" and values.is_given(mesh_path) and stages != size:
+        yield Problem(
+            path,
+            f'{stages} contradicts "{mesh_path}": {size}. Write one of the two.',
+            values.line(path),
+        )
+
+
 def data_parallel_size(values: Values) -> int | None:
     """Return over how many devices the batch is split, where the mesh fixes it."""
     size = 1
@@ -220,6 +232,14 @@ def model(values: Values) -> Iterator[Problem]:
             "model.dropout",
             f"{values.get('model.dropout'):g} is given, but llama has no dropout; set it to 0.",
             values.line("model.dropout"),
+        )
+    path = "model.attention.sequence_parallel"
+    if values.get(path) == "ring" and values.get("mesh.pipe") > 1:
+        yield Problem(
+            path,
+            f'"ring" does not go with "mesh.pipe" {values.get("mesh.pipe")}: its permutes would '
+            'stand in branches that stages take differently. Use "ulysses" or "allgather".',
+            values.line(path),
         )
     low, high = (values.get(f"model.rope_scaling.{end}_freq_factor") for end in ("low", "high"))
     if scaled and low >= high:
@@ -341,6 +361,7 @@ RULES: tuple[Rule, ...] = (
     offload,
     optimizer,
     mesh,
+    pipeline,
     tensor_sizes,
     batch_triangle,
     model,

@@ -91,6 +91,15 @@ class MeshConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class PipelineConfig:
+    """The order in which pipeline stages work; how many there are is `MeshConfig.pipe`."""
+
+    schedule: Literal["gpipe", "1f1b", "interleaved-1f1b", "zb-h1"]
+    chunks: int
+    partition: str
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSpec:
     """How `tensor` splits the layers whose parameters' paths begin as one of `patterns` says.
 
@@ -155,6 +164,7 @@ class ModelConfig:
     norm_epsilon: float
     remat: Literal["none", "full"]
     attention: AttentionConfig
+    mlp_chunk_size: int | None
     sequence_sharding: bool
     loss_chunk_size: int | None
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 from jax._src import source_info_util
+from jax._src.interpreters import partial_eval
 from jax.extend import core as jax_core
 
 Jaxpr = jax_core.Jaxpr
@@ -63,6 +64,12 @@ def bind(eqn: JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
 def eval_jaxpr(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
     """Evaluates a jaxpr as it stands."""
     return list(jax_core.jaxpr_as_fun(ClosedJaxpr(jaxpr, consts))(*args))
+
+
+def pruned(jaxpr: Jaxpr, outputs: Sequence[bool]) -> tuple[Jaxpr, list[bool]]:
+    """The jaxpr with only some of its outputs and what leads to them, and which inputs it still
+    takes."""
+    return partial_eval.dce_jaxpr(jaxpr, list(outputs))
 
 
 def sub_jaxprs(eqn: JaxprEqn) -> list[Jaxpr]:

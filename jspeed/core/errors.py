@@ -19,6 +19,10 @@ class LayoutError(JspeedError):
     """A mesh, sharding rule or placement that cannot be realised."""
 
 
+class ScheduleError(JspeedError):
+    """A pipeline schedule's table that computes something else than it should."""
+
+
 class ModelError(JspeedError):
     """A model or loss function that jspeed cannot train, or that broke a contract."""
 

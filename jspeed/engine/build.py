@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from jspeed.config import Batch, Config, resolve_batch
 from jspeed.core.errors import ConfigError
-from jspeed.layout.mesh import AnyMesh, MeshShape, make_mesh, resolve_mesh
+from jspeed.engine.stages import stage_order
+from jspeed.layout.mesh import PIPE, AnyMesh, MeshShape, make_mesh, resolve_mesh
 from jspeed.layout.rules import Rule
 from jspeed.layout.tensor import tensor_splits
 from jspeed.layout.zero import Layout, ZeroSettings, place
@@ -24,6 +25,8 @@ from jspeed.optim import (
     make_optimizer,
     make_schedule,
 )
+from jspeed.pipeline import Schedule
+from jspeed.pipeline import make_schedule as make_pipeline_schedule
 from jspeed.training.gradients import GradientSettings
 from jspeed.training.program import Program
 from jspeed.training.state import abstract_parameters, check_trainable
@@ -116,6 +119,7 @@ def plan_run(
         stacked=program.stacked,
         compute_dtype=precision.compute_dtype,
         reduce_dtype=precision.communication_dtype,
+        order=stage_order(config, program, params, mesh.shape[PIPE]),
     )
     batch = resolve_batch(config, layout.batch_shards)
     optimizer, schedule, momentum = _optimizer(config, program, optimizer, schedule)
@@ -127,6 +131,7 @@ def plan_run(
         before_reduction=_before_reduction(config, layout),
         sum_over_shards=config.gradient_allreduce_op == "sum",
         cast_inputs=precision.cast_inputs,
+        schedule=_schedule(config, layout, batch),
     )
     step = StepSettings(
         gradients=gradients,
@@ -143,6 +148,18 @@ def plan_devices(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over real devices."""
     available = list(devices) if devices is not None else jax.devices()
     return make_mesh(mesh_shape(config, len(available)), devices)
+
+
+def _schedule(config: Config, layout: Layout, batch: Batch) -> Schedule | None:
+    """Of the pipeline; its microbatches are the gradient accumulation."""
+    if layout.stages == 1:
+        return None
+    return make_pipeline_schedule(
+        config.pipeline.schedule,
+        stages=layout.stages,
+        microbatches=batch.accumulation,
+        chunks=config.pipeline.chunks,
+    )
 
 
 def _before_reduction(config: Config, layout: Layout) -> float:

@@ -17,11 +17,13 @@ from typing import Any
 
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jspeed.core.errors import LayoutError
 from jspeed.core.tree import named_leaves
 from jspeed.layout.gather import GatherPlan
 from jspeed.layout.logical import Split
-from jspeed.layout.mesh import AUTOMATIC_AXES, AXES, BATCH_AXES, ZERO_AXES, AnyMesh
+from jspeed.layout.mesh import AUTOMATIC_AXES, AXES, BATCH_AXES, PIPE, ZERO_AXES, AnyMesh
 from jspeed.layout.rules import Entry, Rule, axes_of, check_used, match_rule
+from jspeed.layout.stages import StageOrder
 
 
 class Role(Enum):
@@ -48,10 +50,11 @@ class LeafPlacement:
 
     Attributes:
       path: its name in the model's tree.
-      shape: whole.
+      shape: whole, as it is stored.
       rule: what placed it over automatic axes, in words: the sharding rule that matched, or why
         `tensor` splits it or does not; empty where nothing did.
-      base: the spec over automatic axes.
+      base: the spec without ZeRO: over automatic axes, and over `pipe` where it stacks the layers
+        that a pipeline splits.
       zero_dim: the dimension that ZeRO splits, None when no dimension lets it.
       whole_because: why ZeRO keeps what it could split whole on every device; empty if it does not.
       persistent: ZeRO-3 keeps a whole copy, because the parameter is small.
@@ -64,6 +67,15 @@ class LeafPlacement:
     zero_dim: int | None
     whole_because: str
     persistent: bool
+
+    @property
+    def in_stages(self) -> bool:
+        """Whether each pipeline stage holds its own layers of it, and no others."""
+        return self.base[:1] == (PIPE,)
+
+    def automatic_spec(self) -> tuple[Entry, ...]:
+        """The spec over automatic axes alone."""
+        return (None, *self.base[1:]) if self.in_stages else self.base
 
     def sharded_spec(self) -> tuple[Entry, ...]:
         """The spec with ZeRO's dimension split as well."""
@@ -85,6 +97,7 @@ class Layout:
       leaves: path -> placement, in tree order.
       compute_dtype: of stored copies and of what is gathered.
       reduce_dtype: that gradients are reduced in.
+      order: which layers each pipeline stage holds; None without a pipeline.
     """
 
     mesh: AnyMesh
@@ -92,10 +105,16 @@ class Layout:
     leaves: Mapping[str, LeafPlacement]
     compute_dtype: str
     reduce_dtype: str
+    order: StageOrder | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
         return dict(self.mesh.shape)
+
+    @property
+    def stages(self) -> int:
+        """Of the pipeline."""
+        return self.sizes[PIPE]
 
     @property
     def batch_shards(self) -> int:
@@ -106,6 +125,11 @@ class Layout:
         return math.prod(self.sizes[axis] for axis in ZERO_AXES)
 
     @property
+    def manual_zero_ways(self) -> int:
+        """Into how many shards ZeRO splits what the code of the step sees as local."""
+        return math.prod(self.sizes[axis] for axis in ZERO_AXES if axis not in AUTOMATIC_AXES)
+
+    @property
     def automatic_axes(self) -> tuple[str, ...]:
         """Automatic axes that split anything."""
         return tuple(axis for axis in AUTOMATIC_AXES if self.sizes[axis] > 1)
@@ -113,6 +137,13 @@ class Layout:
     @property
     def mixed_precision(self) -> bool:
         return self.compute_dtype != "float32"
+
+    def model_shape(self, path: str) -> tuple[int, ...]:
+        """Of a parameter in the model's own order of layers."""
+        leaf = self.leaves[path]
+        if self.order is None or not leaf.in_stages:
+            return leaf.shape
+        return (self.order.layers, *leaf.shape[1:])
 
     def owner(self, path: str, shape: tuple[int, ...]) -> str | None:
         """The parameter that a leaf of the optimizer's state belongs to.
@@ -148,12 +179,13 @@ class Layout:
         leaf = self.leaves[path]
         assert leaf.zero_dim is not None
         return GatherPlan(
-            axes=ZERO_AXES,
+            axes=tuple(axis for axis in ZERO_AXES if axis not in AUTOMATIC_AXES),
             dim=leaf.zero_dim - len(leaf.shape),
             auto_axes=self.automatic_axes,
-            auto_spec=leaf.base,
+            auto_spec=leaf.automatic_spec(),
             compute_dtype=self.compute_dtype,
             reduce_dtype=self.reduce_dtype,
+            auto_shards=tuple(axis for axis in self.automatic_axes if axis in ZERO_AXES),
         )
 
     def role_spec(self, path: str, role: Role) -> tuple[Entry, ...]:
@@ -209,6 +241,7 @@ def place(
     stacked: Sequence[str] = (),
     compute_dtype: str = "float32",
     reduce_dtype: str | None = None,
+    order: StageOrder | None = None,
 ) -> Layout:
     """Places every parameter of a model.
 
@@ -223,21 +256,60 @@ def place(
         dimension, and thresholds concern one layer's slice.
       compute_dtype: of the stored copy and of what is gathered.
       reduce_dtype: that gradients are reduced in; the compute dtype when None.
+      order: of the layers over pipeline stages; as even as can be when None.
 
     Raises:
-      LayoutError: a rule does not fit the parameter it matches.
+      LayoutError: a rule does not fit the parameter it matches; a pipeline of a model without
+        stacked layers, or of stacks of different lengths.
     """
     sizes = dict(mesh.shape)
     missing = [axis for axis in AXES if axis not in sizes]
     assert not missing, f"mesh lacks {missing}"
+    if sizes[PIPE] > 1 and order is None:
+        order = StageOrder.uniform(sizes[PIPE], stacked_layers(params, stacked))
     leaves: dict[str, LeafPlacement] = {}
     for path, leaf in named_leaves(params):
         split = (splits or {}).get(path)
-        leaves[path] = _place_leaf(path, tuple(leaf.shape), sizes, zero, rules, split, stacked)
+        placed = _place_leaf(path, tuple(leaf.shape), sizes, zero, rules, split, stacked)
+        if placed.in_stages and order is not None:
+            placed = replace(placed, shape=(order.rows, *placed.shape[1:]))
+        leaves[path] = placed
     check_used(rules, leaves)
     if zero.stage == 3:
         _limit_persistent(leaves, zero.model_persistence_threshold)
-    return Layout(mesh, zero.stage, leaves, compute_dtype, reduce_dtype or compute_dtype)
+    reduce_dtype = reduce_dtype or compute_dtype
+    return Layout(mesh, zero.stage, leaves, compute_dtype, reduce_dtype, order)
+
+
+def stacked_layers(params: Any, stacked: Sequence[str]) -> int:
+    """The number of layers that a model's stacked parameters have.
+
+    Args:
+      params: a pytree of arrays or shapes.
+      stacked: regexes of parameters whose first dimension stacks layers.
+
+    Raises:
+      LayoutError: there are none, or their numbers differ.
+    """
+    found = {
+        path: leaf.shape[0]
+        for path, leaf in named_leaves(params)
+        if leaf.shape and any(re.fullmatch(pattern, path) for pattern in stacked)
+    }
+    if not found:
+        raise LayoutError(
+            '"mesh.pipe": a pipeline splits layers that are stacked in one parameter each, and no '
+            "parameter of this model is known to stack layers. Scan over the layers and name their "
+            'parameters, as jspeed.initialize(stacked=["blocks/.*"]), or give the model as '
+            "jspeed.PipelineModule, a list of layers."
+        )
+    least, most = min(found, key=found.__getitem__), max(found, key=found.__getitem__)
+    if found[least] != found[most]:
+        raise LayoutError(
+            f'"mesh.pipe": a pipeline splits one stack of layers, but {least} stacks '
+            f"{found[least]} and {most} {found[most]}. Narrow the patterns of `stacked`."
+        )
+    return found[most]
 
 
 def _place_leaf(
@@ -253,6 +325,8 @@ def _place_leaf(
     placed = Split((None,) * len(shape), "") if split is None else split
     base, why = (rule.spec, f"rule {rule}") if rule else (placed.spec, placed.because)
     is_stacked = any(re.fullmatch(pattern, path) for pattern in stacked)
+    if is_stacked and sizes[PIPE] > 1:
+        base = (PIPE, *base[1:])
     ways = math.prod(sizes[axis] for axis in ZERO_AXES)
     dim, because = _zero_dimension(shape, base, ways, is_stacked)
     elements = math.prod(shape[1:]) if is_stacked else math.prod(shape)

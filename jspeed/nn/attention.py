@@ -16,7 +16,7 @@ from jspeed.core.shapes import Array, Float, Int
 from jspeed.nn.attention_blockwise import blockwise_attention
 from jspeed.nn.attention_cpu import cpu_attention
 from jspeed.nn.attention_island import island_axes, sharded_attention
-from jspeed.nn.sequence import SequenceParallel
+from jspeed.nn.sequence import SequenceOrder, SequenceParallel
 
 Implementation = Literal[
     "auto", "blockwise", "cpu", "cudnn", "gpu", "described_cudnn", "described_gpu", "xla"
@@ -49,6 +49,7 @@ def causal_attention(
     segment_ids: Int[Array, "batch seq"] | None = None,
     implementation: Implementation = "xla",
     sequence_parallel: SequenceParallel = "auto",
+    order: SequenceOrder = "natural",
 ) -> Float[Array, "batch seq heads dim"]:
     """Softmax attention in which a token sees itself and what came before it.
 
@@ -68,19 +69,26 @@ def causal_attention(
         `cpu`, which makes no such mask. `described_gpu` is `gpu` with `blockwise` for `cudnn`, and
         `described_cudnn` is `blockwise` in the place of `cudnn`.
       sequence_parallel: see `jspeed.nn.attention_island`; without effect where `seq` is 1.
+      order: that tokens lie in along the sequence; `zigzag` only where the ring is used.
 
     Returns:
       `[batch, seq, heads, dim]` in the query's dtype.
 
     Raises:
       ValueError: `implementation` is none of these.
-      LayoutError: the axis `seq` does not divide the sequence.
+      LayoutError: `sequence_parallel` does not fit the sequence or the mesh.
     """
     attend = functools.partial(_attend, implementation=implementation)
     if not island_axes():
         return attend(query, key, value, segment_ids)
     return sharded_attention(
-        query, key, value, segment_ids, attend=attend, sequence_parallel=sequence_parallel
+        query,
+        key,
+        value,
+        segment_ids,
+        attend=attend,
+        sequence_parallel=sequence_parallel,
+        order=order,
     )
 
 

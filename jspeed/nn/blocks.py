@@ -17,6 +17,7 @@ from jspeed.nn.dense import SplitSide, dense
 from jspeed.nn.logical_axes import LogicalAxes
 from jspeed.nn.losses import default_chunk_size, linear_cross_entropy
 from jspeed.nn.recompute import keeping_only_inputs
+from jspeed.nn.sequence import SequenceOrder, in_zigzag_order
 
 Layer = TypeVar("Layer", bound=nnx.Module)
 
@@ -140,14 +141,28 @@ def language_model_loss(model: Any, batch: Any, rng: jax.Array) -> LossSum:
     over tokens.
 
     The model offers `hidden(input_ids, ...) -> [batch, seq, features]`, `head() -> [features,
-    vocabulary]` and `loss_chunk_size`.
+    vocabulary]` and `loss_chunk_size`; with `token_order(length)` it may ask for its tokens in
+    another order, which changes no sum over them.
     """
     del rng
+    batch, order = _in_models_order(model, dict(batch))
     hidden = model.hidden(
         batch["input_ids"],
         positions=batch.get("positions"),
         segment_ids=batch.get("segment_ids"),
+        **order,
     )
     head, labels = model.head(), batch["labels"]
     chunk = model.loss_chunk_size or default_chunk_size(labels.size, head.shape[-1])
     return linear_cross_entropy(hidden, head, labels, chunk_size=chunk)
+
+
+def _in_models_order(
+    model: Any, batch: dict[str, jax.Array]
+) -> tuple[dict[str, jax.Array], dict[str, SequenceOrder]]:
+    """A batch in the order that the model asks for, and what it must be told of it."""
+    length = batch["input_ids"].shape[1]
+    if not hasattr(model, "token_order") or model.token_order(length) == "natural":
+        return batch, {}
+    batch.setdefault("positions", jnp.arange(length)[None])
+    return {name: in_zigzag_order(leaf) for name, leaf in batch.items()}, {"order": "zigzag"}

@@ -23,6 +23,7 @@ from jspeed.layout.mesh import MeshShape
 from jspeed.layout.rules import Rule
 from jspeed.layout.tensor import tensor_splits
 from jspeed.layout.zero import Layout, ZeroSettings, place
+from jspeed.pipeline.schedules import make_schedule
 from jspeed.planner.compiled import Compiled, compile_lowered
 from jspeed.planner.targets import described_mesh
 from jspeed.training.gradients import GradientSettings
@@ -59,6 +60,8 @@ def compile_step(
     optimizer: optax.GradientTransformation | None = None,
     persistence_threshold: int = 0,
     communication: CommunicationSettings | None = None,
+    schedule: str = "1f1b",
+    chunks: int = 1,
 ) -> CompiledStep:
     """Compiles the train step that training runs, for GPUs that need not be there.
 
@@ -78,6 +81,8 @@ def compile_step(
       optimizer: Adam with decoupled weight decay when None.
       persistence_threshold: stage 3 keeps parameters with fewer elements whole.
       communication: overlap and buckets as compiler options; None compiles with XLA's defaults.
+      schedule: of the pipeline, where the mesh has one.
+      chunks: per stage.
 
     Raises:
       MissingExtraError: the CUDA compiler plugin is not installed.
@@ -105,14 +110,19 @@ def compile_step(
     )
     optimizer = optimizer or optax.adamw(1e-3)
     state = abstract_state(program, optimizer, layout)
-    settings = StepSettings(GradientSettings(accumulation=accumulation))
+    pipeline = None
+    if layout.stages > 1:
+        pipeline = make_schedule(
+            schedule, stages=layout.stages, microbatches=accumulation, chunks=chunks
+        )
+    settings = StepSettings(GradientSettings(accumulation=accumulation, schedule=pipeline))
     step = make_train_step(program, loss_fn, optimizer, layout, settings)
     options = compiler_options(
         "cuda",
         communication or CommunicationSettings(stage, False, 0, 0, 0),
         compute_dtype=compute_dtype,
         reduce_dtype=reduce_dtype,
-        automatic_axes=bool(layout.automatic_axes),
+        automatic_axes=layout.automatic_axes,
         described=True,
     )
     lowered = jax.jit(

@@ -140,12 +140,9 @@ def test_warm_up_takes_two_steps_at_least():
          '"zero_optimization.offload_optimizer.device": "cpu" (from '
          '"zero_optimization.cpu_offload"): offloading to host memory or NVMe is not built yet. '
          "Switch it off to train."),
-        ({"mesh": {"pipe": 2}},
-         '"mesh.pipe": 2: training over pipeline stages is not built yet. '
+        ({"mesh": {"expert": 2}},
+         '"mesh.expert": 2: expert parallelism is not built yet. '
          "Switch it off to train."),
-        ({"pipeline_parallelism": {"num_stages": 2}},
-         '"mesh.pipe": 2 (from "pipeline_parallelism.num_stages"): training over pipeline stages '
-         "is not built yet. Switch it off to train."),
         ({"activation_checkpointing": {"cpu_checkpointing": True}},
          '"activation_checkpointing.cpu_checkpointing": true: activation checkpointing by this '
          'section is not built yet; use "model": {"remat": "full"}. Switch it off to train.'),
@@ -176,7 +173,6 @@ def test_every_later_feature_of_a_file_is_listed_once_with_its_line():
         "zero_optimization.zenflow",
         "zero_optimization.zero_hpz_partition_size",
         "zero_optimization.zero_quantized_weights",
-        "mesh.pipe",
         "pipeline.activation_checkpoint_interval",
         "activation_checkpointing.cpu_checkpointing",
         "activation_checkpointing.number_checkpoints",

@@ -265,6 +265,20 @@ def test_a_split_sequence_has_equal_parts(length, seq, message):
     assert message in str(error.value)
 
 
+def test_the_ring_is_refused_in_a_pipeline():
+    tree = {
+        "train_batch_size": 8,
+        "mesh": {"pipe": 2, "seq": 2},
+        "model": {**MODEL, "attention": {"sequence_parallel": "ring"}},
+    }
+    with pytest.raises(ConfigError) as error:
+        load_config(tree)
+    assert str(error.value) == (
+        '"model.attention.sequence_parallel": "ring" does not go with "mesh.pipe" 2: its permutes '
+        'would stand in branches that stages take differently. Use "ulysses" or "allgather".'
+    )
+
+
 def test_sizes_of_tensor_parallelism_are_one():
     base = {"train_batch_size": 8}
     asked = load_config({**base, "tensor_parallel": {"autotp_size": 4}})

@@ -94,6 +94,107 @@ def test_two_parts_equal_one_device(model):
     check(model, devices=2, micro=BATCH, mesh={"seq": 2})
 
 
+RULES = {
+    "gpt2": [
+        ["blocks/attn/qkv/kernel", [None, None, None, "tensor"]],
+        ["blocks/attn/qkv/bias", [None, None, "tensor"]],
+        ["blocks/mlp/fc/kernel", [None, None, "tensor"]],
+        ["blocks/mlp/fc/bias", [None, "tensor"]],
+        ["blocks/(attn|mlp)/proj/kernel", [None, "tensor", None]],
+    ],
+    "llama": [
+        ["blocks/attn/[qkv]/kernel", [None, None, "tensor"]],
+        ["blocks/mlp/(gate|up)/kernel", [None, None, "tensor"]],
+        ["blocks/(attn/o|mlp/down)/kernel", [None, "tensor", None]],
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "stage", "mesh"),
+    [
+        ("llama", "ulysses", 3, {"data": 2, "seq": 4}),
+        ("gpt2", "ulysses", 2, {"data": 2, "seq": 2, "tensor": 2}),
+        ("llama", "ring", 0, {"seq": 8}),
+        ("gpt2", "ring", 3, {"data": 2, "seq": 2, "tensor": 2}),
+        ("llama tied", "ring", 1, {"data": 4, "seq": 2}),
+        ("llama", "allgather", 2, {"data": 2, "seq": 4}),
+        ("llama", "auto", 1, {"data": 1, "seq": 8}),
+        ("gpt2 3 heads", "auto", 3, {"replica": 2, "data": 2, "seq": 2}),
+        ("llama", "ulysses", 1, {"seq": 2, "tensor": 4}),
+    ],
+)
+def test_layouts_of_packed_documents_equal_one_device(model, method, stage, mesh):
+    """Documents with positions of their own, over every method, stage and pair of axes."""
+    rules = RULES[model] if "tensor" in mesh else []
+    shards = mesh.get("data", 1) * mesh.get("replica", 1)
+    check(
+        model,
+        documents=True,
+        devices=8,
+        stage=stage,
+        micro=BATCH // shards // 2,
+        mesh={**mesh, "rules": rules},
+        changes={"sequence_parallel": method},
+    )
+
+
+def test_ring_without_documents_equals_one_device():
+    """Positions follow the tokens into the ring's order though the batch names none."""
+    for model in ("gpt2", "llama"):
+        layout = {"data": 2, "seq": 4}
+        ring = {"sequence_parallel": "ring"}
+        check(model, devices=8, micro=4, mesh=layout, changes=ring)
+
+
+@pytest.mark.parametrize(
+    ("model", "stage", "mesh"),
+    [("llama", 3, {"data": 2, "seq": 4}), ("gpt2", 1, {"data": 8}), ("gpt2", 3, {"seq": 2})],
+)
+def test_layers_in_chunks_equal_one_device(model, stage, mesh):
+    """The MLP two tokens at a time, the logits of three at a time."""
+    chunks = {"mlp_chunk_size": 2, "loss_chunk_size": 3, "remat": "full"}
+    data = mesh.get("data", 1)
+    devices = data * mesh.get("seq", 1)
+    check(model, devices=devices, stage=stage, micro=BATCH // data, mesh=mesh, changes=chunks)
+
+
+@pytest.mark.parametrize(
+    ("method", "stage", "mesh"),
+    [
+        ("ulysses", 3, {"pipe": 2, "data": 2, "seq": 2}),
+        ("allgather", 1, {"pipe": 2, "seq": 4}),
+        ("auto", 2, {"pipe": 2, "seq": 2, "tensor": 2}),
+    ],
+)
+def test_pipelines_over_a_split_sequence_equal_one_device(method, stage, mesh):
+    data = mesh.get("data", 1)
+    check(
+        "llama",
+        documents=True,
+        devices=8,
+        stage=stage,
+        micro=BATCH // data // 4,
+        mesh={**mesh, "rules": RULES["llama"] if "tensor" in mesh else []},
+        changes={"sequence_parallel": method},
+    )
+
+
+def test_evaluation_equals_one_device():
+    """Forward only, and the same loss whatever the layout."""
+    losses = []
+    for layout in ({"data": 1}, {"data": 2, "seq": 4}):
+        devices = layout["data"] * layout.get("seq", 1)
+        engine = jspeed.initialize(
+            model=ModelFactory("llama", dataclasses.replace(LLAMA, sequence_parallel="ring")),
+            loss_fn=language_model_loss,
+            config=ds_config(stage=3, micro=BATCH // layout["data"], mesh=layout),
+            devices=jax.devices()[:devices],
+        )
+        losses.append(float(engine.eval_batch(packed(1)[0])["loss"]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
 def test_curves_move():
     """The comparisons would be empty if nothing were learnt."""
     losses = reference("llama", False).losses

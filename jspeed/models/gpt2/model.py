@@ -22,7 +22,9 @@ from jspeed.nn import (
     stack_layers,
 )
 from jspeed.nn.attention import Implementation
-from jspeed.nn.sequence import SequenceParallel
+from jspeed.nn.attention_island import preferred_order
+from jspeed.nn.sequence import SequenceOrder, SequenceParallel
+from jspeed.nn.tiling import in_chunks
 
 _STDDEV = 0.02
 
@@ -44,7 +46,9 @@ class Attention(nnx.Module):
         self.implementation: Implementation = config.attention
         self.sequence_parallel: SequenceParallel = config.sequence_parallel
 
-    def __call__(self, x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, segment_ids: jax.Array | None, order: SequenceOrder = "natural"
+    ) -> jax.Array:
         batch, seq, width = x.shape
         query, key, value = (
             part.reshape(batch, seq, self.heads, width // self.heads)
@@ -57,6 +61,7 @@ class Attention(nnx.Module):
             segment_ids=segment_ids,
             implementation=self.implementation,
             sequence_parallel=self.sequence_parallel,
+            order=order,
         )
         return self.proj(out.reshape(batch, seq, width))
 
@@ -91,14 +96,18 @@ class Block(nnx.Module):
             config.hidden_size, epsilon=config.norm_epsilon, recompute="norm" in config.recompute
         )
         self.mlp = MLP(config, rngs=rngs)
+        self.mlp_chunk_size = config.mlp_chunk_size
         self.dropout = nnx.Dropout(config.dropout, rngs=rngs) if config.dropout else None
         self.sequence_sharding = config.sequence_sharding
 
-    def __call__(self, x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, segment_ids: jax.Array | None, order: SequenceOrder = "natural"
+    ) -> jax.Array:
         split = functools.partial(split_sequence, over_tensor=self.sequence_sharding)
         x = split(x)
-        x = x + self._drop(split(self.attn(split(self.ln_1(x)), segment_ids)))
-        return split(x + self._drop(split(self.mlp(split(self.ln_2(x))))))
+        x = x + self._drop(split(self.attn(split(self.ln_1(x)), segment_ids, order)))
+        inner = in_chunks(self.mlp, split(self.ln_2(x)), chunk_size=self.mlp_chunk_size)
+        return split(x + self._drop(split(inner)))
 
     def _drop(self, x: jax.Array) -> jax.Array:
         return x if self.dropout is None else self.dropout(x)
@@ -140,14 +149,25 @@ class GPT2(nnx.Module):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        order: SequenceOrder = "natural",
     ) -> jax.Array:
-        """Tokens `[batch, seq]` -> the normalised last hidden states `[batch, seq, features]`."""
+        """Tokens `[batch, seq]` -> the normalised last hidden states `[batch, seq, features]`.
+
+        Tokens may come in the order of `token_order`, if their positions say so; so do the states.
+        """
         if positions is None:
             positions = jnp.arange(input_ids.shape[1])[None]
-        x = embed(self.wte[...], input_ids) + self.wpe[...][positions]
+        x = embed(self.wte[...], input_ids) + embed(self.wpe[...], positions, over_tensor=False)
         x = split_sequence(x, over_tensor=self.sequence_sharding)
-        x = scan_layers(self.blocks, x, lambda layer, x: layer(x, segment_ids), remat=self.remat)
+        x = scan_layers(
+            self.blocks, x, lambda layer, x: layer(x, segment_ids, order), remat=self.remat
+        )
         return self.ln_f(x)
+
+    def token_order(self, length: int) -> SequenceOrder:
+        """The order of the tokens of a sequence in which attention moves least."""
+        attention = self.blocks.attn
+        return preferred_order(attention.sequence_parallel, heads=attention.heads, length=length)
 
     def head(self) -> jax.Array:
         """The output projection `[features, vocabulary]`."""

@@ -21,8 +21,10 @@ from jspeed.nn import (
     swiglu,
 )
 from jspeed.nn.attention import Implementation
+from jspeed.nn.attention_island import preferred_order
 from jspeed.nn.rope import apply_rope, rope_frequencies
-from jspeed.nn.sequence import SequenceParallel
+from jspeed.nn.sequence import SequenceOrder, SequenceParallel
+from jspeed.nn.tiling import in_chunks
 
 _STDDEV = 0.02
 
@@ -54,7 +56,11 @@ class Attention(nnx.Module):
         self.sequence_parallel: SequenceParallel = config.sequence_parallel
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array | None
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None,
+        order: SequenceOrder = "natural",
     ) -> jax.Array:
         batch, seq, _ = x.shape
         frequencies = rope_frequencies(self.dim, self.theta, self.scaling)
@@ -68,6 +74,7 @@ class Attention(nnx.Module):
             segment_ids=segment_ids,
             implementation=self.implementation,
             sequence_parallel=self.sequence_parallel,
+            order=order,
         )
         return self.o(out.reshape(batch, seq, self.heads * self.dim))
 
@@ -110,15 +117,21 @@ class Block(nnx.Module):
             config.hidden_size, epsilon=config.norm_epsilon, recompute="norm" in config.recompute
         )
         self.mlp = MLP(config, rngs=rngs)
+        self.mlp_chunk_size = config.mlp_chunk_size
         self.sequence_sharding = config.sequence_sharding
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array | None
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None,
+        order: SequenceOrder = "natural",
     ) -> jax.Array:
         split = functools.partial(split_sequence, over_tensor=self.sequence_sharding)
         x = split(x)
-        x = x + split(self.attn(split(self.attention_norm(x)), positions, segment_ids))
-        return split(x + split(self.mlp(split(self.mlp_norm(x)))))
+        x = x + split(self.attn(split(self.attention_norm(x)), positions, segment_ids, order))
+        inner = in_chunks(self.mlp, split(self.mlp_norm(x)), chunk_size=self.mlp_chunk_size)
+        return split(x + split(inner))
 
 
 class Llama(nnx.Module):
@@ -156,15 +169,24 @@ class Llama(nnx.Module):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        order: SequenceOrder = "natural",
     ) -> jax.Array:
-        """Tokens `[batch, seq]` -> the normalised last hidden states `[batch, seq, features]`."""
+        """Tokens `[batch, seq]` -> the normalised last hidden states `[batch, seq, features]`.
+
+        Tokens may come in the order of `token_order`, if their positions say so; so do the states.
+        """
         where = jnp.arange(input_ids.shape[1])[None] if positions is None else positions
         x = embed(self.embedding[...], input_ids)
         x = split_sequence(x, over_tensor=self.sequence_sharding)
         x = scan_layers(
-            self.blocks, x, lambda layer, x: layer(x, where, segment_ids), remat=self.remat
+            self.blocks, x, lambda layer, x: layer(x, where, segment_ids, order), remat=self.remat
         )
         return self.norm(x)
+
+    def token_order(self, length: int) -> SequenceOrder:
+        """The order of the tokens of a sequence in which attention moves least."""
+        attention = self.blocks.attn
+        return preferred_order(attention.sequence_parallel, heads=attention.heads, length=length)
 
     def head(self) -> jax.Array:
         """The output projection `[features, vocabulary]`."""

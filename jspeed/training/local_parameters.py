@@ -1,0 +1,124 @@
+"""The parameters as one device's part of the step sees them, and how their gradients are reduced.
+
+Each parameter is treated in one of three ways:
+
+- *gathered* (stage 3): differentiated as a shard; its gradient is reduce-scattered inside the
+  backward pass, once per microbatch;
+- *scattered* (stage 2): stored whole; its gradient leaves for a shard inside the backward pass,
+  once per microbatch;
+- *local* (stages 0 and 1, and what no dimension lets shard): gradients accumulate locally and are
+  reduced once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jspeed.core.tree import map_named
+from jspeed.layout.at_use import AtHome, Report
+from jspeed.layout.gather import GatherPlan, island, reduce_scatter
+from jspeed.layout.mesh import BATCH_AXES, PIPE
+from jspeed.layout.zero import Layout, Role, manual_spec
+from jspeed.training.state import TrainState
+
+_GATHERED, _SCATTERED, _LOCAL = "gathered", "scattered", "local"
+
+Arrays = dict[str, jax.Array]
+
+
+def treatment(layout: Layout, path: str) -> str:
+    """How the gradient of a parameter is computed and reduced."""
+    if layout.gathered(path) is not None:
+        return _GATHERED
+    if layout.stage == 2 and layout.zero_splits(path):
+        return _SCATTERED
+    return _LOCAL
+
+
+class LocalParameters:
+    """The parameters as one device's part of the step sees them."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.how = {path: treatment(layout, path) for path in layout.leaves}
+        self.report = Report()
+
+    def whole(self, master: Arrays, copies: Arrays, path: str) -> jax.Array:
+        """A parameter that is stored whole, in the compute dtype."""
+        if path in copies:
+            return copies[path]
+        return master[path].astype(self.layout.compute_dtype)
+
+    def differentiated(self, master: Arrays, copies: Arrays, paths: Iterable[str]) -> Arrays:
+        """The arrays to differentiate with respect to, one per parameter of `paths`."""
+        of_kind = {
+            _GATHERED: lambda p: master[p],
+            _SCATTERED: lambda p: jnp.zeros(self._shard_shape(p, master), jnp.float32),
+            _LOCAL: lambda p: self.whole(master, copies, p),
+        }
+        return {path: of_kind[self.how[path]](path) for path in paths}
+
+    def _shard_shape(self, path: str, master: Arrays) -> tuple[int, ...]:
+        """Of a gradient that leaves as a shard of what this device holds of the parameter."""
+        leaf, layout = self.layout.leaves[path], self.layout
+        sharded = layout.role_spec(path, Role.MASTER) != leaf.base
+        return tuple(
+            size // layout.manual_zero_ways if dim == leaf.zero_dim and not sharded else size
+            for dim, size in enumerate(master[path].shape)
+        )
+
+    def homes(self, diff: Arrays, master: Arrays, copies: Arrays) -> list[AtHome | jax.Array]:
+        """The parameters of `diff`, in its order, each as it is found at home."""
+        homes: list[AtHome | jax.Array] = []
+        for path, value in diff.items():
+            how = self.how[path]
+            if how is _GATHERED:
+                homes.append(AtHome(path, self.layout.plan(path), value))
+            elif how is _SCATTERED:
+                whole = self.whole(master, copies, path)
+                homes.append(AtHome(path, self.layout.plan(path), value, whole))
+            else:
+                homes.append(value)
+        return homes
+
+    def reduce_once(self, grads: Arrays) -> Arrays:
+        """The reductions that are made once per step; afterwards each gradient lives as the layout
+        says."""
+        reduced = {}
+        for path, grad in grads.items():
+            if self.layout.stages > 1 and not self.layout.leaves[path].in_stages:
+                # Each stage that uses it adds its part; the others add zeros.
+                grad = self._all_reduce(path, self._over_data(path, grad), (PIPE,))
+            else:
+                grad = self._over_data(path, grad)
+            reduced[path] = grad.astype(jnp.float32)
+        return reduced
+
+    def _over_data(self, path: str, grad: jax.Array) -> jax.Array:
+        """Reduced over the batch axes."""
+        if self.how[path] is _LOCAL:
+            if self.layout.stage == 0 or not self.layout.zero_splits(path):
+                return self._all_reduce(path, grad, BATCH_AXES)
+            grad = reduce_scatter(self.layout.plan(path), grad)
+        if self.layout.sizes["replica"] > 1:
+            grad = self._all_reduce(path, grad, ("replica",))
+        return grad
+
+    def _all_reduce(self, path: str, grad: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+        layout = self.layout
+        plan = GatherPlan(axes, -1, layout.automatic_axes, layout.leaves[path].automatic_spec())
+        return island(plan, lambda g: jax.lax.psum(g, axes), grad.astype(layout.reduce_dtype))
+
+
+def state_specs(layout: Layout, state: TrainState) -> tuple[Any, Any, Any]:
+    """The specs over manual axes of the masters, the copies and the mutable state."""
+    master = map_named(
+        lambda path, _: manual_spec(layout.role_spec(path, Role.MASTER)), state.master
+    )
+    copies = {path: manual_spec(layout.role_spec(path, Role.PARAM)) for path in state.copies}
+    return master, copies, jax.tree.map(lambda _: PartitionSpec(), state.mutable)
