@@ -19,7 +19,7 @@ _MOST = 100_000
 _OPTIONS = {
     '"pipeline.schedule"': '"--kind"',
     '"pipeline.stages"': '"--stages"',
-    '"pipeline.microbatches"': '"--microbatches"',
+    '"gradient_accumulation_steps"': '"--microbatches"',
     '"pipeline.chunks"': '"--chunks"',
 }
 

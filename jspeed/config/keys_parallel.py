@@ -14,7 +14,6 @@ from jspeed.config.kinds import (
     either,
 )
 
-_PARTITION = "layers are split evenly; other partitions are not built yet"
 _AUTOTP = (
     'AutoTP is not built yet; write sharding rules by hand: "mesh": {"tensor": N, "rules": []}'
 )
@@ -33,7 +32,8 @@ PIPELINE_KEYS = section(
     mapped("schedule", choice("gpipe", "1f1b", "interleaved-1f1b", "zb-h1"), "1f1b",
            "the order of forward and backward passes; jspeed schedule draws it"),
     mapped("chunks", Int(1), 1, "pieces of the model per stage, for interleaved-1f1b"),
-    passive(later("partition", Text(), "best", _PARTITION)),
+    mapped("partition", Text(filled=True), "best",
+           "layers per stage: uniform, parameters, or type:<regex>; best is uniform"),
     automatic("seed_layers", Bool(), False,
               "each layer's initial values are the same whatever stage it is on"),
     later("activation_checkpoint_interval", _COUNT, 0, _REMAT),

@@ -6,7 +6,6 @@ from jspeed.config.keys_sweep import SWEEP_KEYS
 from jspeed.config.kinds import Bool, Int, Number, ShardingRules, Text, choice
 
 _EXPERT = "expert parallelism is not built yet"
-_SEQ = "sequence parallelism is not built yet"
 _COUNT = Int(1)
 
 MESH_KEYS = section(
@@ -15,8 +14,8 @@ MESH_KEYS = section(
     mapped("replica", _COUNT, 1, "copies of the ZeRO shards"),
     mapped("data", Int(-1), -1, "the axis ZeRO shards over; -1 takes all remaining devices"),
     later("expert", _COUNT, 1, _EXPERT),
-    later("seq", _COUNT, 1, _SEQ),
-    mapped("tensor", _COUNT, 1, "tensor parallelism, by sharding rules"),
+    mapped("seq", _COUNT, 1, "sequence parallelism: how many devices share each sequence"),
+    mapped("tensor", _COUNT, 1, "tensor parallelism: heads, inner width, vocabulary"),
     mapped("rules", ShardingRules(), [], "sharding rules by parameter path, the first match wins"),
 )
 
@@ -25,8 +24,8 @@ ALIAS_KEYS = (
            alias_of="mesh.pipe"),
     mapped("tensor_model_parallel_size", _COUNT, None, "the size of tensor parallelism",
            alias_of="mesh.tensor"),
-    later("sequence_parallel_size", _COUNT, None, "the size of sequence parallelism",
-          alias_of="mesh.seq"),
+    mapped("sequence_parallel_size", _COUNT, None, "the size of sequence parallelism",
+           alias_of="mesh.seq"),
     mapped("data_parallel_size", _COUNT, None, "the size of data parallelism",
            alias_of="mesh.data"),
 )  # fmt: skip
@@ -57,6 +56,10 @@ MODEL_KEYS = section(
     mapped("remat", choice("none", "full"), "none", "what the backward pass computes again"),
     mapped("attention.implementation", choice("auto", "xla", "cudnn", "cpu", "blockwise"), "auto",
            "which attention computes the same; auto picks by platform"),
+    mapped("attention.sequence_parallel", choice("auto", "ulysses", "ring", "allgather"), "auto",
+           "how attention sees a sequence that mesh.seq splits; auto is ulysses where heads allow"),
+    mapped("sequence_sharding", Bool(), True,
+           "mesh.tensor also splits the residual stream between blocks, along the sequence"),
     mapped("loss_chunk_size", _COUNT, None, "tokens whose logits exist at once; null: 64 MiB"),
 )  # fmt: skip
 

@@ -39,8 +39,9 @@ GRADIENT_KEYS = (
            "whether devices' gradients are averaged or added"),
     mapped("communication_data_type", _WIRE, None,
            "the dtype in which gradients are reduced; null means the compute dtype"),
-    later("seq_parallel_communication_data_type", _WIRE, "fp32",
-          "sequence parallelism is not built yet", on="never"),
+    automatic("seq_parallel_communication_data_type", _WIRE, "fp32",
+              "XLA sums gradients over mesh.seq in the dtype of the products that make them; "
+              "communication_data_type is that of the sum over the batch axes"),
     refused("sparse_gradients", Bool(), False,
             "embedding gradients are reduced densely, with the same result; set it to false"),
     automatic("disable_allgather", Bool(), False, "deprecated and unused in DeepSpeed"),

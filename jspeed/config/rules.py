@@ -232,6 +232,14 @@ def model(values: Values) -> Iterator[Problem]:
             f"{values.get('model.dropout'):g} is given, but llama has no dropout; set it to 0.",
             values.line("model.dropout"),
         )
+    path = "model.attention.sequence_parallel"
+    if values.get(path) == "ring" and values.get("mesh.pipe") > 1:
+        yield Problem(
+            path,
+            f'"ring" does not go with "mesh.pipe" {values.get("mesh.pipe")}: its permutes would '
+            'stand in branches that stages take differently. Use "ulysses" or "allgather".',
+            values.line(path),
+        )
     low, high = (values.get(f"model.rope_scaling.{end}_freq_factor") for end in ("low", "high"))
     if scaled and low >= high:
         yield Problem(
@@ -257,6 +265,7 @@ def data(values: Values) -> Iterator[Problem]:
         yield Problem(
             path, f'{rows} is longer than "model.sequence_length" {longest}.', values.line(path)
         )
+    yield from _split_sequence(values, path, rows)
     kind, file = values.get("data.tokenizer.kind"), values.get("data.tokenizer.path")
     if kind == "file" and file is None:
         yield Problem("data.tokenizer.path", 'missing; "kind": "file" needs a tokenizer.json.')
@@ -267,6 +276,22 @@ def data(values: Values) -> Iterator[Problem]:
             values.line("data.tokenizer.path"),
         )
     yield from _vocabulary(values, kind)
+
+
+def _split_sequence(values: Values, path: str, rows: int | None) -> Iterator[Problem]:
+    """Devices that share a sequence have parts of the same length."""
+    shards = values.get("mesh.seq")
+    if rows is None or rows % shards == 0:
+        return
+    below = rows // shards * shards
+    near = [str(length) for length in (below, below + shards) if length]
+    divisors = [n for n in range(1, shards) if rows % n == 0]
+    yield Problem(
+        path,
+        f'{rows} is not divisible by "mesh.seq" {shards} (remainder {rows % shards}). Use '
+        f'{" or ".join(near)} tokens, or "mesh.seq": {divisors[-1]}.',
+        values.line(path),
+    )
 
 
 def _vocabulary(values: Values, kind: str) -> Iterator[Problem]:

@@ -96,6 +96,7 @@ class PipelineConfig:
 
     schedule: Literal["gpipe", "1f1b", "interleaved-1f1b", "zb-h1"]
     chunks: int
+    partition: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +111,11 @@ class RopeScalingConfig:
 
 @dataclass(frozen=True, slots=True)
 class AttentionConfig:
-    """Which implementation computes attention; `auto` picks by platform."""
+    """Which implementation computes attention, and how it sees a sequence that is split; `auto`
+    picks by platform and heads."""
 
     implementation: Literal["auto", "xla", "cudnn", "cpu", "blockwise"]
+    sequence_parallel: Literal["auto", "ulysses", "ring", "allgather"] = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +137,7 @@ class ModelConfig:
     norm_epsilon: float
     remat: Literal["none", "full"]
     attention: AttentionConfig
+    sequence_sharding: bool
     loss_chunk_size: int | None
 
 

@@ -17,15 +17,17 @@ from jspeed.engine.state_explanation import explain_plan, gather_notes, microbat
 from jspeed.layout.explain import Explanation
 from jspeed.layout.zero import Layout
 from jspeed.training.program import LossFn, Program
-from jspeed.training.state import TrainState, abstract_state
+from jspeed.training.state import TrainState, abstract_state, in_model_order
 from jspeed.training.step import Metrics
 
 
-def whole_on_host(leaf: jax.Array, layout: Layout) -> np.ndarray:
-    """An array's whole value, which no device holds before if other processes have parts of it."""
+def whole_on_host(leaf: jax.Array, layout: Layout, path: str) -> np.ndarray:
+    """A parameter's whole value, its layers in the model's order; no device holds it before if
+    other processes have parts of it."""
     if not leaf.is_fully_addressable:
         leaf = jax.device_put(leaf, layout.replicated())
-    return np.asarray(leaf.addressable_data(0) if leaf.is_fully_replicated else leaf)
+    whole = np.asarray(leaf.addressable_data(0) if leaf.is_fully_replicated else leaf)
+    return in_model_order({path: whole}, layout)[path]
 
 
 class Accessors:
@@ -78,8 +80,10 @@ class Accessors:
 
         Where there are several processes, all must call it, and all get all parameters.
         """
-        leaves = named_leaves(self.state.master)
-        return {path: whole_on_host(leaf, self.layout) for path, leaf in leaves}
+        return {
+            path: whole_on_host(leaf, self.layout, path)
+            for path, leaf in named_leaves(self.state.master)
+        }
 
     def explain(self, batch: Any = None) -> Explanation:
         """Where every parameter and its optimizer state live, why, and what each device holds.
@@ -101,7 +105,8 @@ class Accessors:
     @property
     def module(self) -> Any:
         """The model with a copy of its present parameters in fp32: an NNX module, or a callable."""
-        copy = jax.tree.map(jnp.copy, (self.state.master, self.state.mutable))
+        master = in_model_order(self.state.master, self.layout)
+        copy = jax.tree.map(jnp.copy, (master, self.state.mutable))
         return self._program.bind(*copy)
 
     @property

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
 from jspeed.core.errors import DataError
 from jspeed.core.tree import named_leaves
@@ -25,25 +24,33 @@ class BatchPlacer:
     def __init__(self, layout: Layout, *, rows: int, accumulation: int | None) -> None:
         self._rows = rows
         self._accumulation = accumulation
-        leading = 0 if accumulation is None else 1
-        self._sharding = NamedSharding(layout.mesh, layout.batch_spec(leading))
+        self._leading = 0 if accumulation is None else 1
+        self._layout = layout
         self._alone = jax.process_count() == 1
 
     def __call__(self, batch: Any) -> Any:
         """Places a pytree of `[rows, ...]` arrays.
 
         Raises:
-          DataError: a leaf has another number of examples.
+          DataError: a leaf has another number of examples, or a sequence that `mesh.seq` does not
+            divide.
         """
         leaves = jax.tree.leaves(batch)
         if not leaves or any(np.shape(leaf)[:1] != (self._rows,) for leaf in leaves):
             raise self._unfit(batch)
+        check_sequences(batch, self._layout)
         cut = jax.tree.map(self._cut, batch)
+        shardings = jax.tree.map(
+            lambda leaf: self._layout.batch_sharding(leaf.shape, self._leading), cut
+        )
         if self._alone:
-            return jax.device_put(cut, self._sharding)
+            return jax.device_put(cut, shardings)
         return jax.tree.map(
-            lambda leaf: jax.make_array_from_process_local_data(self._sharding, np.asarray(leaf)),
+            lambda leaf, sharding: jax.make_array_from_process_local_data(
+                sharding, np.asarray(leaf)
+            ),
             cut,
+            shardings,
         )
 
     def _cut(self, leaf: Any) -> Any:
@@ -63,6 +70,29 @@ class BatchPlacer:
                     "first: this process's share of train_batch_size (or of the evaluation batch)."
                 )
         return DataError(f"the batch is empty; expected a pytree of arrays with {self._rows} rows.")
+
+
+def check_sequences(batch: Any, layout: Layout) -> None:
+    """Checks that the second dimension of every leaf, its sequence, can be split over `seq`.
+
+    Args:
+      batch: a pytree of arrays or shapes `[rows, ...]`.
+      layout: with the mesh.
+
+    Raises:
+      DataError: a leaf's second dimension is neither 1 nor divisible by the axis.
+    """
+    shards = layout.sizes["seq"]
+    for path, leaf in named_leaves(batch):
+        shape = np.shape(leaf)
+        if len(shape) > 1 and shape[1] > 1 and shape[1] % shards:
+            below = shape[1] // shards * shards
+            near = f"{below} or {below + shards}" if below else f"{shards}"
+            raise DataError(
+                f'batch[{path!r}] has shape {list(shape)}; "mesh.seq": {shards} splits its second '
+                f"dimension, the sequence, and does not divide {shape[1]}. Use sequences of {near} "
+                'tokens ("data.sequence_length" in a run file).'
+            )
 
 
 def rows_to_evaluate(batch: Any, layout: Layout) -> int:

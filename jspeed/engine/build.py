@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from jspeed.config import Batch, Config, resolve_batch
 from jspeed.core.errors import ConfigError
-from jspeed.layout.mesh import AnyMesh, MeshShape, make_mesh, resolve_mesh
+from jspeed.engine.stages import stage_order
+from jspeed.layout.mesh import PIPE, AnyMesh, MeshShape, make_mesh, resolve_mesh
 from jspeed.layout.rules import Rule
 from jspeed.layout.tensor import tensor_splits
 from jspeed.layout.zero import Layout, ZeroSettings, place
@@ -115,6 +116,7 @@ def plan_run(
         stacked=program.stacked,
         compute_dtype=precision.compute_dtype,
         reduce_dtype=precision.communication_dtype,
+        order=stage_order(config, program, params, mesh.shape[PIPE]),
     )
     batch = resolve_batch(config, layout.batch_shards)
     optimizer, schedule, momentum = _optimizer(config, program, optimizer, schedule)

@@ -25,7 +25,13 @@ from jspeed.engine.accessors import Accessors, whole_on_host
 from jspeed.engine.counters import Counters
 from jspeed.engine.reporting import LOGGER
 from jspeed.layout.zero import Layout, Role
-from jspeed.training.state import TrainState
+from jspeed.training.state import (
+    TrainState,
+    in_model_order,
+    in_stage_order,
+    is_stack,
+    model_sharding,
+)
 from jspeed.training.step import publish
 
 _SAVED = ("step", "updates", "rng", "master", "opt_state", "mutable", "loss_scale")
@@ -89,9 +95,10 @@ class EngineCheckpoints:
     ) -> str:
         tag = tag or f"global_step{engine.global_steps}"
         _check_same_tag(tag, engine.config.checkpoint.tag_validation)
+        state = layers_in_model_order(engine.state, engine.layout)
         arrays = {
             path: jax.random.key_data(leaf) if is_key(leaf) else leaf
-            for path, leaf in saved_arrays(engine.state).items()
+            for path, leaf in saved_arrays(state).items()
         }
         metadata = {
             "step": engine.global_steps,
@@ -129,7 +136,9 @@ class EngineCheckpoints:
         shapes = engine.abstract_state()
         like = {
             path: _key_shape(leaf) if is_key(leaf) else leaf
-            for path, leaf in saved_arrays(shapes, tuple(parts)).items()
+            for path, leaf in saved_arrays(
+                _shapes_in_model_order(shapes, engine.layout), tuple(parts)
+            ).items()
         }
         restored = self.store.restore(tag, like=like, subset=True)
         _check_same_model(engine, found, restored, tag, self.directory, optimizer)
@@ -188,6 +197,8 @@ def _rebuild(
 ) -> TrainState:
     """The state with restored leaves in place, and copies made from the restored master."""
 
+    restored = _as_stored(restored, shapes, layout)
+
     def pick(part: str) -> Any:
         def leaf(path: str, current: Any, shape: Any) -> Any:
             name = f"{part}/{path}" if path else part
@@ -206,6 +217,57 @@ def _rebuild(
         new["master"]
     )
     return TrainState(copies=copies, **new)
+
+
+def layers_in_model_order(state: TrainState, layout: Layout) -> TrainState:
+    """The state with stacks of layers in the model's own order: itself, unless pipeline stages
+    store them in another; then its stacks are copies."""
+    if layout.order is None or layout.order.as_in_model:
+        return state
+    shapes = _shapes_in_model_order(state, layout)
+    parts = (state.master, state.opt_state)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, (shapes.master, shapes.opt_state))
+    reorder = jax.jit(lambda parts: in_model_order(parts, layout), out_shardings=shardings)
+    master, opt_state = reorder(parts)
+    return replace(state, master=master, opt_state=opt_state)
+
+
+def _shapes_in_model_order(state: TrainState, layout: Layout) -> TrainState:
+    """Shapes and shardings of a state whose stacks of layers are in the model's order."""
+    if layout.order is None or layout.order.as_in_model:
+        return state
+
+    def reordered(tree: Any) -> Any:
+        plain = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+        shapes = jax.eval_shape(lambda t: in_model_order(t, layout), plain)
+        return map_named(
+            lambda path, shape, leaf: jax.ShapeDtypeStruct(
+                shape.shape,
+                shape.dtype,
+                sharding=model_sharding(layout, path, shape.shape, leaf.sharding),
+            ),
+            shapes,
+            tree,
+        )
+
+    return replace(state, master=reordered(state.master), opt_state=reordered(state.opt_state))
+
+
+def _as_stored(
+    restored: dict[str, jax.Array], shapes: TrainState, layout: Layout
+) -> dict[str, jax.Array]:
+    """Restored arrays with stacks of layers in the order in which stages store them."""
+    order = layout.order
+    if order is None or order.as_in_model:
+        return restored
+    stored, in_model = saved_arrays(shapes), saved_arrays(_shapes_in_model_order(shapes, layout))
+    moved = {p: leaf for p, leaf in restored.items() if is_stack(p, in_model[p].shape, layout)}
+    reorder = jax.jit(
+        lambda arrays: in_stage_order(arrays, layout),
+        out_shardings={path: stored[path].sharding for path in moved},
+        donate_argnums=0 if order.rows == order.layers else (),
+    )
+    return {**restored, **reorder(moved)}
 
 
 def _with_schedules_at(updates: jax.Array, opt_state: Any) -> Any:
@@ -271,7 +333,7 @@ def save_16bit(engine: Accessors, directory: str | os.PathLike[str], filename: s
         ) from error
     dtype = "float16" if engine.fp16_enabled() else "bfloat16"
     arrays = {
-        path: whole_on_host(leaf.astype(dtype), engine.layout)
+        path: whole_on_host(leaf.astype(dtype), engine.layout, path)
         for path, leaf in named_leaves(engine.state.master)
     }
     target = Path(directory) / filename

@@ -7,12 +7,15 @@ already, only its gradient leaves reduced and scattered.
 
 All functions run inside a `shard_map` that is manual over the batch axes. Where automatic axes
 (`tensor`, `seq`) are larger than one, each collective sits in a small nested `shard_map` with the
-weight's own spec; otherwise XLA gathers the automatic axes around it.
+weight's own spec; otherwise XLA gathers the automatic axes around it. Shards lie on `seq` too: they
+are gathered over all axes at once, and of the gradients, which the partitioner sums over `seq`,
+each device keeps its part.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -28,12 +31,13 @@ class GatherPlan:
     """How one parameter is gathered and its gradient reduced.
 
     Attributes:
-      axes: that the shards lie on.
+      axes: that the shards lie on, of those that are manual where it is used.
       dim: that is split, counted from the end, so that the plan also holds for one layer's slice.
       auto_axes: the automatic axes larger than one.
       auto_spec: the spec over automatic axes, one entry per dimension, aligned at the end.
       compute_dtype: that is gathered.
       reduce_dtype: that gradients are reduced in.
+      auto_shards: automatic axes that the shards lie on as well, after `axes`.
     """
 
     axes: tuple[str, ...]
@@ -42,23 +46,39 @@ class GatherPlan:
     auto_spec: tuple[str | tuple[str, ...] | None, ...] = ()
     compute_dtype: str = "float32"
     reduce_dtype: str = "float32"
+    auto_shards: tuple[str, ...] = ()
 
     def island_spec(self, ndim: int) -> PartitionSpec:
         """The spec over automatic axes for a (possibly sliced) leaf with `ndim` dimensions."""
         entries = (None,) * max(0, ndim - len(self.auto_spec)) + self.auto_spec
         return PartitionSpec(*entries[len(entries) - ndim :])
 
+    def shard_spec(self, ndim: int) -> PartitionSpec:
+        """The spec over automatic axes for such a leaf's shard."""
+        spec = list(self.island_spec(ndim))
+        spec[self.dim] = self.auto_shards or None
+        return PartitionSpec(*spec)
 
-def island(plan: GatherPlan, function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """Runs a collective fully manual: nested over the automatic axes where there are any."""
+
+def island(
+    plan: GatherPlan,
+    function: Callable[[jax.Array], jax.Array],
+    x: jax.Array,
+    *,
+    given: PartitionSpec | None = None,
+    result: PartitionSpec | None = None,
+) -> jax.Array:
+    """Runs a collective fully manual: nested over the automatic axes where there are any.
+
+    Specs of what is given and of the result are those of the whole parameter where not said.
+    """
     if not plan.auto_axes:
         return function(x)
-    spec = plan.island_spec(x.ndim)
     return shard_map(
         function,
         mesh=context_mesh(),
-        in_specs=spec,
-        out_specs=spec,
+        in_specs=plan.island_spec(x.ndim) if given is None else given,
+        out_specs=plan.island_spec(x.ndim) if result is None else result,
         axis_names=frozenset(plan.auto_axes),
     )(x)
 
@@ -66,7 +86,13 @@ def island(plan: GatherPlan, function: Callable[[jax.Array], jax.Array], x: jax.
 def all_gather(plan: GatherPlan, shard: jax.Array) -> jax.Array:
     """Shard `[.., d / n, ..]` -> whole `[.., d, ..]` in the shard's dtype."""
     dim = shard.ndim + plan.dim
-    return island(plan, lambda s: jax.lax.all_gather(s, plan.axes, axis=dim, tiled=True), shard)
+    axes = plan.axes + plan.auto_shards
+    return island(
+        plan,
+        lambda s: jax.lax.all_gather(s, axes, axis=dim, tiled=True),
+        shard,
+        given=plan.shard_spec(shard.ndim),
+    )
 
 
 def reduce_scatter(plan: GatherPlan, gradient: jax.Array) -> jax.Array:
@@ -75,11 +101,26 @@ def reduce_scatter(plan: GatherPlan, gradient: jax.Array) -> jax.Array:
     The shard is in `reduce_dtype`, which is also what travels.
     """
     dim = gradient.ndim + plan.dim
+    gradient = gradient.astype(plan.reduce_dtype)
 
     def scatter(g: jax.Array) -> jax.Array:
         return jax.lax.psum_scatter(g, plan.axes, scatter_dimension=dim, tiled=True)
 
-    return island(plan, scatter, gradient.astype(plan.reduce_dtype))
+    if not plan.auto_shards:
+        return island(plan, scatter, gradient)
+    # Sums over automatic axes are the partitioner's. Cut so that each device keeps, of every shard
+    # over `axes`, its own part, they can end as reduce-scatters.
+    lead, size, trail = gradient.shape[:dim], gradient.shape[dim], gradient.shape[dim + 1 :]
+    ways = math.prod(context_mesh().shape[axis] for axis in plan.auto_shards)
+    spec = plan.island_spec(gradient.ndim)
+    cut = gradient.reshape(*lead, jax.lax.axis_size(plan.axes), ways, -1, *trail)
+    return island(
+        plan,
+        lambda g: scatter(g.reshape(*g.shape[:dim], size // ways, *g.shape[dim + 3 :])),
+        cut,
+        given=PartitionSpec(*spec[:dim], None, plan.auto_shards, None, *spec[dim + 1 :]),
+        result=plan.shard_spec(gradient.ndim),
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -20,8 +20,8 @@ from jspeed.layout.gather import AtHome, GatherPlan
 from jspeed.layout.operations import CALLS, Operation, flatten, read
 
 REMAT = frozenset({"checkpoint", "remat", "remat2"})
-# Not put off: to do these again wherever the result is used would cost time.
-_COSTLY = frozenset({"dot_general", "conv_general_dilated", "scan", "while", "cond", "sort"})
+COSTLY = frozenset({"dot_general", "conv_general_dilated", "scan", "while", "cond", "sort"})
+"""Operations that take time: not put off, to be done again wherever the result is used."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def put_off(env: dict[Any, Any], operation: Operation) -> bool:
     values = [env.get(key) for key in operation.reads]
     if not values or not all(isinstance(value, AtHome | PutOff) for value in values):
         return False
-    if operation.name in _COSTLY or operation.name in REMAT:
+    if operation.name in COSTLY or operation.name in REMAT:
         return False
     before: dict[Operation, None] = {}
     for value in values:

@@ -21,8 +21,8 @@ PIPE = "pipe"
 """The layers are split over this, in pipeline stages."""
 BATCH_AXES = ("replica", "data", "expert")
 """The batch is split over these, in this order."""
-ZERO_AXES = ("data", "expert")
-"""ZeRO shards over these; `replica` holds copies (MiCS)."""
+ZERO_AXES = ("data", "expert", "seq")
+"""ZeRO shards over these; `replica` holds copies (MiCS). The automatic ones come last."""
 AUTOMATIC_AXES = ("seq", "tensor")
 """Left to XLA's partitioner inside the step."""
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from jspeed.core.errors import LayoutError
-from jspeed.layout.mesh import AUTOMATIC_AXES, AXES
+from jspeed.layout.mesh import AUTOMATIC_AXES, AXES, ZERO_AXES
 
 Entry = str | tuple[str, ...] | None
 
@@ -93,10 +93,12 @@ def _misfit(rule: Rule, shape: tuple[int, ...], sizes: Mapping[str, int]) -> str
     for axis in named:
         if axis not in AXES:
             return f"{axis!r} is no mesh axis. Axes are {', '.join(AXES)}."
-        if axis not in AUTOMATIC_AXES:
+        if axis not in AUTOMATIC_AXES or axis in ZERO_AXES:
+            kind = "the sequence's" if axis in AUTOMATIC_AXES else "a batch"
+            free = (name for name in AUTOMATIC_AXES if name not in ZERO_AXES)
             return (
-                f"{axis!r} is a batch axis, over which ZeRO places parameters itself. Use "
-                f"{' or '.join(AUTOMATIC_AXES)}."
+                f"{axis!r} is {kind} axis, over which ZeRO places parameters itself. Use "
+                f"{' or '.join(free)}."
             )
         if named.count(axis) > 1:
             return f"names {axis!r} twice. An axis can split one dimension."

@@ -22,6 +22,7 @@ from jspeed.layout.gather import GatherPlan
 from jspeed.layout.logical import Split
 from jspeed.layout.mesh import AUTOMATIC_AXES, AXES, BATCH_AXES, PIPE, ZERO_AXES, AnyMesh
 from jspeed.layout.rules import Entry, Rule, axes_of, check_used, match_rule
+from jspeed.layout.stages import StageOrder
 
 
 class Role(Enum):
@@ -48,16 +49,11 @@ class LeafPlacement:
 
     Attributes:
       path: its name in the model's tree.
-      shape: whole.
-<<<<<<< HEAD
-      rule: the sharding rule that matched, empty for none.
-      base: the spec without ZeRO: over automatic axes, and over `pipe` where it stacks the layers
-        that a pipeline splits.
-=======
+      shape: whole, as it is stored.
       rule: what placed it over automatic axes, in words: the sharding rule that matched, or why
         `tensor` splits it or does not; empty where nothing did.
-      base: the spec over automatic axes.
->>>>>>> tp
+      base: the spec without ZeRO: over automatic axes, and over `pipe` where it stacks the layers
+        that a pipeline splits.
       zero_dim: the dimension that ZeRO splits, None when no dimension lets it.
       whole_because: why ZeRO keeps what it could split whole on every device; empty if it does not.
       persistent: ZeRO-3 keeps a whole copy, because the parameter is small.
@@ -100,6 +96,7 @@ class Layout:
       leaves: path -> placement, in tree order.
       compute_dtype: of stored copies and of what is gathered.
       reduce_dtype: that gradients are reduced in.
+      order: which layers each pipeline stage holds; None without a pipeline.
     """
 
     mesh: AnyMesh
@@ -107,6 +104,7 @@ class Layout:
     leaves: Mapping[str, LeafPlacement]
     compute_dtype: str
     reduce_dtype: str
+    order: StageOrder | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -126,6 +124,11 @@ class Layout:
         return math.prod(self.sizes[axis] for axis in ZERO_AXES)
 
     @property
+    def manual_zero_ways(self) -> int:
+        """Into how many shards ZeRO splits what the code of the step sees as local."""
+        return math.prod(self.sizes[axis] for axis in ZERO_AXES if axis not in AUTOMATIC_AXES)
+
+    @property
     def automatic_axes(self) -> tuple[str, ...]:
         """Automatic axes that split anything."""
         return tuple(axis for axis in AUTOMATIC_AXES if self.sizes[axis] > 1)
@@ -133,6 +136,13 @@ class Layout:
     @property
     def mixed_precision(self) -> bool:
         return self.compute_dtype != "float32"
+
+    def model_shape(self, path: str) -> tuple[int, ...]:
+        """Of a parameter in the model's own order of layers."""
+        leaf = self.leaves[path]
+        if self.order is None or not leaf.in_stages:
+            return leaf.shape
+        return (self.order.layers, *leaf.shape[1:])
 
     def owner(self, path: str, shape: tuple[int, ...]) -> str | None:
         """The parameter that a leaf of the optimizer's state belongs to.
@@ -168,12 +178,13 @@ class Layout:
         leaf = self.leaves[path]
         assert leaf.zero_dim is not None
         return GatherPlan(
-            axes=ZERO_AXES,
+            axes=tuple(axis for axis in ZERO_AXES if axis not in AUTOMATIC_AXES),
             dim=leaf.zero_dim - len(leaf.shape),
             auto_axes=self.automatic_axes,
             auto_spec=leaf.automatic_spec(),
             compute_dtype=self.compute_dtype,
             reduce_dtype=self.reduce_dtype,
+            auto_shards=tuple(axis for axis in self.automatic_axes if axis in ZERO_AXES),
         )
 
     def role_spec(self, path: str, role: Role) -> tuple[Entry, ...]:
@@ -192,6 +203,19 @@ class Layout:
     def batch_spec(self, leading: int = 0) -> PartitionSpec:
         """The spec of a batch whose examples stand after `leading` other dimensions."""
         return PartitionSpec(*(None,) * leading, BATCH_AXES)
+
+    def batch_sharding(self, shape: Sequence[int], leading: int = 0) -> NamedSharding:
+        """Where a leaf of a batch lives: examples over the batch axes, and the dimension after
+        them, which is the sequence, over `seq`.
+
+        Args:
+          shape: of the leaf, with `leading` other dimensions before its examples.
+          leading: how many.
+        """
+        spec = self.batch_spec(leading)
+        if self.sizes["seq"] > 1 and len(shape) > len(spec) and shape[len(spec)] > 1:
+            spec = PartitionSpec(*spec, "seq")
+        return NamedSharding(self.mesh, spec)
 
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
@@ -216,6 +240,7 @@ def place(
     stacked: Sequence[str] = (),
     compute_dtype: str = "float32",
     reduce_dtype: str | None = None,
+    order: StageOrder | None = None,
 ) -> Layout:
     """Places every parameter of a model.
 
@@ -230,21 +255,60 @@ def place(
         dimension, and thresholds concern one layer's slice.
       compute_dtype: of the stored copy and of what is gathered.
       reduce_dtype: that gradients are reduced in; the compute dtype when None.
+      order: of the layers over pipeline stages; as even as can be when None.
 
     Raises:
-      LayoutError: a rule does not fit the parameter it matches.
+      LayoutError: a rule does not fit the parameter it matches; a pipeline of a model without
+        stacked layers, or of stacks of different lengths.
     """
     sizes = dict(mesh.shape)
     missing = [axis for axis in AXES if axis not in sizes]
     assert not missing, f"mesh lacks {missing}"
+    if sizes[PIPE] > 1 and order is None:
+        order = StageOrder.uniform(sizes[PIPE], stacked_layers(params, stacked))
     leaves: dict[str, LeafPlacement] = {}
     for path, leaf in named_leaves(params):
         split = (splits or {}).get(path)
-        leaves[path] = _place_leaf(path, tuple(leaf.shape), sizes, zero, rules, split, stacked)
+        placed = _place_leaf(path, tuple(leaf.shape), sizes, zero, rules, split, stacked)
+        if placed.in_stages and order is not None:
+            placed = replace(placed, shape=(order.rows, *placed.shape[1:]))
+        leaves[path] = placed
     check_used(rules, leaves)
     if zero.stage == 3:
         _limit_persistent(leaves, zero.model_persistence_threshold)
-    return Layout(mesh, zero.stage, leaves, compute_dtype, reduce_dtype or compute_dtype)
+    reduce_dtype = reduce_dtype or compute_dtype
+    return Layout(mesh, zero.stage, leaves, compute_dtype, reduce_dtype, order)
+
+
+def stacked_layers(params: Any, stacked: Sequence[str]) -> int:
+    """The number of layers that a model's stacked parameters have.
+
+    Args:
+      params: a pytree of arrays or shapes.
+      stacked: regexes of parameters whose first dimension stacks layers.
+
+    Raises:
+      LayoutError: there are none, or their numbers differ.
+    """
+    found = {
+        path: leaf.shape[0]
+        for path, leaf in named_leaves(params)
+        if leaf.shape and any(re.fullmatch(pattern, path) for pattern in stacked)
+    }
+    if not found:
+        raise LayoutError(
+            '"mesh.pipe": a pipeline splits layers that are stacked in one parameter each, and no '
+            "parameter of this model is known to stack layers. Scan over the layers and name their "
+            'parameters, as jspeed.initialize(stacked=["blocks/.*"]), or give the model as '
+            "jspeed.PipelineModule, a list of layers."
+        )
+    least, most = min(found, key=found.__getitem__), max(found, key=found.__getitem__)
+    if found[least] != found[most]:
+        raise LayoutError(
+            f'"mesh.pipe": a pipeline splits one stack of layers, but {least} stacks '
+            f"{found[least]} and {most} {found[most]}. Narrow the patterns of `stacked`."
+        )
+    return found[most]
 
 
 def _place_leaf(

@@ -84,6 +84,8 @@ def build_model(model: ModelConfig, *, vocab_size: int, platform: str) -> ModelF
         "norm_epsilon": model.norm_epsilon,
         "loss_chunk_size": model.loss_chunk_size,
         "attention": choose_implementation(model.attention.implementation, platform),
+        "sequence_parallel": model.attention.sequence_parallel,
+        "sequence_sharding": model.sequence_sharding,
         # Scanned layers keep what each operation keeps, which is cheaper to compute again than to
         # hold; on CPUs, where a norm is several passes over memory, only activations are.
         "recompute": ("activation",) if platform == "cpu" else ("activation", "norm"),

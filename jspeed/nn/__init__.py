@@ -14,6 +14,7 @@ from jspeed.nn.dense import dense
 from jspeed.nn.embedding import embed
 from jspeed.nn.logical_axes import LOGICAL_AXES, LogicalAxes
 from jspeed.nn.losses import IGNORED, cross_entropy, linear_cross_entropy
+from jspeed.nn.residual import split_sequence
 
 __all__ = [
     "IGNORED",
@@ -31,6 +32,7 @@ __all__ = [
     "language_model_loss",
     "linear_cross_entropy",
     "scan_layers",
+    "split_sequence",
     "stack_layers",
     "swiglu",
 ]

@@ -6,6 +6,7 @@ Shapes follow `jax.nn.dot_product_attention`: queries `[batch, seq, heads, dim]`
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import jax
@@ -14,6 +15,8 @@ import jax.numpy as jnp
 from jspeed.core.shapes import Array, Float, Int
 from jspeed.nn.attention_blockwise import blockwise_attention
 from jspeed.nn.attention_cpu import cpu_attention
+from jspeed.nn.attention_island import island_axes, sharded_attention
+from jspeed.nn.sequence import SequenceOrder, SequenceParallel
 
 Implementation = Literal[
     "auto", "blockwise", "cpu", "cudnn", "gpu", "described_cudnn", "described_gpu", "xla"
@@ -45,8 +48,14 @@ def causal_attention(
     *,
     segment_ids: Int[Array, "batch seq"] | None = None,
     implementation: Implementation = "xla",
+    sequence_parallel: SequenceParallel = "auto",
+    order: SequenceOrder = "natural",
 ) -> Float[Array, "batch seq heads dim"]:
     """Softmax attention in which a token sees itself and what came before it.
+
+    Inside a mesh whose axes `seq` or `tensor` are larger than 1, each device computes its own heads
+    of its own part, and what it needs of others travels as `sequence_parallel` says; arguments and
+    result are those of the whole, here as everywhere.
 
     Args:
       query: `[batch, seq, heads, dim]`.
@@ -59,13 +68,39 @@ def causal_attention(
         most 128 and a multiple of 8), otherwise `xla`; given segments it is the formulation of
         `cpu`, which makes no such mask. `described_gpu` is `gpu` with `blockwise` for `cudnn`, and
         `described_cudnn` is `blockwise` in the place of `cudnn`.
+      sequence_parallel: see `jspeed.nn.attention_island`; without effect where `seq` is 1.
+      order: that tokens lie in along the sequence; `zigzag` only where the ring is used.
 
     Returns:
       `[batch, seq, heads, dim]` in the query's dtype.
 
     Raises:
       ValueError: `implementation` is none of these.
+      LayoutError: `sequence_parallel` does not fit the sequence or the mesh.
     """
+    attend = functools.partial(_attend, implementation=implementation)
+    if not island_axes():
+        return attend(query, key, value, segment_ids)
+    return sharded_attention(
+        query,
+        key,
+        value,
+        segment_ids,
+        attend=attend,
+        sequence_parallel=sequence_parallel,
+        order=order,
+    )
+
+
+def _attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array | None,
+    *,
+    implementation: Implementation,
+) -> jax.Array:
+    """Attention of whole sequences on one device."""
     if implementation in ("gpu", "described_gpu"):
         cudnn: Implementation = "cudnn" if implementation == "gpu" else "described_cudnn"
         unmasked: Implementation = cudnn if _fits_cudnn(query) else "xla"

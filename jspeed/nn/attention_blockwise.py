@@ -75,18 +75,70 @@ def _attention(
 def _forward(
     query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: Any, block: int
 ) -> tuple[jax.Array, _Saved]:
-    batch, seq, heads, dim = query.shape
-    kv_heads, blocks = key.shape[2], seq // block
+    out, normaliser = attend_blocks(
+        query, key, value, segment_ids, segment_ids, causal=True, block=block, dtype=query.dtype
+    )
+    return out, (query, key, value, out, normaliser, segment_ids)
+
+
+def _backward(block: int, saved: _Saved, d_out: jax.Array) -> tuple[Any, ...]:
+    query, key, value, out, normaliser, segment_ids = saved
+    gradients = attend_blocks_backward(
+        query,
+        key,
+        value,
+        segment_ids,
+        segment_ids,
+        normaliser,
+        row_sums(out, d_out, key.shape[2]),
+        d_out,
+        causal=True,
+        block=block,
+        dtype=key.dtype,
+    )
+    return gradients[0].astype(query.dtype), *gradients[1:], None
+
+
+def attend_blocks(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    query_segments: jax.Array | None,
+    key_segments: jax.Array | None,
+    *,
+    causal: bool,
+    block: int,
+    dtype: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of a stretch of queries to a stretch of keys, block by block.
+
+    Args:
+      query: `[batch, rows, heads, dim]`, rows a multiple of `block`.
+      key: `[batch, columns, kv_heads, dim]`, columns a multiple of `block`.
+      value: like `key`.
+      query_segments: `[batch, rows]` or None.
+      key_segments: `[batch, columns]` or None.
+      causal: rows and columns are the same tokens, and a token sees none after it; otherwise every
+        query sees every key.
+      block: tokens of one block.
+      dtype: of the output.
+
+    Returns:
+      The output `[batch, rows, heads, dim]` and the logarithms of the softmax's sums
+      `[batch, kv_heads, heads / kv_heads, rows]` in fp32. Of a query that sees nothing here the
+      second is so low that a merge gives the first no weight.
+    """
+    batch, rows, heads, dim = query.shape
+    kv_heads = key.shape[2]
     group = heads // kv_heads
 
     def step(carry: Any, pair: Any) -> Any:
         out, normaliser, sums, highest, total = carry
-        row, column = _beside(pair, total)
-        first = column == 0
+        row, column, first = _beside(pair, total)
         sums = jnp.where(first, 0.0, sums)
         highest = jnp.where(first, _MASKED, highest)
         total = jnp.where(first, 0.0, total)
-        scores = _scores(query, key, segment_ids, row, column, block)
+        scores = _scores(query, key, query_segments, key_segments, row, column, block, causal)
         new_highest = jnp.maximum(highest, scores.max(-1))
         weights = jnp.exp(scores - new_highest[..., None])
         old = jnp.exp(highest - new_highest)
@@ -99,7 +151,7 @@ def _forward(
             preferred_element_type=jnp.float32,
         )
         # A block is finished with its last pair; what earlier pairs write is written over.
-        finished = (sums / total[..., None]).astype(query.dtype)
+        finished = (sums / total[..., None]).astype(dtype)
         finished = finished.transpose(0, 3, 1, 2, 4).reshape(batch, block, heads, dim)
         out = jax.lax.dynamic_update_slice_in_dim(out, finished, row * block, 1)
         normaliser = jax.lax.dynamic_update_slice_in_dim(
@@ -109,84 +161,126 @@ def _forward(
 
     per_row = (batch, kv_heads, group, block)
     start = (
-        jnp.zeros_like(query),
-        jnp.zeros((batch, kv_heads, group, seq), jnp.float32),
+        jnp.zeros(query.shape, dtype),
+        jnp.zeros((batch, kv_heads, group, rows), jnp.float32),
         jnp.zeros((*per_row, dim), jnp.float32),
         jnp.zeros(per_row, jnp.float32),
         jnp.zeros(per_row, jnp.float32),
     )
-    (out, normaliser, *_), _ = jax.lax.scan(step, start, _pairs_by_row(blocks))
-    return out, (query, key, value, out, normaliser, segment_ids)
+    pairs = _pairs_by_row(rows // block, key.shape[1] // block, causal)
+    (out, normaliser, *_), _ = jax.lax.scan(step, start, pairs)
+    return out, normaliser
 
 
-def _backward(block: int, saved: _Saved, d_out: jax.Array) -> tuple[Any, ...]:
-    query, key, value, out, normaliser, segment_ids = saved
-    batch, seq, heads, dim = query.shape
-    kv_heads, blocks = key.shape[2], seq // block
-    group = heads // kv_heads
+def row_sums(out: jax.Array, d_out: jax.Array, kv_heads: int) -> jax.Array:
+    """What the softmax's gradient subtracts, `[batch, kv_heads, heads / kv_heads, rows]` in fp32.
+
+    The row sums of weights * d_weights are those of out * d_out (algorithm 4, line 19).
+    """
+    batch, rows, heads, _ = out.shape
+    sums = jnp.einsum("bqhd,bqhd->bhq", out, d_out, preferred_element_type=jnp.float32)
+    return sums.reshape(batch, kv_heads, heads // kv_heads, rows)
+
+
+def attend_blocks_backward(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    query_segments: jax.Array | None,
+    key_segments: jax.Array | None,
+    normaliser: jax.Array,
+    subtracted: jax.Array,
+    d_out: jax.Array,
+    *,
+    causal: bool,
+    block: int,
+    dtype: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The part of attention's gradient that comes from a stretch of queries and one of keys.
+
+    Args:
+      query, key, value, query_segments, key_segments, causal, block: as for `attend_blocks`.
+      normaliser: of the queries, over all keys that they see, here and elsewhere.
+      subtracted: `row_sums` of the queries' whole output.
+      d_out: the gradient of the output, `[batch, rows, heads, dim]`.
+      dtype: of the gradients of key and value.
+
+    Returns:
+      The gradients of query (fp32), key and value.
+    """
+    batch, rows, _, dim = query.shape
+    kv_heads = key.shape[2]
     scale = dim**-0.5
-    # The row sums of weights * d_weights, which the softmax's gradient subtracts, are those of
-    # out * d_out (algorithm 4, line 19).
-    subtracted = jnp.einsum(
-        "bqhd,bqhd->bhq", out, d_out, preferred_element_type=jnp.float32
-    ).reshape(batch, kv_heads, group, seq)
 
     def step(carry: Any, pair: Any) -> Any:
         d_query, d_key, d_value, key_sums, value_sums = carry
-        row, column = _beside(pair, key_sums)
-        first = row == column
+        row, column, first = _beside(pair, key_sums)
         key_sums = jnp.where(first, 0.0, key_sums)
         value_sums = jnp.where(first, 0.0, value_sums)
-        scores = _scores(query, key, segment_ids, row, column, block)
-        rows = functools.partial(
+        scores = _scores(query, key, query_segments, key_segments, row, column, block, causal)
+        of_row = functools.partial(
             jax.lax.dynamic_slice_in_dim, start_index=row * block, slice_size=block, axis=3
         )
-        weights = jnp.exp(scores - rows(normaliser)[..., None])
+        weights = jnp.exp(scores - of_row(normaliser)[..., None])
         d_rows = _grouped(_block(d_out, row, block), kv_heads)
         queries = _grouped(_block(query, row, block), kv_heads)
         value_sums += _product("bhgqk,bqhgd->bkhd", weights.astype(value.dtype), d_rows)
         d_weights = _product("bqhgd,bkhd->bhgqk", d_rows, _block(value, column, block))
-        d_scores = weights * (d_weights - rows(subtracted)[..., None]) * scale
+        d_scores = weights * (d_weights - of_row(subtracted)[..., None]) * scale
         d_scores = d_scores.astype(query.dtype)
         key_sums += _product("bhgqk,bqhgd->bkhd", d_scores, queries)
         added = _product("bhgqk,bkhd->bqhgd", d_scores, _block(key, column, block))
         so_far = _block(d_query, row, block)
         d_query = _put(d_query, so_far + added.reshape(so_far.shape), row, block)
         # Finished with the column's last pair; what earlier pairs write is written over.
-        d_key = _put(d_key, key_sums.astype(key.dtype), column, block)
-        d_value = _put(d_value, value_sums.astype(value.dtype), column, block)
+        d_key = _put(d_key, key_sums.astype(dtype), column, block)
+        d_value = _put(d_value, value_sums.astype(dtype), column, block)
         return (d_query, d_key, d_value, key_sums, value_sums), None
 
     sums = jnp.zeros((batch, block, kv_heads, dim), jnp.float32)
     start = (
         jnp.zeros(query.shape, jnp.float32),
-        jnp.zeros_like(key),
-        jnp.zeros_like(value),
+        jnp.zeros(key.shape, dtype),
+        jnp.zeros(value.shape, dtype),
         sums,
         sums,
     )
-    (d_query, d_key, d_value, *_), _ = jax.lax.scan(step, start, _pairs_by_column(blocks))
-    return d_query.astype(query.dtype), d_key, d_value, None
+    pairs = _pairs_by_column(rows // block, key.shape[1] // block, causal)
+    (d_query, d_key, d_value, *_), _ = jax.lax.scan(step, start, pairs)
+    return d_query, d_key, d_value
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _pairs_by_row(blocks: int) -> tuple[jax.Array, jax.Array]:
-    rows, columns = np.tril_indices(blocks)
-    return jnp.asarray(rows, jnp.int32), jnp.asarray(columns, jnp.int32)
+_Pair = tuple[jax.Array, jax.Array, jax.Array]
+"""Numbers of a row and a column, and whether the pair is the first of its row (or column)."""
 
 
-def _pairs_by_column(blocks: int) -> tuple[jax.Array, jax.Array]:
-    columns, rows = np.triu_indices(blocks)
-    return jnp.asarray(rows, jnp.int32), jnp.asarray(columns, jnp.int32)
+def _pairs_by_row(rows: int, columns: int, causal: bool) -> _Pair:
+    row, column = np.nonzero(_seen(rows, columns, causal))
+    return _as_pairs(row, column, column == 0)
 
 
-def _beside(pair: tuple[jax.Array, jax.Array], data: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _pairs_by_column(rows: int, columns: int, causal: bool) -> _Pair:
+    column, row = np.nonzero(_seen(rows, columns, causal).T)
+    return _as_pairs(row, column, row == (column if causal else 0))
+
+
+def _seen(rows: int, columns: int, causal: bool) -> np.ndarray:
+    every = np.ones((rows, columns), bool)
+    return np.tril(every) if causal else every
+
+
+def _as_pairs(row: np.ndarray, column: np.ndarray, first: np.ndarray) -> _Pair:
+    return jnp.asarray(row, jnp.int32), jnp.asarray(column, jnp.int32), jnp.asarray(first)
+
+
+def _beside(pair: _Pair, data: jax.Array) -> _Pair:
     """A pair's numbers, tied to data: of numbers that depend on nothing, differentiation computes
     the masks of all pairs ahead and keeps them, `seq x seq` of them for every head."""
-    row, column, _ = jax.lax.optimization_barrier((*pair, data))
-    return row, column
+    row, column, first, _ = jax.lax.optimization_barrier((*pair, data))
+    return row, column, first
 
 
 def _block(x: jax.Array, index: jax.Array, block: int) -> jax.Array:
@@ -208,15 +302,27 @@ def _product(sums: str, left: jax.Array, right: jax.Array) -> jax.Array:
 
 
 def _scores(
-    query: jax.Array, key: jax.Array, segment_ids: Any, row: Any, column: Any, block: int
+    query: jax.Array,
+    key: jax.Array,
+    query_segments: jax.Array | None,
+    key_segments: jax.Array | None,
+    row: Any,
+    column: Any,
+    block: int,
+    causal: bool,
 ) -> jax.Array:
     """The masked scores `[batch, kv_heads, group, block, block]` of a pair in fp32."""
     queries = _grouped(_block(query, row, block), key.shape[2])
     scores = _product("bqhgd,bkhd->bhgqk", queries, _block(key, column, block))
-    where = jnp.arange(block)
-    visible = (row * block + where)[:, None] >= (column * block + where)[None]
-    visible = visible[None]
-    if segment_ids is not None:
-        own = _block(segment_ids, row, block)[:, :, None]
-        visible = visible & (own == _block(segment_ids, column, block)[:, None])
-    return jnp.where(visible[:, None, None], scores * query.shape[-1] ** -0.5, _MASKED)
+    scores = scores * query.shape[-1] ** -0.5
+    visible = None
+    if causal:
+        where = jnp.arange(block)
+        visible = ((row * block + where)[:, None] >= (column * block + where)[None])[None]
+    if query_segments is not None and key_segments is not None:
+        own = _block(query_segments, row, block)[:, :, None]
+        same = own == _block(key_segments, column, block)[:, None]
+        visible = same if visible is None else visible & same
+    if visible is None:
+        return scores
+    return jnp.where(visible[:, None, None], scores, _MASKED)

@@ -13,10 +13,11 @@ from flax import nnx
 
 from jspeed.core.loss import LossSum
 from jspeed.core.shapes import Array, Float
-from jspeed.nn.dense import dense
+from jspeed.nn.dense import SplitSide, dense
 from jspeed.nn.logical_axes import LogicalAxes
 from jspeed.nn.losses import default_chunk_size, linear_cross_entropy
 from jspeed.nn.recompute import keeping_only_inputs
+from jspeed.nn.sequence import SequenceOrder, in_zigzag_order
 
 Layer = TypeVar("Layer", bound=nnx.Module)
 
@@ -77,7 +78,9 @@ class Linear(nnx.Module):
 
     Several output dimensions, as the three of a fused query, key and value projection, keep the
     heads in a dimension of their own, which a `tensor` axis can then split. `axes` names the
-    kernel's dimensions, see `jspeed.nn.logical_axes`.
+    kernel's dimensions, see `jspeed.nn.logical_axes`. With `sequence_sharding` what comes from the
+    residual stream, or goes to it, has its sequence split over `tensor`, see
+    `jspeed.nn.residual`.
     """
 
     def __init__(
@@ -88,14 +91,18 @@ class Linear(nnx.Module):
         stddev: float,
         bias: bool,
         rngs: nnx.Rngs,
+        sequence_sharding: bool = False,
     ) -> None:
+        sides: dict[str, SplitSide] = {axes[0]: "input", axes[-1]: "output"}
+        side = sides.get("embed")
+        self.split: SplitSide | None = side if sequence_sharding else None
         kernel = stddev * jax.random.normal(rngs.params(), (inputs, *outputs))
         self.kernel = nnx.Param(kernel, logical_axes=axes)
         zeros = jnp.zeros(outputs, jnp.float32)
         self.bias = nnx.Param(zeros, logical_axes=axes[1:]) if bias else None
 
     def __call__(self, x: Float[Array, "*tokens inputs"]) -> Array:
-        y = dense(x, self.kernel[...])
+        y = dense(x, self.kernel[...], self.split)
         return y if self.bias is None else y + self.bias[...]
 
 
@@ -134,14 +141,28 @@ def language_model_loss(model: Any, batch: Any, rng: jax.Array) -> LossSum:
     over tokens.
 
     The model offers `hidden(input_ids, ...) -> [batch, seq, features]`, `head() -> [features,
-    vocabulary]` and `loss_chunk_size`.
+    vocabulary]` and `loss_chunk_size`; with `token_order(length)` it may ask for its tokens in
+    another order, which changes no sum over them.
     """
     del rng
+    batch, order = _in_models_order(model, dict(batch))
     hidden = model.hidden(
         batch["input_ids"],
         positions=batch.get("positions"),
         segment_ids=batch.get("segment_ids"),
+        **order,
     )
     head, labels = model.head(), batch["labels"]
     chunk = model.loss_chunk_size or default_chunk_size(labels.size, head.shape[-1])
     return linear_cross_entropy(hidden, head, labels, chunk_size=chunk)
+
+
+def _in_models_order(
+    model: Any, batch: dict[str, jax.Array]
+) -> tuple[dict[str, jax.Array], dict[str, SequenceOrder]]:
+    """A batch in the order that the model asks for, and what it must be told of it."""
+    length = batch["input_ids"].shape[1]
+    if not hasattr(model, "token_order") or model.token_order(length) == "natural":
+        return batch, {}
+    batch.setdefault("positions", jnp.arange(length)[None])
+    return {name: in_zigzag_order(leaf) for name, leaf in batch.items()}, {"order": "zigzag"}

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from jspeed.core.shapes import Array, Float
+from jspeed.nn.residual import gather_over_tensor
+
+SplitSide = Literal["input", "output"]
+"""Which side of a product has its sequence split over `tensor`."""
 
 
-@jax.custom_vjp
-def dense(x: Float[Array, "*tokens inputs"], kernel: Float[Array, "inputs ..."]) -> Array:
+def dense(
+    x: Float[Array, "*tokens inputs"],
+    kernel: Float[Array, "inputs ..."],
+    split: SplitSide | None = None,
+) -> Array:
     """`x @ kernel` over the last dimension of `x` and the first of `kernel`.
 
     The value and the gradients are those of `jnp.tensordot(x, kernel, axes=1)`. Differentiating
@@ -22,19 +30,29 @@ def dense(x: Float[Array, "*tokens inputs"], kernel: Float[Array, "inputs ..."])
     Args:
       x: `[..., inputs]`.
       kernel: `[inputs, outputs...]`.
+      split: which side has its sequence split over `tensor`, see `jspeed.nn.residual`. It is
+        gathered for each pass anew: the input is kept for the backward pass as it comes.
 
     Returns:
       `[..., outputs...]`. It can be differentiated once, in reverse mode.
     """
+    return _dense(split, x, kernel)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dense(split: SplitSide | None, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    x = gather_over_tensor(x) if split == "input" else x
     return jnp.tensordot(x, kernel, axes=1)
 
 
-def _forward(x: jax.Array, kernel: jax.Array):
-    return dense(x, kernel), (x, kernel)
+def _forward(split: SplitSide | None, x: jax.Array, kernel: jax.Array):
+    return _dense(split, x, kernel), (x, kernel)
 
 
-def _backward(saved: tuple[jax.Array, jax.Array], d_y: jax.Array):
+def _backward(split: SplitSide | None, saved: tuple[jax.Array, jax.Array], d_y: jax.Array):
     x, kernel = saved
+    x = gather_over_tensor(x) if split == "input" else x
+    d_y = gather_over_tensor(d_y) if split == "output" else d_y
     outputs = tuple(range(x.ndim - 1, d_y.ndim))
     contraction = ((outputs, tuple(range(1, kernel.ndim))), ((), ()))
     d_x = jax.lax.dot_general(d_y, kernel.astype(d_y.dtype), contraction)
@@ -47,7 +65,7 @@ def _backward(saved: tuple[jax.Array, jax.Array], d_y: jax.Array):
     return d_x.astype(x.dtype), d_kernel.astype(kernel.dtype)
 
 
-dense.defvjp(_forward, _backward)
+_dense.defvjp(_forward, _backward)
 
 
 def _kernel_gradient(left: jax.Array, right: jax.Array, tokens: int) -> jax.Array:

@@ -22,7 +22,8 @@ def embed(
     Where an automatic `tensor` axis divides the vocabulary, each of its devices looks up the ids
     whose rows it holds, and the results are summed (Megatron-LM, Shoeybi et al., 2019, section 3);
     the table is never gathered, forwards or backwards. There an id outside of the vocabulary gives
-    zeros.
+    zeros. Over `seq` each device looks up the ids of its part of the sequence, and the gradients of
+    the table are summed; the compiler's partitioner would gather those of all tokens.
 
     Args:
       table: `[vocabulary, features]`.
@@ -32,9 +33,18 @@ def embed(
       `[..., features]` in the table's dtype.
     """
     sizes = automatic_sizes()
+    if "seq" in sizes and "tensor" not in sizes:
+        return _lookup_of_parts(table, jnp.asarray(ids))
     if table.shape[0] % sizes.get("tensor", 1) or "tensor" not in sizes:
         return table[ids]
     return _split_lookup(table, jnp.asarray(ids))
+
+
+def _lookup_of_parts(table: jax.Array, ids: jax.Array) -> jax.Array:
+    _, of_ids, of_result = _specs(ids, automatic_sizes())
+    if "seq" not in of_ids:
+        return table[ids]
+    return _island(lambda table, ids: table[ids], (PartitionSpec(), of_ids), of_result)(table, ids)
 
 
 def _specs(

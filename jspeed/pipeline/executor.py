@@ -9,7 +9,6 @@ gradients during the forward half.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import jax
@@ -86,107 +85,102 @@ def run_schedule(
     """
     cells = jnp.asarray(table.cells)
     mine = jax.lax.axis_index(PIPE)
+    operations = sorted(table.operations)
 
     def cell_of(turn: jax.Array, half: int) -> Cell:
         row = jax.lax.dynamic_index_in_dim(cells, turn, keepdims=False)[half]
         own = jax.lax.dynamic_index_in_dim(row, mine, keepdims=False)
         return Cell(*(own[column] for column in range(len(Cell._fields))))
 
-    def paired(turn: jax.Array, state: _State) -> _State:
-        buffers, sums, activation, gradient = state
+    def paired(turn: jax.Array, state: State) -> State:
         first, second = cell_of(turn, 0), cell_of(turn, 1)
-        buffers = _store(buffers, first, gradient=wire.back(gradient))
-        buffers, sums, activation, _ = _compute(table, (Operation.FORWARD,), stage, wire)(
-            first, buffers, sums, activation, gradient
-        )
-        buffers = _store(buffers, second, activation=wire.forth(activation))
-        backwards = tuple(table.operations - {Operation.FORWARD})
-        buffers, sums, _, gradient = _compute(table, backwards, stage, wire)(
-            second, buffers, sums, activation, gradient
-        )
-        return buffers, sums, activation, gradient
+        state = _gradient_arrives(first, state, wire)
+        state = _compute(Operation.FORWARD, first, state, stage)
+        state = _activation_arrives(second, state, wire)
+        for operation in operations:
+            if operation is not Operation.FORWARD:
+                state = _compute(operation, second, state, stage)
+        return state
 
-    def single(turn: jax.Array, state: _State) -> _State:
-        buffers, sums, activation, gradient = state
+    def single(turn: jax.Array, state: State) -> State:
         cell = cell_of(turn, 0)
-        buffers = _store(buffers, cell, activation=wire.forth(activation))
+        state = _activation_arrives(cell, state, wire)
         if table.operations != {Operation.FORWARD}:
-            buffers = _store(buffers, cell, gradient=wire.back(gradient))
-        compute = _compute(table, tuple(table.operations), stage, wire)
-        return compute(cell, buffers, sums, activation, gradient)
+            state = _gradient_arrives(cell, state, wire)
+        for operation in operations:
+            state = _compute(operation, cell, state, stage)
+        return state
 
     # A loop whose length XLA does not learn: of one that it can count, it moves collectives into
     # the turn before and compiles the body twice.
     length = jax.lax.optimization_barrier(jnp.int32(table.turns))
-    start = (buffers, sums, wire.nothing(), wire.no_gradient())
-    return jax.lax.fori_loop(0, length, paired if table.paired else single, start)[1]
+    start = State(buffers, sums, wire.nothing(), wire.no_gradient())
+    return jax.lax.fori_loop(0, length, paired if table.paired else single, start).sums
 
 
-_State = tuple[Buffers, Any, Carry, Carry]
+class State(NamedTuple):
+    """What a stage has between turns.
+
+    Attributes:
+      buffers: what waits.
+      sums: added up so far.
+      activation: sent on, or about to be.
+      gradient: sent back, or about to be.
+    """
+
+    buffers: Buffers
+    sums: Any
+    activation: Carry
+    gradient: Carry
 
 
-def _compute(
-    table: TurnTable, operations: Sequence[Operation], forward_stage: ForwardStage, wire: Wire
-) -> Callable[..., _State]:
-    """The function of one half of a turn: a switch over what the cell says."""
-    stage = cast("Stage", forward_stage)  # only tables that go back call what it has more
+def _compute(operation: Operation, cell: Cell, state: State, stage: ForwardStage) -> State:
+    """Runs one operation where the cell says so.
 
-    def idle(cell: Cell, *state: Any) -> _State:
-        del cell
-        return state  # pyright: ignore[reportReturnType]
+    Each operation is a switch of its own, of two branches, and the head and the embedding stand
+    beside the layers' one: XLA updates in place what such a switch hands through, but copies whole
+    buffers for switches of more branches, and for a branch within a branch.
+    """
+    full = cast("Stage", stage)  # only tables that go back call what it has more
 
-    def forward(cell: Cell, buffers: Buffers, sums: Any, _: Carry, gradient: Carry) -> _State:
-        return *stage.forward(cell, buffers, sums), gradient
+    def forward(state: State) -> State:
+        return State(*stage.forward(cell, state.buffers, state.sums), state.gradient)
 
-    def backward(
-        cell: Cell, buffers: Buffers, sums: Any, activation: Carry, gradient: Carry
-    ) -> _State:
-        buffers, sums, gradient = stage.backward(cell, buffers, sums, gradient)
-        return buffers, sums, activation, gradient
+    def backward(state: State) -> State:
+        buffers, sums, gradient = full.backward(cell, state.buffers, state.sums, state.gradient)
+        return State(buffers, sums, state.activation, gradient)
 
-    def weights(cell: Cell, buffers: Buffers, sums: Any, *sent: Carry) -> _State:
-        activation, gradient = sent
-        return *stage.weights(cell, buffers, sums), activation, gradient
+    def weights(state: State) -> State:
+        buffers, sums = full.weights(cell, state.buffers, state.sums)
+        return state._replace(buffers=buffers, sums=sums)
 
-    known = {
+    function = {
         Operation.FORWARD: forward,
         Operation.BACKWARD: backward,
         Operation.BACKWARD_INPUT: backward,
         Operation.BACKWARD_WEIGHT: weights,
-    }
-    ordered = sorted(operations)
-    branch_of = [0] * (max(Operation) + 1)
-    for number, operation in enumerate(ordered, start=1):
-        branch_of[operation] = number
-    branches = [idle, *(known[operation] for operation in ordered)]
-
-    def run(cell: Cell, buffers: Buffers, sums: Any, activation: Carry, gradient: Carry) -> _State:
-        branch = jnp.asarray(branch_of)[cell.operation]
-        # The head and the embedding stand beside the layers' branches, not inside: XLA copies what
-        # a branch within a branch hands through, and that would be a table of the vocabulary.
-        goes_back = any(operation in SENDS_GRADIENT for operation in operations)
-        if goes_back:
-            sums, gradient = stage.head(cell, buffers, sums)
-        state = jax.lax.switch(branch, branches, cell, buffers, sums, activation, gradient)
-        if goes_back:
-            buffers, sums, activation, gradient = state
-            state = buffers, stage.embedding(cell, sums, gradient), activation, gradient
-        return state
-
-    return run
+    }[operation]
+    goes_back = operation in SENDS_GRADIENT
+    if goes_back:
+        sums, gradient = full.head(cell, state.buffers, state.sums)
+        state = state._replace(sums=sums, gradient=gradient)
+    taken = jnp.asarray(cell.operation == operation, jnp.int32)
+    state = jax.lax.switch(taken, [lambda state: state, function], state)
+    if goes_back:
+        state = state._replace(sums=full.embedding(cell, state.sums, state.gradient))
+    return state
 
 
-def _store(
-    buffers: Buffers, cell: Cell, *, activation: Any = None, gradient: Any = None
-) -> Buffers:
-    """Puts what has arrived into its slots."""
-    if activation is not None:
-        arrived = store(buffers.activation, cell.activation_store, activation)
-        buffers = buffers._replace(activation=arrived)
-    if gradient is not None:
-        arrived = store(buffers.gradient, cell.gradient_store, gradient)
-        buffers = buffers._replace(gradient=arrived)
-    return buffers
+def _activation_arrives(cell: Cell, state: State, wire: Wire) -> State:
+    """Sends activations on, and puts what arrives into its slot."""
+    arrived = store(state.buffers.activation, cell.activation_store, wire.forth(state.activation))
+    return state._replace(buffers=state.buffers._replace(activation=arrived))
+
+
+def _gradient_arrives(cell: Cell, state: State, wire: Wire) -> State:
+    """Alike, backwards."""
+    arrived = store(state.buffers.gradient, cell.gradient_store, wire.back(state.gradient))
+    return state._replace(buffers=state.buffers._replace(gradient=arrived))
 
 
 def store(buffer: Any, slot: Any, values: Any) -> Any:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jspeed.core._compat import Jaxpr, Literal, eval_jaxpr, pruned
+from jspeed.pipeline.two_passes import TwoPasses, cut_in_two
 
 
 def is_differentiable(value: Any) -> bool:
@@ -63,6 +64,54 @@ class Linearised:
         jaxpr, used = pruned(self._jaxpr, wanted)
         given = [value for value, is_used in zip(arguments, used, strict=True) if is_used]
         return eval_jaxpr(jaxpr, self._consts, given)
+
+
+@dataclass(frozen=True, eq=False)
+class SplitBackward:
+    """A backward pass in two: the gradient of the carry, and later those of the weights.
+
+    Attributes:
+      taps: shapes and dtypes of what the first pass leaves for the second.
+    """
+
+    taps: tuple[jax.ShapeDtypeStruct, ...]
+    _passes: TwoPasses
+    _weights: Any
+
+    def input_pass(
+        self, weights: Any, others: Any, kept: Sequence[Any], d_carry: Sequence[Any]
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """`(d carry, taps)`."""
+        d_inputs, taps = self._passes.first([*jax.tree.leaves((weights, others)), *kept, *d_carry])
+        return tuple(d_inputs), tuple(taps)
+
+    def weight_pass(
+        self, weights: Any, others: Any, kept: Sequence[Any], taps: Sequence[Any]
+    ) -> Any:
+        """The gradients of the weights, in their tree."""
+        at_hand = [*jax.tree.leaves((weights, others)), *kept]
+        return jax.tree.unflatten(self._weights, self._passes.second(at_hand, taps))
+
+
+def split_backward(traced: Linearised, weights: Any, others: Any, carry: Any) -> SplitBackward:
+    """Cuts the backward pass of a linearised function in two.
+
+    Args:
+      traced: the function.
+      weights: pytree of arrays or shapes, as it was traced with.
+      others: alike.
+      carry: arrays or shapes of what it carries.
+    """
+    floats = [value for value in carry if is_differentiable(value)]
+    arguments = (weights, others, list(traced.kept), floats)
+    closed = jax.make_jaxpr(traced.backward)(*arguments)
+    number = len(jax.tree.leaves(weights))
+    results = len(closed.jaxpr.outvars)
+    at_hand = len(jax.tree.leaves(arguments[:3]))
+    is_first = [i >= number for i in range(results)]
+    passes = cut_in_two(closed.jaxpr, closed.consts, first=is_first, at_hand=at_hand)
+    taps = jax.eval_shape(lambda *flat: passes.first(flat)[1], *jax.tree.leaves(arguments))
+    return SplitBackward(tuple(taps), passes, jax.tree.structure(weights))
 
 
 def linearise(

@@ -76,7 +76,7 @@ def partition_layers(
     if method.startswith(_TYPE):
         return balanced(_found(method, names), parts)
     raise ConfigError(
-        f'"partition_method": {shown(method)} is no way to divide layers.'
+        f'"pipeline.partition": {shown(method)} is no way to divide layers.'
         f"{did_you_mean(method, _METHODS)} Known: {', '.join(_METHODS)}."
     )
 
@@ -87,14 +87,14 @@ def _found(method: str, names: Sequence[str]) -> list[int]:
         expression = re.compile(method.removeprefix(_TYPE), re.IGNORECASE)
     except re.error as error:
         raise ConfigError(
-            f'"partition_method": {shown(method)} has no regular expression behind "{_TYPE}": '
+            f'"pipeline.partition": {shown(method)} has no regular expression behind "{_TYPE}": '
             f"{error}."
         ) from None
     found = [int(expression.search(name) is not None) for name in names]
     if not any(found):
         known = ", ".join(dict.fromkeys(names))
         raise ConfigError(
-            f'"partition_method": {shown(method)} is found in no layer. The layers are: {known}.'
+            f'"pipeline.partition": {shown(method)} is found in no layer. The layers are: {known}.'
         )
     return found
 

@@ -70,12 +70,14 @@ def _check(kind: str, stages: int, microbatches: int, chunks: int) -> None:
             f'"pipeline.schedule": {shown(kind)} is no schedule.{did_you_mean(str(kind), known)} '
             f"Known: {', '.join(known)}."
         )
-    sizes = {"stages": stages, "microbatches": microbatches, "chunks": chunks}
-    for name, size in sizes.items():
+    sizes = {
+        "pipeline.stages": stages,
+        "gradient_accumulation_steps": microbatches,
+        "pipeline.chunks": chunks,
+    }
+    for key, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
-            raise ConfigError(
-                f"{quoted(f'pipeline.{name}')}: {shown(size)} is no count. Use 1 or more."
-            )
+            raise ConfigError(f"{quoted(key)}: {shown(size)} is no count. Use 1 or more.")
     if kind == INTERLEAVED and chunks == 1:
         raise ConfigError(
             f'"pipeline.chunks": 1 leaves {shown(INTERLEAVED)} nothing to interleave. Use 2 or '
@@ -88,9 +90,9 @@ def _check(kind: str, stages: int, microbatches: int, chunks: int) -> None:
         )
     if kind == INTERLEAVED and microbatches < stages:
         raise ConfigError(
-            f'"pipeline.microbatches": {microbatches} is fewer than {shown(INTERLEAVED)} needs '
-            f"over {stages} stages. Use {stages} microbatches or more, at most {microbatches} "
-            f'stages, or "pipeline.schedule": {shown(ONE_F_ONE_B)}.'
+            f'"gradient_accumulation_steps": {microbatches} is fewer than {shown(INTERLEAVED)}'
+            f" needs over {stages} stages. Use {stages} microbatches or more, at most "
+            f'{microbatches} stages, or "pipeline.schedule": {shown(ONE_F_ONE_B)}.'
         )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jspeed.core._compat import context_mesh, shard_map
 from jspeed.layout.mesh import PIPE
@@ -50,6 +50,19 @@ class Wire:
     def back(self, gradient: Carry) -> Carry:
         """What the following stage sent."""
         return self._permute(gradient, -1)
+
+    def placed(self, values: Carry) -> Carry:
+        """The same values, split over the automatic axes as they travel.
+
+        XLA's partitioner wants the results of all branches of a conditional placed alike.
+        """
+        if not self.automatic:
+            return values
+        mesh = context_mesh()
+        return tuple(
+            jax.lax.with_sharding_constraint(value, NamedSharding(mesh, self._spec(value.shape)))
+            for value in values
+        )
 
     def _permute(self, values: Carry, step: int) -> Carry:
         pairs = [

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import NamedSharding
 
 from jspeed.config import Config, load_config
 from jspeed.engine import arguments
@@ -22,6 +21,7 @@ from jspeed.engine.abstract_run import (
     model_factory,
     token_batch,
 )
+from jspeed.engine.batches import check_sequences
 from jspeed.engine.build import RunPlan, mesh_shape, plan_run
 from jspeed.engine.compilation import auto_facts, jit_step
 from jspeed.engine.pipeline import pipeline_of
@@ -227,17 +227,17 @@ def _compile(step: _Step, *, described: bool) -> tuple[Compiled, int]:
     batch = step_batch(step.microbatch, run)
     jitted = jit_step(step.config, step.program, step.loss_fn, run, described=described)
     compiled = compile_lowered(jitted.lower(state, batch), layout.sizes)
-    rows = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
-    return compiled, rows // layout.batch_shards
+    shards = ((leaf.sharding.shard_shape(leaf.shape), leaf) for leaf in jax.tree.leaves(batch))
+    return compiled, sum(math.prod(shape) * leaf.dtype.itemsize for shape, leaf in shards)
 
 
 def step_batch(microbatch: Any, run: RunPlan) -> Any:
     """The shapes of a step's batch as the engine places it:
     `[accumulation, micro batch x batch shards, ...]`."""
-    sharding = NamedSharding(run.layout.mesh, run.layout.batch_spec(1))
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(
-            (run.batch.accumulation, *leaf.shape), leaf.dtype, sharding=sharding
-        ),
-        microbatch,
-    )
+
+    def placed(leaf: Any) -> jax.ShapeDtypeStruct:
+        shape = (run.batch.accumulation, *leaf.shape)
+        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=run.layout.batch_sharding(shape, 1))
+
+    check_sequences(microbatch, run.layout)
+    return jax.tree.map(placed, microbatch)

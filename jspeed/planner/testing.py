@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
 
 from jspeed.layout.compiler_options import CommunicationSettings, compiler_options
 from jspeed.layout.mesh import MeshShape
@@ -139,12 +138,9 @@ def compile_step(
 def _batch_shapes(
     batch: Mapping[str, tuple[tuple[int, ...], str]], layout: Layout, accumulation: int
 ) -> dict[str, Any]:
-    sharding = NamedSharding(layout.mesh, layout.batch_spec(1))
-    return {
-        name: jax.ShapeDtypeStruct(
-            (accumulation, layout.batch_shards * micro[0], *micro[1:]),
-            jnp.dtype(dtype),
-            sharding=sharding,
-        )
-        for name, (micro, dtype) in batch.items()
-    }
+    def placed(micro: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
+        shape = (accumulation, layout.batch_shards * micro[0], *micro[1:])
+        sharding = layout.batch_sharding(shape, 1)
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
+
+    return {name: placed(micro, dtype) for name, (micro, dtype) in batch.items()}

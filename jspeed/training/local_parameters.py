@@ -68,7 +68,7 @@ class LocalParameters:
         leaf, layout = self.layout.leaves[path], self.layout
         sharded = layout.role_spec(path, Role.MASTER) != leaf.base
         return tuple(
-            size // layout.zero_ways if dim == leaf.zero_dim and not sharded else size
+            size // layout.manual_zero_ways if dim == leaf.zero_dim and not sharded else size
             for dim, size in enumerate(master[path].shape)
         )
 

@@ -11,7 +11,7 @@ from jspeed.core.errors import ModelError
 from jspeed.core.tree import named_leaves
 from jspeed.pipeline.executor import Buffers, empty, run_schedule
 from jspeed.pipeline.linearised import is_differentiable
-from jspeed.pipeline.operations import Schedule
+from jspeed.pipeline.operations import Operation, Schedule
 from jspeed.pipeline.program import make_turns
 from jspeed.pipeline.split import Split, split
 from jspeed.pipeline.wire import Wire
@@ -38,19 +38,22 @@ def pipelined_sums(
     """
     table = make_turns(schedule)
     parts = Parts(_split(run, shard), shard, schedule.chunks)
-    traced = traced_layers(parts)
+    two_passes = Operation.BACKWARD_WEIGHT in table.operations
+    traced, passes = traced_layers(parts, two_passes=two_passes)
     wire = _wire(parts, schedule)
     carry, floats = parts.split.carry, wire.no_gradient()
     buffers = Buffers(
         activation=empty(table.slots.activation, carry),
         gradient=empty(table.slots.gradient, floats),
         kept=empty(table.slots.kept, traced.kept),
-        taps=(),
+        taps=empty(table.slots.taps, passes.taps) if passes else (),
         output=empty(table.slots.output, carry),
     )
     diff = parts.weights(list(shard.master))
     zeros = {path: jnp.zeros(leaf.shape, accumulation_dtype) for path, leaf in diff.items()}
-    sums = run_schedule(table, TrainingStage(parts, traced), wire, buffers, _no_loss(zeros))
+    sums = run_schedule(
+        table, TrainingStage(parts, wire, traced, passes), wire, buffers, _no_loss(zeros)
+    )
     return Sums(sums.gradients, sums.total, sums.weight, shard.mutable)
 
 
@@ -60,7 +63,7 @@ def pipelined_evaluation(run: BoundLoss, shard: Shard, schedule: Schedule) -> Su
     parts = Parts(_split(run, shard), shard, schedule.chunks)
     wire = _wire(parts, schedule)
     buffers = Buffers(empty(table.slots.activation, parts.split.carry), (), (), (), ())
-    sums = run_schedule(table, EvaluationStage(parts), wire, buffers, _no_loss({}))
+    sums = run_schedule(table, EvaluationStage(parts, wire), wire, buffers, _no_loss({}))
     return Sums({}, sums.total, sums.weight, shard.mutable)
 
 
@@ -86,8 +89,8 @@ def _split(run: BoundLoss, shard: Shard) -> Split:
         return result.total, result.weight
 
     wholes = [
-        jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(layout.compute_dtype))
-        for leaf in layout.leaves.values()
+        jax.ShapeDtypeStruct(layout.model_shape(path), jnp.dtype(layout.compute_dtype))
+        for path in layout.leaves
     ]
     return split(
         loss,

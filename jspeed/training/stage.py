@@ -13,10 +13,17 @@ import jax.numpy as jnp
 from jspeed.layout.at_use import call_with_gather_at_use
 from jspeed.layout.zero import Layout
 from jspeed.pipeline.executor import Buffers, Carry, load, store
-from jspeed.pipeline.linearised import Linearised, is_differentiable, linearise
+from jspeed.pipeline.linearised import (
+    Linearised,
+    SplitBackward,
+    is_differentiable,
+    linearise,
+    split_backward,
+)
 from jspeed.pipeline.operations import SENDS_GRADIENT
 from jspeed.pipeline.program import Cell
 from jspeed.pipeline.split import Split
+from jspeed.pipeline.wire import Wire
 from jspeed.training.local_parameters import Arrays, LocalParameters
 from jspeed.training.shard import Shard
 
@@ -39,7 +46,10 @@ class Parts:
         self.of_layers = [names[i] for i in sorted({*split.stacked, *split.used_layers})]
         self.of_first = [names[i] for i in split.used_first]
         self.of_last = [names[i] for i in split.used_last]
-        self.rows = split.layers // (self.layout.stages * chunks)
+        order = self.layout.order
+        assert order is not None, "a pipeline has stages"
+        self.order = order
+        self.rows = order.rows_per_chunk
         self._position = {name: i for i, name in enumerate(names)}
         self._stage = jax.lax.axis_index("pipe")
 
@@ -75,7 +85,13 @@ class Parts:
         values = (others.master, others.copies)
         return tuple(
             self._call(
-                self.split.run_layers, weights, values, list(carry), others.inputs, others.start
+                self.split.run_layers,
+                weights,
+                values,
+                list(carry),
+                others.inputs,
+                others.start,
+                None if self.order.even else others.valid,
             )
         )
 
@@ -91,7 +107,9 @@ class Parts:
 
         master, copies = of_chunk(self.shard.master), of_chunk(self.shard.copies)
         virtual = jnp.asarray(cell.chunk) * self.layout.stages + self._stage
-        others = LayerInputs(master, copies, list(inputs), virtual * self.rows)
+        start = jnp.asarray(self.order.first_layers, jnp.int32)[virtual]
+        valid = jnp.asarray(self.order.counts, jnp.int32)[virtual]
+        others = LayerInputs(master, copies, list(inputs), start, valid)
         return self.local.differentiated(master, copies, self.of_layers), others
 
     def _rows(self, leaf: jax.Array, cell: Cell) -> jax.Array:
@@ -146,12 +164,14 @@ class LayerInputs:
       copies: alike.
       inputs: of the microbatch.
       start: int32, the number of the first layer.
+      valid: int32, how many of the chunk's rows are layers.
     """
 
     master: Arrays
     copies: Arrays
     inputs: list[Any]
     start: jax.Array
+    valid: jax.Array
 
 
 def added(sums: Arrays, gradients: Arrays) -> Arrays:
@@ -177,15 +197,19 @@ class TrainingStage:
     of what a `lax.cond` hands through, XLA makes a copy in every turn.
     """
 
-    def __init__(self, parts: Parts, traced: Linearised) -> None:
+    def __init__(
+        self, parts: Parts, wire: Wire, traced: Linearised, passes: SplitBackward | None
+    ) -> None:
         self.parts = parts
+        self.wire = wire
         self.traced = traced
+        self.passes = passes
 
     def forward(
         self, cell: Cell, buffers: Buffers, sums: StageSums
     ) -> tuple[Buffers, StageSums, Carry]:
         inputs = self.parts.inputs(cell)
-        carry = entering(self.parts, cell, buffers, inputs)
+        carry = entering(self.parts, self.wire, cell, buffers, inputs)
         weights, others = self.parts.chunk(cell, inputs)
         out, kept = self.traced.forward(weights, others, carry)
         buffers = buffers._replace(kept=store(buffers.kept, cell.kept, kept))
@@ -198,21 +222,26 @@ class TrainingStage:
 
     def head(self, cell: Cell, buffers: Buffers, sums: StageSums) -> tuple[StageSums, Carry]:
         arrived = load(buffers.gradient, cell.gradient)
-        return jax.lax.switch(
-            jnp.int32((cell.last == 1) & _goes_back(cell)),
-            [
-                lambda sums, arrived: (sums, arrived),
-                lambda sums, arrived: self._head(cell, buffers, sums),
-            ],
-            sums,
-            arrived,
-        )
+
+        def received(sums: StageSums, arrived: Carry) -> tuple[StageSums, Carry]:
+            return sums, self.wire.placed(arrived)
+
+        def head(sums: StageSums, arrived: Carry) -> tuple[StageSums, Carry]:
+            del arrived
+            sums, gradient = self._head(cell, buffers, sums)
+            return sums, self.wire.placed(gradient)
+
+        taken = jnp.int32((cell.last == 1) & _goes_back(cell))
+        return jax.lax.switch(taken, [received, head], sums, arrived)
 
     def backward(
         self, cell: Cell, buffers: Buffers, sums: StageSums, gradient: Carry
     ) -> tuple[Buffers, StageSums, Carry]:
         weights, others = self.parts.chunk(cell, self.parts.inputs(cell))
         kept = load(buffers.kept, cell.kept)
+        if self.passes is not None:
+            d_carry, taps = self.passes.input_pass(weights, others, kept, gradient)
+            return buffers._replace(taps=store(buffers.taps, cell.taps, taps)), sums, d_carry
         d_weights, d_carry = self.traced.backward(weights, others, kept, gradient)
         gradients = self.parts.add_chunk(sums.gradients, d_weights, cell)
         return buffers, StageSums(gradients, sums.total, sums.weight), d_carry
@@ -228,7 +257,12 @@ class TrainingStage:
         )
 
     def weights(self, cell: Cell, buffers: Buffers, sums: StageSums) -> tuple[Buffers, StageSums]:
-        raise NotImplementedError
+        assert self.passes is not None, "only split backward passes have a weight pass"
+        weights, others = self.parts.chunk(cell, self.parts.inputs(cell))
+        kept, taps = load(buffers.kept, cell.kept), load(buffers.taps, cell.taps)
+        d_weights = self.passes.weight_pass(weights, others, kept, taps)
+        gradients = self.parts.add_chunk(sums.gradients, d_weights, cell)
+        return buffers, StageSums(gradients, sums.total, sums.weight)
 
     def _head(self, cell: Cell, buffers: Buffers, sums: StageSums) -> tuple[StageSums, Carry]:
         inputs = self.parts.inputs(cell)
@@ -262,14 +296,15 @@ class TrainingStage:
 class EvaluationStage:
     """Forward passes alone, with the loss at their end."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, wire: Wire) -> None:
         self.parts = parts
+        self.wire = wire
 
     def forward(
         self, cell: Cell, buffers: Buffers, sums: StageSums
     ) -> tuple[Buffers, StageSums, Carry]:
         inputs = self.parts.inputs(cell)
-        carry = entering(self.parts, cell, buffers, inputs)
+        carry = entering(self.parts, self.wire, cell, buffers, inputs)
         weights, others = self.parts.chunk(cell, inputs)
         out = self.parts.layers(weights, others, carry)
 
@@ -285,18 +320,23 @@ def _goes_back(cell: Cell) -> Any:
     return functools.reduce(jnp.logical_or, sends)
 
 
-def entering(parts: Parts, cell: Cell, buffers: Buffers, inputs: Sequence[Any]) -> Carry:
+def entering(
+    parts: Parts, wire: Wire, cell: Cell, buffers: Buffers, inputs: Sequence[Any]
+) -> Carry:
     """What enters a chunk's first layer: the embedding's output, or what has arrived."""
     return jax.lax.cond(
         cell.first == 1,
-        lambda: parts.first(parts.weights(parts.of_first), inputs),
-        lambda: load(buffers.activation, cell.activation),
+        lambda: wire.placed(parts.first(parts.weights(parts.of_first), inputs)),
+        lambda: wire.placed(load(buffers.activation, cell.activation)),
     )
 
 
-def traced_layers(parts: Parts) -> Linearised:
-    """The layers of a chunk and their derivative, traced once on shapes alone."""
+def traced_layers(parts: Parts, *, two_passes: bool) -> tuple[Linearised, SplitBackward | None]:
+    """The layers of a chunk and their derivative, traced once on shapes alone; with `two_passes`
+    the backward pass also cut in two."""
     zero = jnp.int32(0)
     cell = Cell(*(zero for _ in Cell._fields))
     weights, others = jax.eval_shape(lambda: parts.chunk(cell, parts.inputs(cell)))
-    return linearise(parts.layers, weights, others, parts.split.carry)
+    carry = parts.split.carry
+    traced = linearise(parts.layers, weights, others, carry)
+    return traced, split_backward(traced, weights, others, carry) if two_passes else None

@@ -10,9 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jspeed.core.errors import ModelError
 from jspeed.core.tree import map_named, named_leaves
+from jspeed.layout.mesh import PIPE
 from jspeed.layout.zero import Layout, Role
 from jspeed.training.program import Program
 
@@ -52,7 +54,7 @@ def _build(
     layout: Layout,
     loss_scale: Callable[[], Any] | None,
 ) -> TrainState:
-    master = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    master = in_stage_order(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), layout)
     copies = {
         path: leaf.astype(layout.compute_dtype)
         for path, leaf in named_leaves(master)
@@ -69,6 +71,41 @@ def _build(
         rng=rng,
         loss_scale=loss_scale() if loss_scale else None,
     )
+
+
+def in_stage_order(tree: Any, layout: Layout) -> Any:
+    """Parameters, or the state of an optimizer, in the model's order of layers -> as stored."""
+    order = layout.order
+    if order is None or order.as_in_model:
+        return tree
+
+    def stored(path: str, leaf: Any) -> Any:
+        return order.to_rows(leaf) if is_stack(path, leaf.shape, layout) else leaf
+
+    return map_named(stored, tree)
+
+
+def in_model_order(tree: Any, layout: Layout) -> Any:
+    """The reverse of `in_stage_order`."""
+    order = layout.order
+    if order is None or order.as_in_model:
+        return tree
+
+    def restored(path: str, leaf: Any) -> Any:
+        is_stored = leaf.shape[:1] == (order.rows,)
+        is_moved = is_stored and is_stack(path, (order.layers, *leaf.shape[1:]), layout)
+        return order.to_model(leaf) if is_moved else leaf
+
+    return map_named(restored, tree)
+
+
+def is_stack(path: str, shape: tuple[int, ...], layout: Layout) -> bool:
+    """Whether a leaf of this shape, in the model's order, belongs to a stack that stages split."""
+    order = layout.order
+    if order is None or shape[:1] != (order.layers,):
+        return False
+    owner = layout.owner(path, (order.rows, *shape[1:]))
+    return owner is not None and layout.leaves[owner].in_stages
 
 
 def check_trainable(params: Any) -> None:
@@ -112,6 +149,18 @@ def state_shardings(shapes: TrainState, layout: Layout) -> Any:
         rng=whole,
         loss_scale=jax.tree.map(lambda _: whole, shapes.loss_scale),
     )
+
+
+def model_sharding(
+    layout: Layout, path: str, shape: tuple[int, ...], sharding: NamedSharding
+) -> NamedSharding:
+    """The sharding of a leaf in the model's order of layers, which stages may not divide."""
+    order = layout.order
+    if order is None or order.rows == order.layers or shape[:1] != (order.layers,):
+        return sharding
+    if sharding.spec[:1] != (PIPE,):
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec[1:]))
 
 
 def abstract_state(
@@ -160,8 +209,10 @@ def create_state(
 
         return jax.jit(create, out_shardings=shardings)(init_key, rng)
     params, mutable = given
-    placed = jax.tree.map(
-        lambda leaf, sharding: jax.device_put(leaf.astype(jnp.float32), sharding),
+    placed = map_named(
+        lambda path, leaf, sharding: jax.device_put(
+            leaf.astype(jnp.float32), model_sharding(layout, path, leaf.shape, sharding)
+        ),
         params,
         shardings.master,
     )

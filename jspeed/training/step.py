@@ -8,7 +8,7 @@ on global arrays.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -186,4 +186,5 @@ def _gather_all(shards: dict[str, jax.Array], layout: Layout) -> dict[str, jax.A
 
 def _fully_manual(layout: Layout, path: str) -> Any:
     plan = layout.plan(path)
-    return type(plan)(plan.axes, plan.dim, (), (), plan.compute_dtype, plan.reduce_dtype)
+    axes = plan.axes + plan.auto_shards
+    return replace(plan, axes=axes, auto_axes=(), auto_spec=(), auto_shards=())

@@ -143,9 +143,6 @@ def test_warm_up_takes_two_steps_at_least():
         ({"mesh": {"expert": 2}},
          '"mesh.expert": 2: expert parallelism is not built yet. '
          "Switch it off to train."),
-        ({"sequence_parallel_size": 2},
-         '"mesh.seq": 2 (from "sequence_parallel_size"): sequence parallelism is not built yet. '
-         "Switch it off to train."),
         ({"activation_checkpointing": {"cpu_checkpointing": True}},
          '"activation_checkpointing.cpu_checkpointing": true: activation checkpointing by this '
          'section is not built yet; use "model": {"remat": "full"}. Switch it off to train.'),
@@ -176,7 +173,6 @@ def test_every_later_feature_of_a_file_is_listed_once_with_its_line():
         "zero_optimization.zenflow",
         "zero_optimization.zero_hpz_partition_size",
         "zero_optimization.zero_quantized_weights",
-        "mesh.seq",
         "pipeline.activation_checkpoint_interval",
         "tensor_parallel.autotp_size",
         "activation_checkpointing.cpu_checkpointing",

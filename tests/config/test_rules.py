@@ -241,3 +241,39 @@ def test_refused_keys_that_are_off_may_stand():
     ):
         with pytest.raises(ConfigError, match=re.escape(f'"{path}"')):
             load_config(off | on)
+
+
+@pytest.mark.parametrize(
+    ("length", "seq", "message"),
+    [
+        (100, 8, '"data.sequence_length": 100 is not divisible by "mesh.seq" 8 (remainder 4). Use '
+                 '96 or 104 tokens, or "mesh.seq": 5.'),
+        (3, 4, '"data.sequence_length": 3 is not divisible by "mesh.seq" 4 (remainder 3). Use 4 '
+               'tokens, or "mesh.seq": 3.'),
+    ],
+)  # fmt: skip
+def test_a_split_sequence_has_equal_parts(length, seq, message):
+    tree = {
+        "train_batch_size": 8,
+        "mesh": {"seq": seq},
+        "model": {"family": "gpt2", "layers": 1, "hidden_size": 8, "heads": 2,
+                  "sequence_length": length},
+        "data": {"source": "golden"},
+    }  # fmt: skip
+    with pytest.raises(ConfigError) as error:
+        load_config(tree)
+    assert message in str(error.value)
+
+
+def test_the_ring_is_refused_in_a_pipeline():
+    tree = {
+        "train_batch_size": 8,
+        "mesh": {"pipe": 2, "seq": 2},
+        "model": {**MODEL, "attention": {"sequence_parallel": "ring"}},
+    }
+    with pytest.raises(ConfigError) as error:
+        load_config(tree)
+    assert str(error.value) == (
+        '"model.attention.sequence_parallel": "ring" does not go with "mesh.pipe" 2: its permutes '
+        'would stand in branches that stages take differently. Use "ulysses" or "allgather".'
+    )

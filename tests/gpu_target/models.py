@@ -30,6 +30,7 @@ def config(layers: int, width: int, *, heads: int, vocab: int, sequence: int) ->
         intermediate_size=4 * width,
         attention="xla",
         recompute=("activation", "norm"),  # as `build_model` has it on GPUs
+        sequence_sharding=False,  # what travels is then weights, or a reduction
     )
 
 

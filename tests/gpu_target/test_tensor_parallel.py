@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -29,14 +30,15 @@ STREAM = ROWS * SEQ * WIDTH
 """Elements of the residual stream on one device."""
 
 
-def model(family: str) -> ModelFactory:
-    common = {
+def model(family: str, sequence_sharding: bool) -> ModelFactory:
+    common: dict[str, Any] = {
         "vocab_size": VOCAB,
         "layers": LAYERS,
         "hidden_size": WIDTH,
         "heads": HEADS,
         "attention": "blockwise",
         "recompute": ("activation", "norm"),  # as `build_model` has it on GPUs
+        "sequence_sharding": sequence_sharding,
     }
     if family == "gpt2":
         return ModelFactory(
@@ -48,9 +50,9 @@ def model(family: str) -> ModelFactory:
 
 
 @functools.cache
-def compiled(family: str, tensor: int, stage: int) -> CompiledStep:
+def compiled(family: str, tensor: int, stage: int, sequence_sharding: bool = False) -> CompiledStep:
     return compile_step(
-        make_program(model(family)),
+        make_program(model(family, sequence_sharding)),
         language_model_loss,
         dict.fromkeys(("input_ids", "labels"), ((ROWS, SEQ), "int32")),
         shape=resolve_mesh(devices=8, tensor=tensor),
@@ -93,3 +95,21 @@ def test_the_passes_have_two_each():
             else:
                 forward += 1
     assert (forward, backward) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("family", "tensor", "stage"),
+    [("gpt2", 2, 0), ("llama", 4, 1), pytest.param("llama", 4, 3, marks=pytest.mark.slow)],
+)
+def test_split_sequences_turn_reductions_into_scatters_and_gathers(family, tensor, stage):
+    """Per layer two gathers and two scatters forwards; backwards as many, and the two inputs, which
+    are kept in parts, once more."""
+    step = compiled(family, tensor, stage, sequence_sharding=True)
+    large = over_tensor(step, least=STREAM)
+    assert large == {
+        ("all-gather", "bf16", STREAM): 6 * LAYERS + 2,
+        ("reduce-scatter", "bf16", STREAM): 4 * LAYERS + 2,
+    }
+    whole = compiled(family, tensor, stage)
+    # At least half of one array of the stream that each layer keeps, in bf16.
+    assert whole.temporary_bytes - step.temporary_bytes > LAYERS * STREAM

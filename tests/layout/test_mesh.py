@@ -25,7 +25,7 @@ sizes = st.integers(1, 4)
 def test_axes_stand_slowest_network_first() -> None:
     assert AXES == ("pipe", "replica", "data", "expert", "seq", "tensor")
     assert BATCH_AXES == ("replica", "data", "expert")
-    assert ZERO_AXES == ("data", "expert")
+    assert ZERO_AXES == ("data", "expert", "seq")
 
 
 def test_a_shape_counts_its_devices() -> None:

@@ -22,13 +22,6 @@ def test_a_pattern_matches_whole_paths_only() -> None:
     assert match_rule([], "blocks/mlp/kernel", (2, 4, 6), SIZES) is None
 
 
-def test_a_dimension_can_be_split_over_two_axes() -> None:
-    rule = Rule("w", (("seq", "tensor"),))
-    assert match_rule([rule], "w", (8,), {**SIZES, "seq": 4}) == rule
-    with pytest.raises(LayoutError, match="size 4 cannot be split 8 ways"):
-        match_rule([rule], "w", (4,), {**SIZES, "seq": 4})
-
-
 @pytest.mark.parametrize(
     ("spec", "problem"),
     [
@@ -39,7 +32,11 @@ def test_a_dimension_can_be_split_over_two_axes() -> None:
         ),
         (
             (None, None, "data"),
-            "'data' is a batch axis, over which ZeRO places parameters itself. Use seq or tensor.",
+            "'data' is a batch axis, over which ZeRO places parameters itself. Use tensor.",
+        ),
+        (
+            (None, None, ("tensor", "seq")),
+            "'seq' is the sequence's axis, over which ZeRO places parameters itself. Use tensor.",
         ),
         (
             (None, "tensor", "tensor"),

@@ -135,8 +135,31 @@ def test_rules_and_zero_share_a_parameter() -> None:
     assert placed.leaves["w"].rule == "rule w -> [-, tensor, -]"
     plan = placed.gathered("w")
     assert plan is not None
-    assert (plan.dim, plan.axes, plan.auto_axes) == (-1, ZERO_AXES, ("tensor",))
+    assert (plan.dim, plan.axes, plan.auto_axes) == (-1, ("data", "expert"), ("tensor",))
     assert plan.auto_spec == (None, "tensor", None)
+
+
+def test_zero_shards_over_the_sequences_axis_too() -> None:
+    mesh = MeshShape(data=2, seq=4)
+    placed = layout(shapes(w=(6, 16)), mesh, 3, compute_dtype="bfloat16")
+    assert placed.role_spec("w", Role.MASTER) == (None, ("data", "expert", "seq"))
+    assert placed.sharding("w", Role.MASTER).shard_shape((6, 16)) == (6, 2)
+    assert (placed.zero_ways, placed.manual_zero_ways, placed.batch_shards) == (8, 2, 2)
+    plan = placed.gathered("w")
+    assert plan is not None
+    assert (plan.axes, plan.auto_shards) == (("data", "expert"), ("seq",))
+    assert plan.shard_spec(2) == PartitionSpec(None, ("seq",))
+    assert plan.island_spec(2) == PartitionSpec(None, None)
+
+
+def test_where_a_batch_lives() -> None:
+    """Its second dimension is the sequence; one of size 1, or none, is not split."""
+    placed = layout(shapes(w=(8,)), MeshShape(data=2, seq=4), 0)
+    tokens = placed.batch_sharding((3, 8, 16), 1)
+    assert tokens.spec == PartitionSpec(None, ("replica", "data", "expert"), "seq")
+    assert placed.batch_sharding((8, 16)).shard_shape((8, 16)) == (4, 4)
+    assert placed.batch_sharding((8, 1)).shard_shape((8, 1)) == (4, 1)
+    assert placed.batch_sharding((8,)).shard_shape((8,)) == (4,)
 
 
 def test_a_rule_for_no_parameter_is_an_error() -> None:

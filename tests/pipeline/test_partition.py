@@ -91,17 +91,17 @@ def test_chunks_are_virtual_stages() -> None:
     [
         (
             "paramters",
-            '"partition_method": "paramters" is no way to divide layers. Did you mean '
+            '"pipeline.partition": "paramters" is no way to divide layers. Did you mean '
             '"parameters"? Known: uniform, parameters, type:<regex>.',
         ),
         (
             "type:(",
-            '"partition_method": "type:(" has no regular expression behind "type:": missing ), '
+            '"pipeline.partition": "type:(" has no regular expression behind "type:": missing ), '
             "unterminated subpattern at position 0.",
         ),
         (
             "type:expert",
-            '"partition_method": "type:expert" is found in no layer. The layers are: Embedding, '
+            '"pipeline.partition": "type:expert" is found in no layer. The layers are: Embedding, '
             "Block, Norm, Head.",
         ),
     ],

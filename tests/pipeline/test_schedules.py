@@ -173,7 +173,10 @@ def test_the_last_chunk_goes_backward_right_after_its_forward(
             "interleaved-1f1b, zb-h1, forward.",
         ),
         ("1f1b", {"stages": 0}, '"pipeline.stages": 0 is no count. Use 1 or more.'),
-        ("1f1b", {"microbatches": -3}, '"pipeline.microbatches": -3 is no count. Use 1 or more.'),
+        (
+            "1f1b", {"microbatches": -3},
+            '"gradient_accumulation_steps": -3 is no count. Use 1 or more.',
+        ),
         ("1f1b", {"stages": True}, '"pipeline.stages": true is no count. Use 1 or more.'),
         ("forward", {"chunks": 1.5}, '"pipeline.chunks": 1.5 is no count. Use 1 or more.'),
         (
@@ -188,8 +191,8 @@ def test_the_last_chunk_goes_backward_right_after_its_forward(
         ),
         (
             "interleaved-1f1b", {"chunks": 2, "microbatches": 3},
-            '"pipeline.microbatches": 3 is fewer than "interleaved-1f1b" needs over 4 stages. Use '
-            '4 microbatches or more, at most 3 stages, or "pipeline.schedule": "1f1b".',
+            '"gradient_accumulation_steps": 3 is fewer than "interleaved-1f1b" needs over 4 '
+            'stages. Use 4 microbatches or more, at most 3 stages, or "pipeline.schedule": "1f1b".',
         ),
     ],
 )  # fmt: skip

@@ -72,3 +72,58 @@ def test_dropout_is_that_of_one_device():
     config = ds_config(stage=0, micro=4, mesh={"pipe": 2, "data": 1})
     curve, _ = run(config, devices=2, model=model)
     assert loss_error(curve, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("mesh", "layers", "pipeline"),
+    [
+        ({"pipe": 2, "data": 2}, 4, {"schedule": "interleaved-1f1b", "chunks": 2}),
+        ({"pipe": 4, "data": 2}, 6, {"schedule": "1f1b"}),
+        ({"pipe": 2, "data": 2}, 7, {"schedule": "interleaved-1f1b", "chunks": 3}),
+    ],
+)
+def test_layers_in_another_order_and_uneven_stages(mesh, layers, pipeline):
+    model = dataclasses.replace(TINY, layers=layers, remat="full")
+    expected, _ = run(ds_config(stage=0, micro=BATCH), devices=1, model=model)
+    micro = BATCH // mesh["data"] // 4
+    config = ds_config(stage=1, micro=micro, mesh=mesh, pipeline=pipeline)
+    curve, _ = run(config, devices=mesh["pipe"] * mesh["data"], model=model)
+    assert loss_error(curve, expected) < TOLERANCE
+    assert parameter_error(curve, expected) < TOLERANCE
+
+
+def test_checkpoints_know_nothing_of_stages(tmp_path):
+    model = dataclasses.replace(TINY, layers=5)
+    interleaved = {"schedule": "interleaved-1f1b", "chunks": 2}
+    piped = ds_config(
+        stage=1, micro=2, optimizer="AdamW", mesh={"pipe": 2, "data": 2}, pipeline=interleaved
+    )
+    alone = ds_config(stage=0, micro=BATCH, optimizer="AdamW")
+
+    def engine(config, devices, seed=0):
+        return jspeed.initialize(
+            model=ModelFactory("gpt2", model),
+            loss_fn=language_model_loss,
+            config=config,
+            devices=jax.devices()[:devices],
+            seed=seed,
+            report=False,
+        )
+
+    first, second = batches(2)
+    whole = engine(alone, 1)
+    losses = [float(whole.train_batch(batch)["loss"]) for batch in (first, second)]
+    for saver, loader in (((piped, 4), (alone, 1)), ((alone, 1), (piped, 4))):
+        directory = tmp_path / str(saver[1])
+        before = engine(*saver)
+        before.train_batch(first)
+        before.save_checkpoint(directory, tag="one")
+        for path, value in before.parameters().items():
+            np.testing.assert_array_equal(value.shape, whole.parameters()[path].shape)
+        after = engine(*loader, seed=1)
+        after.load_checkpoint(directory)
+        assert abs(float(after.train_batch(second)["loss"]) / losses[1] - 1) < TOLERANCE
+        error = parameter_error(
+            Curve(np.asarray([]), after.parameters()), Curve(np.asarray([]), whole.parameters())
+        )
+        assert error < 1e-3  # Adam divides rounding errors by small moments

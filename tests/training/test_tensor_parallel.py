@@ -36,9 +36,11 @@ LLAMA = LlamaConfig(
 MODELS: dict[str, GPT2Config | LlamaConfig] = {
     "gpt2": GPT2,
     "gpt2-untied": dataclasses.replace(GPT2, tie_embeddings=False),
+    "gpt2-whole-stream": dataclasses.replace(GPT2, sequence_sharding=False),
     # 4 does not divide the vocabulary: the table stays whole, the logits are computed in parts.
     "gpt2-odd-vocabulary": dataclasses.replace(GPT2, vocab_size=VOCAB + 3),
     "llama": dataclasses.replace(LLAMA, tie_embeddings=False),
+    "llama-whole-stream": dataclasses.replace(LLAMA, sequence_sharding=False),
     "llama-tied": dataclasses.replace(LLAMA, tie_embeddings=True),
 }
 ROWS = [
@@ -46,12 +48,14 @@ ROWS = [
     ("gpt2", 1, 2, 0),
     ("gpt2", 4, 2, 1),
     ("gpt2", 2, 4, 3),
+    ("gpt2-whole-stream", 4, 2, 1),
     ("gpt2-untied", 1, 4, 0),
     ("gpt2-untied", 4, 2, 2),
     ("gpt2-odd-vocabulary", 2, 4, 3),
     ("llama", 1, 2, 0),
     ("llama", 2, 4, 1),  # fewer key and value heads than devices
     ("llama", 4, 2, 3),
+    ("llama-whole-stream", 2, 4, 3),
     ("llama-tied", 2, 4, 2),
     ("llama-tied", 2, 4, 3),
 ]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from jspeed.nn.attention import Implementation
 from jspeed.nn.recompute import Recomputed
+from jspeed.nn.sequence import SequenceParallel
 
 
 @dataclass(frozen=True)
@@ -26,5 +27,7 @@ class GPT2Config:
     tie_embeddings: bool = True
     remat: str = "none"
     attention: Implementation = "xla"
+    sequence_parallel: SequenceParallel = "auto"
     loss_chunk_size: int | None = None
     recompute: tuple[Recomputed, ...] = ()
+    sequence_sharding: bool = True

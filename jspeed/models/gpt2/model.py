@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -17,9 +18,12 @@ from jspeed.nn import (
     embed,
     gelu,
     scan_layers,
+    split_sequence,
     stack_layers,
 )
 from jspeed.nn.attention import Implementation
+from jspeed.nn.attention_island import preferred_order
+from jspeed.nn.sequence import SequenceOrder, SequenceParallel
 
 _STDDEV = 0.02
 
@@ -31,20 +35,32 @@ class Attention(nnx.Module):
         width = config.hidden_size
         # Residual projections start smaller by the root of their number (GPT-2, section 2.3).
         residual = _STDDEV / math.sqrt(2 * config.layers)
+        linear = functools.partial(
+            Linear, bias=True, rngs=rngs, sequence_sharding=config.sequence_sharding
+        )
         qkv, proj = ("embed", "qkv", "heads"), ("heads", "embed")
-        self.qkv = Linear(width, 3, width, axes=qkv, stddev=_STDDEV, bias=True, rngs=rngs)
-        self.proj = Linear(width, width, axes=proj, stddev=residual, bias=True, rngs=rngs)
+        self.qkv = linear(width, 3, width, axes=qkv, stddev=_STDDEV)
+        self.proj = linear(width, width, axes=proj, stddev=residual)
         self.heads = config.heads
         self.implementation: Implementation = config.attention
+        self.sequence_parallel: SequenceParallel = config.sequence_parallel
 
-    def __call__(self, x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, segment_ids: jax.Array | None, order: SequenceOrder = "natural"
+    ) -> jax.Array:
         batch, seq, width = x.shape
         query, key, value = (
             part.reshape(batch, seq, self.heads, width // self.heads)
             for part in jnp.unstack(self.qkv(x), axis=2)
         )
         out = causal_attention(
-            query, key, value, segment_ids=segment_ids, implementation=self.implementation
+            query,
+            key,
+            value,
+            segment_ids=segment_ids,
+            implementation=self.implementation,
+            sequence_parallel=self.sequence_parallel,
+            order=order,
         )
         return self.proj(out.reshape(batch, seq, width))
 
@@ -55,9 +71,12 @@ class MLP(nnx.Module):
     def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs) -> None:
         width, inner = config.hidden_size, config.intermediate_size
         residual = _STDDEV / math.sqrt(2 * config.layers)
+        linear = functools.partial(
+            Linear, bias=True, rngs=rngs, sequence_sharding=config.sequence_sharding
+        )
         fc, proj = ("embed", "mlp"), ("mlp", "embed")
-        self.fc = Linear(width, inner, axes=fc, stddev=_STDDEV, bias=True, rngs=rngs)
-        self.proj = Linear(inner, width, axes=proj, stddev=residual, bias=True, rngs=rngs)
+        self.fc = linear(width, inner, axes=fc, stddev=_STDDEV)
+        self.proj = linear(inner, width, axes=proj, stddev=residual)
         self.recompute = "activation" in config.recompute
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -77,10 +96,15 @@ class Block(nnx.Module):
         )
         self.mlp = MLP(config, rngs=rngs)
         self.dropout = nnx.Dropout(config.dropout, rngs=rngs) if config.dropout else None
+        self.sequence_sharding = config.sequence_sharding
 
-    def __call__(self, x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-        x = x + self._drop(self.attn(self.ln_1(x), segment_ids))
-        return x + self._drop(self.mlp(self.ln_2(x)))
+    def __call__(
+        self, x: jax.Array, segment_ids: jax.Array | None, order: SequenceOrder = "natural"
+    ) -> jax.Array:
+        split = functools.partial(split_sequence, over_tensor=self.sequence_sharding)
+        x = split(x)
+        x = x + self._drop(split(self.attn(split(self.ln_1(x)), segment_ids, order)))
+        return split(x + self._drop(split(self.mlp(split(self.ln_2(x))))))
 
     def _drop(self, x: jax.Array) -> jax.Array:
         return x if self.dropout is None else self.dropout(x)
@@ -108,6 +132,7 @@ class GPT2(nnx.Module):
             None if config.tie_embeddings else normal(width, vocabulary, axes=("embed", "vocab"))
         )
         self.remat = config.remat
+        self.sequence_sharding = config.sequence_sharding
         self.loss_chunk_size = config.loss_chunk_size
 
     @property
@@ -121,13 +146,25 @@ class GPT2(nnx.Module):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        order: SequenceOrder = "natural",
     ) -> jax.Array:
-        """Tokens `[batch, seq]` -> the normalised last hidden states `[batch, seq, features]`."""
+        """Tokens `[batch, seq]` -> the normalised last hidden states `[batch, seq, features]`.
+
+        Tokens may come in the order of `token_order`, if their positions say so; so do the states.
+        """
         if positions is None:
             positions = jnp.arange(input_ids.shape[1])[None]
         x = embed(self.wte[...], input_ids) + self.wpe[...][positions]
-        x = scan_layers(self.blocks, x, lambda layer, x: layer(x, segment_ids), remat=self.remat)
+        x = split_sequence(x, over_tensor=self.sequence_sharding)
+        x = scan_layers(
+            self.blocks, x, lambda layer, x: layer(x, segment_ids, order), remat=self.remat
+        )
         return self.ln_f(x)
+
+    def token_order(self, length: int) -> SequenceOrder:
+        """The order of the tokens of a sequence in which attention moves least."""
+        attention = self.blocks.attn
+        return preferred_order(attention.sequence_parallel, heads=attention.heads, length=length)
 
     def head(self) -> jax.Array:
         """The output projection `[features, vocabulary]`."""

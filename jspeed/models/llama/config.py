@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from jspeed.nn.attention import Implementation
 from jspeed.nn.recompute import Recomputed
 from jspeed.nn.rope import RopeScaling
+from jspeed.nn.sequence import SequenceParallel
 
 
 @dataclass(frozen=True)
@@ -29,5 +30,7 @@ class LlamaConfig:
     tie_embeddings: bool = False
     remat: str = "none"
     attention: Implementation = "xla"
+    sequence_parallel: SequenceParallel = "auto"
     loss_chunk_size: int | None = None
     recompute: tuple[Recomputed, ...] = ()
+    sequence_sharding: bool = True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,11 +16,14 @@ from jspeed.nn import (
     causal_attention,
     embed,
     scan_layers,
+    split_sequence,
     stack_layers,
     swiglu,
 )
 from jspeed.nn.attention import Implementation
+from jspeed.nn.attention_island import preferred_order
 from jspeed.nn.rope import apply_rope, rope_frequencies
+from jspeed.nn.sequence import SequenceOrder, SequenceParallel
 
 _STDDEV = 0.02
 
@@ -30,7 +35,15 @@ class Attention(nnx.Module):
         width, dim = config.hidden_size, config.head_dim
 
         def linear(inputs: int, outputs: int, axes: LogicalAxes) -> Linear:
-            return Linear(inputs, outputs, axes=axes, stddev=_STDDEV, bias=False, rngs=rngs)
+            return Linear(
+                inputs,
+                outputs,
+                axes=axes,
+                stddev=_STDDEV,
+                bias=False,
+                rngs=rngs,
+                sequence_sharding=config.sequence_sharding,
+            )
 
         self.q = linear(width, config.heads * dim, ("embed", "heads"))
         self.k = linear(width, config.kv_heads * dim, ("embed", "kv_heads"))
@@ -39,9 +52,14 @@ class Attention(nnx.Module):
         self.heads, self.kv_heads, self.dim = config.heads, config.kv_heads, dim
         self.theta, self.scaling = config.rope_theta, config.rope_scaling
         self.implementation: Implementation = config.attention
+        self.sequence_parallel: SequenceParallel = config.sequence_parallel
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array | None
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None,
+        order: SequenceOrder = "natural",
     ) -> jax.Array:
         batch, seq, _ = x.shape
         frequencies = rope_frequencies(self.dim, self.theta, self.scaling)
@@ -54,6 +72,8 @@ class Attention(nnx.Module):
             v,
             segment_ids=segment_ids,
             implementation=self.implementation,
+            sequence_parallel=self.sequence_parallel,
+            order=order,
         )
         return self.o(out.reshape(batch, seq, self.heads * self.dim))
 
@@ -65,7 +85,15 @@ class MLP(nnx.Module):
         width, inner = config.hidden_size, config.intermediate_size
 
         def linear(inputs: int, outputs: int, axes: LogicalAxes) -> Linear:
-            return Linear(inputs, outputs, axes=axes, stddev=_STDDEV, bias=False, rngs=rngs)
+            return Linear(
+                inputs,
+                outputs,
+                axes=axes,
+                stddev=_STDDEV,
+                bias=False,
+                rngs=rngs,
+                sequence_sharding=config.sequence_sharding,
+            )
 
         self.gate = linear(width, inner, ("embed", "mlp"))
         self.up = linear(width, inner, ("embed", "mlp"))
@@ -88,12 +116,19 @@ class Block(nnx.Module):
             config.hidden_size, epsilon=config.norm_epsilon, recompute="norm" in config.recompute
         )
         self.mlp = MLP(config, rngs=rngs)
+        self.sequence_sharding = config.sequence_sharding
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array | None
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None,
+        order: SequenceOrder = "natural",
     ) -> jax.Array:
-        x = x + self.attn(self.attention_norm(x), positions, segment_ids)
-        return x + self.mlp(self.mlp_norm(x))
+        split = functools.partial(split_sequence, over_tensor=self.sequence_sharding)
+        x = split(x)
+        x = x + split(self.attn(split(self.attention_norm(x)), positions, segment_ids, order))
+        return split(x + split(self.mlp(split(self.mlp_norm(x)))))
 
 
 class Llama(nnx.Module):
@@ -117,6 +152,7 @@ class Llama(nnx.Module):
             None if config.tie_embeddings else normal(width, vocabulary, axes=("embed", "vocab"))
         )
         self.remat = config.remat
+        self.sequence_sharding = config.sequence_sharding
         self.loss_chunk_size = config.loss_chunk_size
 
     @property
@@ -130,14 +166,24 @@ class Llama(nnx.Module):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        order: SequenceOrder = "natural",
     ) -> jax.Array:
-        """Tokens `[batch, seq]` -> the normalised last hidden states `[batch, seq, features]`."""
+        """Tokens `[batch, seq]` -> the normalised last hidden states `[batch, seq, features]`.
+
+        Tokens may come in the order of `token_order`, if their positions say so; so do the states.
+        """
         where = jnp.arange(input_ids.shape[1])[None] if positions is None else positions
         x = embed(self.embedding[...], input_ids)
+        x = split_sequence(x, over_tensor=self.sequence_sharding)
         x = scan_layers(
-            self.blocks, x, lambda layer, x: layer(x, where, segment_ids), remat=self.remat
+            self.blocks, x, lambda layer, x: layer(x, where, segment_ids, order), remat=self.remat
         )
         return self.norm(x)
+
+    def token_order(self, length: int) -> SequenceOrder:
+        """The order of the tokens of a sequence in which attention moves least."""
+        attention = self.blocks.attn
+        return preferred_order(attention.sequence_parallel, heads=attention.heads, length=length)
 
     def head(self) -> jax.Array:
         """The output projection `[features, vocabulary]`."""

@@ -121,7 +121,7 @@ class Bounds:
             flops += (products - head) / 3 - last
         rows = candidate.micro_batch_size * candidate.accumulation
         rate = self._cluster.target.matmul_flops(config.precision.compute_dtype)
-        return flops * rows * length / candidate.tensor / rate
+        return flops * rows * length / (candidate.tensor * config.mesh.seq) / rate
 
     def _network_seconds(self, candidate: Candidate, config: Config, state: Explanation) -> float:
         """Stage 0: an all-reduce of the gradients a step. 1: a reduce-scatter and an all-gather a
@@ -188,9 +188,11 @@ def _accumulator_bytes(candidate: Candidate, config: Config, state: Explanation)
 
 
 def _activation_bytes(candidate: Candidate, config: Config) -> int:
-    """With remat each layer's input is kept, and without it more; over `tensor` it may be split."""
+    """With remat each layer's input is kept, and without it more; over `tensor` it may be split,
+    and over `seq` it is."""
     model = config.model
     assert model is not None
     size = _SIZES[config.precision.compute_dtype]
     rows = candidate.micro_batch_size * sequence_length(config)
-    return model.layers * rows * model.hidden_size * size // candidate.tensor
+    split = candidate.tensor * config.mesh.seq
+    return model.layers * rows * model.hidden_size * size // split
