@@ -82,3 +82,26 @@ def test_permutes_run_every_turn_and_what_a_branch_gathers_every_microbatch() ->
         layers = moved(1, kind)["bytes"] - embedding - head
         # In one stage the backward pass gathers the head's norm again, which is 4 KiB.
         assert moved(4, kind)["bytes"] == pytest.approx(layers / 4 + head, rel=1e-4)
+
+
+def test_what_stages_keep_between_turns_is_named_for_what_it_is() -> None:
+    """Stage 0 keeps the input of its one layer of seven microbatches."""
+    memory = plan(4)["memory"]
+    assert memory["at_peak"]["pipeline_buffers"] > 0
+    kept = {
+        "bytes": 7 * 2 * LENGTH * WIDTH * 2,
+        "role": "pipeline buffers",
+        "type": f"bf16[7,1,2,{LENGTH},{WIDTH}]",
+        "origin": "activations kept from forward to backward, 7 slot(s)",
+    }
+    assert kept in memory["largest"]
+    assert "pipeline_buffers" not in plan(1)["memory"]["at_peak"]
+
+
+def test_accumulated_gradients_are_those_of_a_stage() -> None:
+    shapes = {
+        buffer["type"]: buffer["origin"]
+        for buffer in plan(4)["memory"]["largest"]
+        if buffer["role"] == "gradients"
+    }
+    assert shapes[f"f32[1,768,{WIDTH}]"] == "blocks/mlp/down/kernel"
