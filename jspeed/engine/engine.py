@@ -16,6 +16,7 @@ from jspeed.core.tree import named_leaves
 from jspeed.engine import arguments, compilation
 from jspeed.engine.batches import BatchPlacer, rows_to_evaluate
 from jspeed.engine.build import RunPlan, ScheduleFn, plan_devices, plan_run
+from jspeed.engine.checked_step import CheckedStep
 from jspeed.engine.checkpointing import Checkpointing
 from jspeed.engine.checkpoints import EngineCheckpoints
 from jspeed.engine.counters import Counters
@@ -147,7 +148,7 @@ class Engine(Checkpointing):
         self._eval_step = make_eval_step(
             program, eval_fn, self.plan.layout, self.plan.step.gradients
         )
-        self._eval_jit: Callable[..., Any] = jax.jit(self._eval_step)
+        self._eval_jit: Callable[..., Any] = self._checked(jax.jit(self._eval_step))
         self._state: TrainState = create_state(
             program, self.plan.optimizer, self.layout, seed=seed, loss_scale=self.plan.loss_scale
         )
@@ -174,8 +175,13 @@ class Engine(Checkpointing):
             rules=rules,
         )
 
+    def _checked(self, jitted: Any) -> Any:
+        """What is compiled for a pipeline is looked at before it runs."""
+        return jitted if self.layout.stages == 1 else CheckedStep(jitted, self.layout.sizes)
+
     def _compile_step(self) -> None:
-        self.train_step = compilation.jit_step(self.config, self._program, self._loss_fn, self.plan)
+        step = compilation.jit_step(self.config, self._program, self._loss_fn, self.plan)
+        self.train_step = self._checked(step)
         self.place_batch = BatchPlacer(
             self.layout,
             rows=self.plan.batch.train_batch_size // jax.process_count(),

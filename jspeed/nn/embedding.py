@@ -15,7 +15,10 @@ from jspeed.layout.context import automatic_sizes
 
 
 def embed(
-    table: Float[Array, "vocabulary features"], ids: Int[Array | np.ndarray, "*tokens"]
+    table: Float[Array, "vocabulary features"],
+    ids: Int[Array | np.ndarray, "*tokens"],
+    *,
+    over_tensor: bool = True,
 ) -> Float[Array, "*tokens features"]:
     """`table[ids]`.
 
@@ -28,13 +31,17 @@ def embed(
     Args:
       table: `[vocabulary, features]`.
       ids: `[...]` int32; their second dimension is the sequence, if there is one.
+      over_tensor: whether `tensor` splits the table where it can; False for one of positions, which
+        every device holds whole.
 
     Returns:
       `[..., features]` in the table's dtype.
     """
     sizes = automatic_sizes()
-    if "seq" in sizes and "tensor" not in sizes:
+    if "seq" in sizes and ("tensor" not in sizes or not over_tensor):
         return _lookup_of_parts(table, jnp.asarray(ids))
+    if not over_tensor:
+        return table[ids]
     if table.shape[0] % sizes.get("tensor", 1) or "tensor" not in sizes:
         return table[ids]
     return _split_lookup(table, jnp.asarray(ids))

@@ -154,7 +154,7 @@ class GPT2(nnx.Module):
         """
         if positions is None:
             positions = jnp.arange(input_ids.shape[1])[None]
-        x = embed(self.wte[...], input_ids) + self.wpe[...][positions]
+        x = embed(self.wte[...], input_ids) + embed(self.wpe[...], positions, over_tensor=False)
         x = split_sequence(x, over_tensor=self.sequence_sharding)
         x = scan_layers(
             self.blocks, x, lambda layer, x: layer(x, segment_ids, order), remat=self.remat
