@@ -34,7 +34,7 @@ class _Written(NamedTuple):
 
     computation: Computation
     instruction: Instruction
-    index: int
+    place: int
 
 
 class Sources:
@@ -122,7 +122,7 @@ class Sources:
             # An inner loop fills it.
             name = written.instruction.name
             loop = next(loop for loop in self._loops if loop.instruction.name == name)
-            step = loop.body, written.index
+            step = loop.body, written.place
         return None
 
     def _into_loop(
