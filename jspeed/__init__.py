@@ -10,16 +10,29 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "LossSum", "__version__", "initialize", "load_config"]
+__all__ = [
+    "Engine",
+    "LayerSpec",
+    "LossSum",
+    "PipelineModule",
+    "TiedLayerSpec",
+    "__version__",
+    "initialize",
+    "load_config",
+]
 
 if TYPE_CHECKING:
     from jspeed.config import load_config
     from jspeed.core.loss import LossSum
     from jspeed.engine import Engine, initialize
+    from jspeed.pipeline.module import LayerSpec, PipelineModule, TiedLayerSpec
 
 _HOMES = {
     "Engine": "jspeed.engine",
     "initialize": "jspeed.engine",
+    "LayerSpec": "jspeed.pipeline.module",
+    "PipelineModule": "jspeed.pipeline.module",
+    "TiedLayerSpec": "jspeed.pipeline.module",
     "LossSum": "jspeed.core.loss",
     "load_config": "jspeed.config",
 }

@@ -30,6 +30,8 @@ def derive(values: Values) -> Values:
     put(f"{_ZERO}.overlap_comm", stage == 3, f"stage {stage}")
     stages = values.get("pipeline.stages")
     put("mesh.pipe", stages, "from pipeline.stages", only_if=stages != "auto")
+    path, tensor = autotp_size(values)
+    put("mesh.tensor", tensor, f'from "{path}"', only_if=tensor > 1)
     longest = values.get("model.sequence_length")
     put("data.sequence_length", longest, "from model.sequence_length",
         only_if=values.has_section("data") and longest is not None)  # fmt: skip
@@ -168,6 +170,38 @@ def mesh(values: Values) -> types.MeshConfig:
 def pipeline(values: Values) -> types.PipelineConfig:
     """Return the pipeline section with its defaults."""
     return types.PipelineConfig(**_fields(values, "pipeline", types.PipelineConfig))
+
+
+def tensor_parallel(values: Values) -> types.TensorParallelConfig:
+    """Return what AutoTP goes by."""
+    section = "tensor_parallel"
+    specs = values.patterned.get(f"{section}.partition_config.layer_specs") or []
+    preset = values.get(f"{section}.preset_model")
+    return types.TensorParallelConfig(
+        layer_specs=tuple(map(_layer_spec, specs)),
+        use_default_specs=values.get(f"{section}.partition_config.use_default_specs"),
+        preset_model=preset,
+        asked=bool(specs or preset) or autotp_size(values)[1] > 1,
+    )
+
+
+def _layer_spec(spec: dict[str, Any]) -> types.LayerSpec:
+    def texts(name: str) -> tuple[str, ...]:
+        given = spec.get(name) or ()
+        return (given,) if isinstance(given, str) else tuple(given)
+
+    kind = spec.get("partition_type", "column")
+    kind = "column" if kind == "auto" else kind
+    fused = spec.get("shape") not in (None, "auto")
+    return types.LayerSpec(texts("patterns"), kind, texts("model_types"), fused)
+
+
+def autotp_size(values: Values) -> tuple[str, int]:
+    """Return the key of DeepSpeed's that asks for tensor parallelism, and the size; 1 for none."""
+    for path in ("tensor_parallel.autotp_size", "tensor_parallel.tp.tp_size"):
+        if values.get(path) > 1:
+            return path, values.get(path)
+    return "", 1
 
 
 def model(values: Values) -> types.ModelConfig | None:

@@ -26,6 +26,7 @@ from jspeed.config.sections import (
     RunConfig,
     SchedulerConfig,
     SweepConfig,
+    TensorParallelConfig,
     ZeroConfig,
 )
 from jspeed.config.values import Values
@@ -53,6 +54,7 @@ class Config:
     zero: ZeroConfig
     mesh: MeshConfig
     pipeline: PipelineConfig
+    tensor_parallel: TensorParallelConfig
     model: ModelConfig | None
     data: DataConfig | None
     run: RunConfig | None
@@ -153,6 +155,7 @@ def from_values(values: Values, given: Values) -> Config:
         zero=build.zero(values),
         mesh=build.mesh(values),
         pipeline=build.pipeline(values),
+        tensor_parallel=build.tensor_parallel(values),
         model=build.model(values),
         data=build.data(values),
         run=build.run(values),

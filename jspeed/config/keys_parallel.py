@@ -1,6 +1,6 @@
 """DeepSpeed's parallelism and model-side sections."""
 
-from jspeed.config.key import Auto, automatic, later, mapped, passive, section
+from jspeed.config.key import Auto, automatic, later, mapped, passive, refused, section
 from jspeed.config.kinds import (
     Anything,
     Bool,
@@ -43,40 +43,50 @@ PIPELINE_KEYS = section(
     automatic("use_reentrant", Bool(), True, "a PyTorch setting without object"),
 )  # fmt: skip
 
+_INJECTION = "AutoTP changes no module, it places parameters; say what to split in layer_specs"
+_GATHERS = "XLA gathers or reduces where the model needs it"
+
 _SPEC = section(
     "partition_config.layer_specs[]",
-    later("patterns", ListOf(Text(), single=True), None, _AUTOTP),
-    later("partition_type", choice("row", "column", "skip"), "column", _AUTOTP),
-    later("shape", Anything(), None, _AUTOTP),
-    later("partition_dim", Int(), None, _AUTOTP),
-    later("model_types", ListOf(Text(), single=True), None, _AUTOTP),
-    later("gather_output", Bool(), False, _AUTOTP),
-    later("grad_allreduce", Bool(), True, _AUTOTP),
-)
+    mapped("patterns", ListOf(Text(), single=True), None,
+           "regexes for the beginning of a parameter's path, with / or . between names"),
+    mapped("partition_type", choice("row", "column", "skip"), "column", "how they are split"),
+    mapped("shape", Anything(), None,
+           "the kernel holds several projections: split where they have a dimension of their own"),
+    automatic("partition_dim", Int(), None,
+              "partition_type says it: torch's dimension 0 is columns, 1 is rows"),
+    mapped("model_types", ListOf(Text(), single=True), None,
+           "the values of the model's config.model_type that the entry is for"),
+    automatic("gather_output", Bool(), False, _GATHERS),
+    automatic("grad_allreduce", Bool(), True, _GATHERS),
+)  # fmt: skip
 _PRESETS = choice("llama", "bloom", "chatglm", "mixtral", "deepseek_v2", "qwen2", "phi3")
 
 TENSOR_PARALLEL_KEYS = section(
     "tensor_parallel",
-    later("autotp_size", _COUNT, 0, _AUTOTP, off=(1,)),
-    later("tp.tp_size", Int(1), 1, _AUTOTP),
-    later("tensor_parallel.tp_size", Int(1), None, 'the long name of "tp.tp_size"',
-          alias_of="tensor_parallel.tp.tp_size"),
-    later("tensor_parallel.tp_grain_size", Int(1), None, 'the long name of "tp.tp_grain_size"',
-          alias_of="tensor_parallel.tp.tp_grain_size"),
-    passive(
-        later("tp.tp_grain_size", Int(1), 1, _AUTOTP),
-        later("dtype", Text(), "fp16", _AUTOTP),
-        later("tp_overlap_comm", Bool(), False, _AUTOTP),
-        later("preset_model", _PRESETS, None, _AUTOTP),
-        later("partition_config.use_default_specs", Bool(), True, _AUTOTP),
-        _SPEC,
-        later("keep_module_on_host", Bool(), False, _AUTOTP),
-        later("vocab_parallel_lm_head", Bool(), None, _AUTOTP),
-        later("vocab_parallel_ce_backend", choice("torch", "liger"), "torch", _AUTOTP),
-        later("injection_policy_tuple", Anything(), None, _AUTOTP),
-        later("replace_with_kernel_inject", Bool(), False, _AUTOTP),
-        later("kernel_inject", Bool(), False, _AUTOTP),
-    ),
+    mapped("autotp_size", _COUNT, 0, 'the size of "mesh.tensor"; 0 and 1 leave it'),
+    mapped("tp.tp_size", Int(1), 1, 'the size of "mesh.tensor"; 1 leaves it'),
+    mapped("tensor_parallel.tp_size", Int(1), None, 'the long name of "tp.tp_size"',
+           alias_of="tensor_parallel.tp.tp_size"),
+    automatic("tensor_parallel.tp_grain_size", Int(1), None, 'the long name of "tp.tp_grain_size"',
+              alias_of="tensor_parallel.tp.tp_grain_size"),
+    automatic("tp.tp_grain_size", Int(1), 1,
+              "parts are equal and heads are never cut, so there is nothing to align"),
+    automatic("dtype", Text(), "fp16", "the compute dtype that fp16 or bf16 sets counts"),
+    automatic("tp_overlap_comm", Bool(), False,
+              "XLA schedules reductions; the overlap options of zero_optimization hold for all"),
+    mapped("preset_model", _PRESETS, None, "whose names of layers AutoTP goes by first"),
+    mapped("partition_config.use_default_specs", Bool(), True,
+           "whether known names and shapes decide what layer_specs leave open"),
+    _SPEC,
+    automatic("keep_module_on_host", Bool(), False, "parameters are created in their shards"),
+    automatic("vocab_parallel_lm_head", Bool(), None,
+              "the head is split by its vocabulary, which needs no gathered logits"),
+    automatic("vocab_parallel_ce_backend", choice("torch", "liger"), "torch",
+              "jspeed.nn.linear_cross_entropy computes in chunks of tokens as Liger does"),
+    refused("injection_policy_tuple", Anything(), None, _INJECTION, on="set"),
+    refused("replace_with_kernel_inject", Bool(), False, _INJECTION),
+    refused("kernel_inject", Bool(), False, _INJECTION),
     auto=Auto.DEFAULT,
 )  # fmt: skip
 

@@ -58,6 +58,8 @@ MODEL_KEYS = section(
            "which attention computes the same; auto picks by platform"),
     mapped("attention.sequence_parallel", choice("auto", "ulysses", "ring", "allgather"), "auto",
            "how attention sees a sequence that mesh.seq splits; auto is ulysses where heads allow"),
+    mapped("mlp_chunk_size", _COUNT, None,
+           "tokens of a row whose MLP exists at once on a device; null: all"),
     mapped("sequence_sharding", Bool(), True,
            "mesh.tensor also splits the residual stream between blocks, along the sequence"),
     mapped("loss_chunk_size", _COUNT, None, "tokens whose logits exist at once; null: 64 MiB"),

@@ -1,5 +1,6 @@
 """What must hold between keys: one small function per rule, each yielding the problems it finds."""
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -323,6 +324,34 @@ def sweep(values: Values) -> Iterator[Problem]:
             yield Problem(low, f'{least} is above "{high}" {most}.', values.line(low))
 
 
+def tensor_sizes(values: Values) -> Iterator[Problem]:
+    """DeepSpeed's sizes of tensor parallelism agree with each other and with the mesh; the patterns
+    of layer specs are regular expressions."""
+    tensor = values.get("mesh.tensor")
+    for path in ("tensor_parallel.autotp_size", "tensor_parallel.tp.tp_size"):
+        size = values.get(path)
+        if size > 1 and size != tensor:
+            yield Problem(
+                path,
+                f'{size} contradicts "mesh.tensor": {tensor}. They set the same thing; keep the '
+                "second.",
+                values.line(path),
+            )
+    section = "tensor_parallel.partition_config.layer_specs"
+    for index, spec in enumerate(values.patterned.get(section) or []):
+        path = f"{section}[{index}].patterns"
+        given = spec.get("patterns") or []
+        for pattern in [given] if isinstance(given, str) else given:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                yield Problem(
+                    path,
+                    f"{shown(pattern)} is no regular expression ({error}).",
+                    values.line(path),
+                )
+
+
 RULES: tuple[Rule, ...] = (
     refused_features,
     one_precision,
@@ -333,6 +362,7 @@ RULES: tuple[Rule, ...] = (
     optimizer,
     mesh,
     pipeline,
+    tensor_sizes,
     batch_triangle,
     model,
     data,

@@ -100,6 +100,33 @@ class PipelineConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """How `tensor` splits the layers whose parameters' paths begin as one of `patterns` says.
+
+    `model_types` limits it to models whose `config.model_type` is among them; `fused` kernels hold
+    several projections.
+    """
+
+    patterns: tuple[str, ...]
+    partition_type: Literal["row", "column", "skip"] = "column"
+    model_types: tuple[str, ...] = ()
+    fused: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TensorParallelConfig:
+    """What AutoTP goes by for models that name none of their dimensions.
+
+    `asked`: the section asks for it, so that it works beside sharding rules too.
+    """
+
+    layer_specs: tuple[LayerSpec, ...] = ()
+    use_default_specs: bool = True
+    preset_model: str | None = None
+    asked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class RopeScalingConfig:
     """llama3 scaling of the rotary frequencies."""
 
@@ -137,6 +164,7 @@ class ModelConfig:
     norm_epsilon: float
     remat: Literal["none", "full"]
     attention: AttentionConfig
+    mlp_chunk_size: int | None
     sequence_sharding: bool
     loss_chunk_size: int | None
 

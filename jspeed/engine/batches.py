@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jspeed.core.errors import DataError
+from jspeed.core.errors import DataError, LayoutError
 from jspeed.core.tree import named_leaves
 from jspeed.layout.zero import Layout
 
@@ -19,6 +19,9 @@ class BatchPlacer:
       layout: where examples live.
       rows: examples that this process brings per call.
       accumulation: microbatches to cut them into; None for evaluation, which has no such dimension.
+
+    Raises:
+      LayoutError: a sequence would be split between processes, each of which brings whole ones.
     """
 
     def __init__(self, layout: Layout, *, rows: int, accumulation: int | None) -> None:
@@ -26,7 +29,15 @@ class BatchPlacer:
         self._accumulation = accumulation
         self._leading = 0 if accumulation is None else 1
         self._layout = layout
-        self._alone = jax.process_count() == 1
+        processes = jax.process_count()
+        self._alone = processes == 1
+        if layout.sizes["seq"] > 1 and layout.batch_shards % processes:
+            raise LayoutError(
+                f'"mesh.seq": {layout.sizes["seq"]} splits sequences between processes: '
+                f"{layout.batch_shards} batch shard(s) cannot be shared evenly by {processes} "
+                "processes, which read whole sequences. Make the batch axes (replica x data x "
+                f"expert) a multiple of {processes}."
+            )
 
     def __call__(self, batch: Any) -> Any:
         """Places a pytree of `[rows, ...]` arrays.

@@ -109,9 +109,12 @@ def plan_run(
         rules=[*rules, *(Rule(pattern, tuple(spec)) for pattern, spec in config.mesh.rules)],
         splits=tensor_splits(
             params,
+            sizes=dict(mesh.shape),
             logical_axes=program.logical_axes,
             blueprint=program.blueprint,
-            ways=mesh.shape["tensor"],
+            stacked=program.stacked,
+            settings=config.tensor_parallel,
+            ruled=bool(rules or config.mesh.rules),
         ),
         stacked=program.stacked,
         compute_dtype=precision.compute_dtype,

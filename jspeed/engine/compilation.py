@@ -106,7 +106,7 @@ def step_options(
         communication_settings(config),
         compute_dtype=layout.compute_dtype,
         reduce_dtype=layout.reduce_dtype,
-        automatic_axes=bool(layout.automatic_axes),
+        automatic_axes=layout.automatic_axes,
         described=described,
     )
     return dict(options) or None

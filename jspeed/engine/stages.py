@@ -7,11 +7,15 @@ import re
 from typing import Any
 
 from jspeed.config import Config
+from jspeed.core.errors import ModelError
 from jspeed.core.tree import named_leaves
 from jspeed.layout.stages import StageOrder
 from jspeed.layout.zero import stacked_layers
+from jspeed.pipeline.module import LayerList
 from jspeed.pipeline.partition import partition_layers
 from jspeed.training.program import Program
+
+_BEST = "best"
 
 
 def stage_order(config: Config, program: Program, params: Any, stages: int) -> StageOrder | None:
@@ -25,33 +29,45 @@ def stage_order(config: Config, program: Program, params: Any, stages: int) -> S
 
     Raises:
       ConfigError: more stages than layers, or no such partition.
-      LayoutError: the model has no stack of layers.
+      LayoutError, ModelError: the model has no stack of layers.
     """
     if stages == 1:
         return None
-    layers, chunks = stacked_layers(params, program.stacked), config.pipeline.chunks
-    method = config.pipeline.partition
+    blueprint = program.blueprint
+    if isinstance(blueprint, LayerList) and blueprint.stack is None:
+        raise ModelError(
+            '"mesh.pipe": stages share out the longest run of equal layers of a PipelineModule, '
+            "and no two neighbours of this one are equal. Give them the same class and arguments: "
+            "[LayerSpec(Block, 512) for _ in range(8)]."
+        )
+    layers, method = stacked_layers(params, program.stacked), config.pipeline.partition
+    elements = {path: math.prod(leaf.shape) for path, leaf in named_leaves(params)}
+    if isinstance(blueprint, LayerList):
+        names, sizes = blueprint.parts(elements)
+        best = blueprint.partition_method
+    else:
+        names, sizes = ["layer"] * layers, _sizes(program, elements, layers)
+        best = "uniform"
     boundaries = partition_layers(
-        "uniform" if method == "best" else method,
-        names=["layer"] * layers,
-        parameters=_weights(program, params, layers),
+        best if method == _BEST else method,
+        names=names,
+        parameters=sizes,
         stages=stages,
-        chunks=chunks,
+        chunks=config.pipeline.chunks,
     )
     return StageOrder.between(stages, boundaries)
 
 
-def _weights(program: Program, params: Any, layers: int) -> list[int]:
+def _sizes(program: Program, elements: dict[str, int], layers: int) -> list[int]:
     """Elements of each layer. What stands before the layers goes with the first one, and what
     follows with the last; which is which nobody knows here, so half of it each."""
-    per_layer = others = 0
-    for path, leaf in named_leaves(params):
-        size = math.prod(leaf.shape)
-        if any(re.fullmatch(pattern, path) for pattern in program.stacked):
-            per_layer += size // layers
-        else:
-            others += size
-    weights = [per_layer] * layers
-    weights[0] += others // 2
-    weights[-1] += others - others // 2
-    return weights
+    stacked = sum(
+        size
+        for path, size in elements.items()
+        if any(re.fullmatch(pattern, path) for pattern in program.stacked)
+    )
+    sizes = [stacked // layers] * layers
+    others = sum(elements.values()) - stacked
+    sizes[0] += others // 2
+    sizes[-1] += others - others // 2
+    return sizes

@@ -6,11 +6,12 @@ optimization level O1 it pipelines the collectives of loops and schedules them b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-Options = dict[str, bool | int]
+Options = dict[str, bool | int | str]
 
 _GPU = frozenset({"cuda", "gpu"})
 # XLA's effort levels are numbered in steps of ten: O0 = 9, O1 = 19.
@@ -49,7 +50,7 @@ def compiler_options(
     *,
     compute_dtype: str,
     reduce_dtype: str | None = None,
-    automatic_axes: bool = False,
+    automatic_axes: Sequence[str] = (),
     described: bool = False,
 ) -> Options:
     """The options to compile a train step with, for `jax.jit(..., compiler_options=...)`.
@@ -59,7 +60,7 @@ def compiler_options(
       zero: overlap and bucket sizes.
       compute_dtype: that weights are gathered in; a bucket's elements times its size is in bytes.
       reduce_dtype: that gradients are reduced in; the compute dtype when None.
-      automatic_axes: whether `tensor` or `seq` splits anything, so that layers hold collectives of
+      automatic_axes: which of `tensor` and `seq` split anything, so that layers hold collectives of
         their own.
       described: the target is a description of a GPU. Products then go to the library, as they do
         on a GPU after autotuning, which needs one.
@@ -73,6 +74,10 @@ def compiler_options(
             # With one collective at a time, a gather would have to end before the next reduction
             # over `tensor` and found no matrix product to run behind.
             options["xla_gpu_experimental_parallel_collective_overlap_limit"] = 4
+        if "seq" in automatic_axes:
+            # XLA would unroll the layers' loops, whose inner loops it then shares between the
+            # copies, and abort ("Call graph must have been flattened").
+            options["xla_gpu_enable_while_loop_unrolling"] = "WHILE_LOOP_UNROLLING_NO_UNROLL"
     gather = zero.prefetch_bucket_size if zero.stage == 3 else zero.allgather_bucket_size
     gather_bytes = gather * jnp.dtype(compute_dtype).itemsize
     reduce_bytes = zero.reduce_bucket_size * jnp.dtype(reduce_dtype or compute_dtype).itemsize

@@ -46,10 +46,12 @@ class Split:
     Attributes:
       spec: over automatic axes, one entry per dimension.
       because: what decided it, or why the parameter stays whole; a phrase for `explain`.
+      asked: the configuration says so, for this parameter.
     """
 
     spec: tuple[Entry, ...]
     because: str
+    asked: bool = False
 
 
 def logical_splits(

@@ -2,30 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jspeed.config import TensorParallelConfig
+from jspeed.layout.autotp import autotp_splits
 from jspeed.layout.logical import Split, logical_splits
 
 
 def tensor_splits(
     params: Any,
     *,
+    sizes: Mapping[str, int],
     logical_axes: Mapping[str, tuple[str, ...]],
     blueprint: Any,
-    ways: int,
+    stacked: Sequence[str] = (),
+    settings: TensorParallelConfig | None = None,
+    ruled: bool = False,
 ) -> dict[str, Split]:
     """path -> what `tensor` splits of that parameter.
 
+    What a model names decides, and AutoTP what it leaves open. Layer specs of the configuration
+    come before both. Where some rules are written by hand, nothing is guessed unless the
+    configuration asks for it.
+
     Args:
       params: a pytree of arrays or shapes.
+      sizes: of the mesh axes.
       logical_axes: path -> one name per dimension, for the parameters whose model names them.
       blueprint: the model as its library knows it; its `logical_units`, name -> number of heads or
         other parts that are never cut, are read where it has them.
-      ways: the size of the axis.
+      stacked: regexes of parameters whose first dimension stacks layers.
+      settings: the `tensor_parallel` section; None is an empty one.
+      ruled: sharding rules are written by hand.
 
     Raises:
-      LayoutError: the query heads, or the inner width, do not divide by `ways`.
+      LayoutError: the query heads, or the inner width, of a model that names them do not divide.
     """
+    ways = sizes["tensor"]
+    if ways == 1:
+        return {}
     units = getattr(blueprint, "logical_units", {})
-    return logical_splits(params, logical_axes, units=units, ways=ways)
+    named = logical_splits(params, logical_axes, units=units, ways=ways)
+    settings = settings or TensorParallelConfig()
+    if ruled and not settings.asked:
+        return named
+    guessed = autotp_splits(
+        params,
+        settings,
+        ways=ways,
+        blueprint=blueprint,
+        stacked=stacked,
+        pipelined=sizes["pipe"] > 1,
+    )
+    return {**guessed, **{path: s for path, s in named.items() if not guessed[path].asked}}

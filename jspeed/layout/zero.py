@@ -17,6 +17,7 @@ from typing import Any
 
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jspeed.core.errors import LayoutError
 from jspeed.core.tree import named_leaves
 from jspeed.layout.gather import GatherPlan
 from jspeed.layout.logical import Split

@@ -82,6 +82,7 @@ def build_model(model: ModelConfig, *, vocab_size: int, platform: str) -> ModelF
         "heads": model.heads,
         "remat": model.remat,
         "norm_epsilon": model.norm_epsilon,
+        "mlp_chunk_size": model.mlp_chunk_size,
         "loss_chunk_size": model.loss_chunk_size,
         "attention": choose_implementation(model.attention.implementation, platform),
         "sequence_parallel": model.attention.sequence_parallel,

@@ -30,6 +30,7 @@ from jspeed.nn.attention_blockwise import (
     attend_blocks_backward,
     row_sums,
 )
+from jspeed.nn.sequence import largest_divisor
 
 # So low that what comes with it has no weight in a merge.
 _NOTHING = -1e30
@@ -190,7 +191,7 @@ ring_attention.defvjp(_forward, _backward)
 
 def block_size(length: int) -> int:
     """The largest divisor of a stretch that is at most `attention_blockwise.BLOCK`."""
-    return next(size for size in range(min(BLOCK, length), 0, -1) if length % size == 0)
+    return largest_divisor(length, BLOCK)
 
 
 def to_zigzag(x: jax.Array, axis: str) -> jax.Array:

@@ -60,3 +60,8 @@ def in_zigzag_order(x: jax.Array) -> jax.Array:
         out_specs=PartitionSpec(None, "seq"),
         axis_names=frozenset(sizes),
     )(x)
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of a number that is at most `most`."""
+    return next(size for size in range(min(most, number), 0, -1) if number % size == 0)

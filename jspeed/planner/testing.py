@@ -98,9 +98,11 @@ def compile_step(
         rules=rules,
         splits=tensor_splits(
             params,
+            sizes=dict(mesh.shape),
             logical_axes=program.logical_axes,
             blueprint=program.blueprint,
-            ways=mesh.shape["tensor"],
+            stacked=program.stacked,
+            ruled=bool(rules),
         ),
         stacked=program.stacked,
         compute_dtype=compute_dtype,
@@ -120,7 +122,7 @@ def compile_step(
         communication or CommunicationSettings(stage, False, 0, 0, 0),
         compute_dtype=compute_dtype,
         reduce_dtype=reduce_dtype,
-        automatic_axes=bool(layout.automatic_axes),
+        automatic_axes=layout.automatic_axes,
         described=True,
     )
     lowered = jax.jit(

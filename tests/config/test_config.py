@@ -174,7 +174,6 @@ def test_every_later_feature_of_a_file_is_listed_once_with_its_line():
         "zero_optimization.zero_hpz_partition_size",
         "zero_optimization.zero_quantized_weights",
         "pipeline.activation_checkpoint_interval",
-        "tensor_parallel.autotp_size",
         "activation_checkpointing.cpu_checkpointing",
         "activation_checkpointing.number_checkpoints",
         "compression_training.weight_quantization.shared_parameters.enabled",

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from jspeed.config import load_config
+from jspeed.config import LayerSpec, load_config
 from jspeed.core.errors import ConfigError
 
 BATCH = {"train_batch_size": 8}
@@ -277,3 +277,38 @@ def test_the_ring_is_refused_in_a_pipeline():
         '"model.attention.sequence_parallel": "ring" does not go with "mesh.pipe" 2: its permutes '
         'would stand in branches that stages take differently. Use "ulysses" or "allgather".'
     )
+
+
+def test_sizes_of_tensor_parallelism_are_one():
+    base = {"train_batch_size": 8}
+    asked = load_config({**base, "tensor_parallel": {"autotp_size": 4}})
+    assert asked.mesh.tensor == 4
+    assert asked.tensor_parallel.asked
+    tp = load_config({**base, "tensor_parallel": {"tp": {"tp_size": 2}}, "mesh": {"tensor": 2}})
+    assert tp.mesh.tensor == 2
+    assert not load_config({**base, "tensor_parallel": {"autotp_size": 1}}).tensor_parallel.asked
+    with pytest.raises(ConfigError) as error:
+        load_config({**base, "tensor_parallel": {"autotp_size": 4}, "mesh": {"tensor": 2}})
+    assert str(error.value) == (
+        '"tensor_parallel.autotp_size": 4 contradicts "mesh.tensor": 2. They set the same thing; '
+        "keep the second."
+    )
+
+
+def test_layer_specs_are_read_and_their_patterns_checked():
+    def config(*specs):
+        partition = {"layer_specs": list(specs), "use_default_specs": False}
+        section = {"autotp_size": 2, "partition_config": partition}
+        return load_config({"train_batch_size": 8, "tensor_parallel": section}).tensor_parallel
+
+    found = config(
+        {"patterns": [".*o_proj", ".*down"], "partition_type": "row"},
+        {"patterns": ".*qkv", "shape": [3, -1], "partition_dim": 0, "model_types": "bloom"},
+    )
+    assert found.layer_specs == (
+        LayerSpec((".*o_proj", ".*down"), "row"),
+        LayerSpec((".*qkv",), "column", ("bloom",), fused=True),
+    )
+    assert not found.use_default_specs
+    with pytest.raises(ConfigError, match=r'layer_specs\[0\].patterns": "\(" is no regular expr'):
+        config({"patterns": "("})

@@ -63,9 +63,23 @@ def test_overlap_is_an_optimization_level(zero, level):
 
 def test_more_collectives_are_in_flight_beside_a_tensor_axis():
     options = compiler_options(
-        "cuda", settings(stage=3), compute_dtype="bfloat16", automatic_axes=True
+        "cuda", settings(stage=3), compute_dtype="bfloat16", automatic_axes=("tensor",)
     )
     assert options[IN_FLIGHT] == 4
+
+
+def test_loops_are_not_unrolled_where_the_sequence_is_split():
+    """XLA aborts otherwise; without a split sequence it is left to do so."""
+    unrolling = "xla_gpu_enable_while_loop_unrolling"
+    for axes in ((), ("tensor",)):
+        options = compiler_options(
+            "cuda", settings(stage=3), compute_dtype="bfloat16", automatic_axes=axes
+        )
+        assert unrolling not in options
+    options = compiler_options(
+        "cuda", settings(stage=3), compute_dtype="bfloat16", automatic_axes=("seq", "tensor")
+    )
+    assert options[unrolling] == "WHILE_LOOP_UNROLLING_NO_UNROLL"
 
 
 def test_a_bucket_of_nothing_leaves_the_choice_to_xla():

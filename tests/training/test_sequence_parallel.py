@@ -147,6 +147,39 @@ def test_ring_without_documents_equals_one_device():
         check(model, devices=8, micro=4, mesh=layout, changes=ring)
 
 
+@pytest.mark.parametrize(
+    ("model", "stage", "mesh"),
+    [("llama", 3, {"data": 2, "seq": 4}), ("gpt2", 1, {"data": 8}), ("gpt2", 3, {"seq": 2})],
+)
+def test_layers_in_chunks_equal_one_device(model, stage, mesh):
+    """The MLP two tokens at a time, the logits of three at a time."""
+    chunks = {"mlp_chunk_size": 2, "loss_chunk_size": 3, "remat": "full"}
+    data = mesh.get("data", 1)
+    devices = data * mesh.get("seq", 1)
+    check(model, devices=devices, stage=stage, micro=BATCH // data, mesh=mesh, changes=chunks)
+
+
+@pytest.mark.parametrize(
+    ("method", "stage", "mesh"),
+    [
+        ("ulysses", 3, {"pipe": 2, "data": 2, "seq": 2}),
+        ("allgather", 1, {"pipe": 2, "seq": 4}),
+        ("auto", 2, {"pipe": 2, "seq": 2, "tensor": 2}),
+    ],
+)
+def test_pipelines_over_a_split_sequence_equal_one_device(method, stage, mesh):
+    data = mesh.get("data", 1)
+    check(
+        "llama",
+        documents=True,
+        devices=8,
+        stage=stage,
+        micro=BATCH // data // 4,
+        mesh={**mesh, "rules": RULES["llama"] if "tensor" in mesh else []},
+        changes={"sequence_parallel": method},
+    )
+
+
 def test_evaluation_equals_one_device():
     """Forward only, and the same loss whatever the layout."""
     losses = []

@@ -92,7 +92,9 @@ def _linen_function(module: Any) -> Any:
     return lambda params, *args: module.apply({"params": params}, *args)
 
 
-def make_engine(case: Case, stage: int, *, devices: int = 8, model: Any = None) -> jspeed.Engine:
+def make_engine(
+    case: Case, stage: int, *, devices: int = 8, model: Any = None, **more: Any
+) -> jspeed.Engine:
     """The engine of a case, with two microbatches per step and nothing kept whole."""
     parameters = case.model_parameters
     return jspeed.initialize(
@@ -105,6 +107,7 @@ def make_engine(case: Case, stage: int, *, devices: int = 8, model: Any = None) 
             "gradient_clipping": 0.0,
             "optimizer": {"type": "SGD", "params": {"lr": RATE, "momentum": MOMENTUM}},
             "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            **more,
         },
         devices=jax.devices()[:devices],
     )
@@ -141,6 +144,45 @@ def test_equals_one_device(name, stage):
     if stage == 3:
         split = [path for path in engine.layout.leaves if engine.layout.gathered(path)]
         assert len(split) > len(engine.layout.leaves) / 2
+
+
+# How many parameters AutoTP splits of each; of a convolutional network it leaves all alone.
+AUTOTP = {
+    "nnx_unrolled": 15,
+    "nnx_scanned_remat": 8,
+    "nnx_convnet": 0,
+    "linen_scanned": 8,
+    "linen_shared": 8,
+    "plain_dict": 4,
+    "plain_checkpoint": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [
+        ("nnx_unrolled", 3),
+        ("linen_scanned", 1),
+        ("plain_checkpoint", 3),
+        *(
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in (
+                ("nnx_scanned_remat", 2),
+                ("nnx_convnet", 1),
+                ("linen_shared", 3),
+                ("plain_dict", 0),
+            )
+        ),
+    ],
+)
+def test_autotp_equals_one_device(name, stage):
+    case, reference = CASES[name], one_device(name)
+    engine = make_engine(case, stage, tensor_parallel={"autotp_size": 2})
+    split = [path for path, leaf in engine.layout.leaves.items() if "tensor" in leaf.base]
+    assert len(split) == AUTOTP[name]
+    curve = engine_curve(engine, case)
+    assert loss_error(curve, reference) < TOLERANCE
+    assert parameter_error(curve, reference) < TOLERANCE
 
 
 def test_parameters_that_cannot_be_split_stay_whole_and_frozen_ones_stay_put():

@@ -28,6 +28,7 @@ class GPT2Config:
     remat: str = "none"
     attention: Implementation = "xla"
     sequence_parallel: SequenceParallel = "auto"
+    mlp_chunk_size: int | None = None
     loss_chunk_size: int | None = None
     recompute: tuple[Recomputed, ...] = ()
     sequence_sharding: bool = True

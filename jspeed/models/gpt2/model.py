@@ -24,6 +24,7 @@ from jspeed.nn import (
 from jspeed.nn.attention import Implementation
 from jspeed.nn.attention_island import preferred_order
 from jspeed.nn.sequence import SequenceOrder, SequenceParallel
+from jspeed.nn.tiling import in_chunks
 
 _STDDEV = 0.02
 
@@ -95,6 +96,7 @@ class Block(nnx.Module):
             config.hidden_size, epsilon=config.norm_epsilon, recompute="norm" in config.recompute
         )
         self.mlp = MLP(config, rngs=rngs)
+        self.mlp_chunk_size = config.mlp_chunk_size
         self.dropout = nnx.Dropout(config.dropout, rngs=rngs) if config.dropout else None
         self.sequence_sharding = config.sequence_sharding
 
@@ -104,7 +106,8 @@ class Block(nnx.Module):
         split = functools.partial(split_sequence, over_tensor=self.sequence_sharding)
         x = split(x)
         x = x + self._drop(split(self.attn(split(self.ln_1(x)), segment_ids, order)))
-        return split(x + self._drop(split(self.mlp(split(self.ln_2(x))))))
+        inner = in_chunks(self.mlp, split(self.ln_2(x)), chunk_size=self.mlp_chunk_size)
+        return split(x + self._drop(split(inner)))
 
     def _drop(self, x: jax.Array) -> jax.Array:
         return x if self.dropout is None else self.dropout(x)

@@ -31,6 +31,7 @@ class LlamaConfig:
     remat: str = "none"
     attention: Implementation = "xla"
     sequence_parallel: SequenceParallel = "auto"
+    mlp_chunk_size: int | None = None
     loss_chunk_size: int | None = None
     recompute: tuple[Recomputed, ...] = ()
     sequence_sharding: bool = True

@@ -24,6 +24,7 @@ from jspeed.nn.attention import Implementation
 from jspeed.nn.attention_island import preferred_order
 from jspeed.nn.rope import apply_rope, rope_frequencies
 from jspeed.nn.sequence import SequenceOrder, SequenceParallel
+from jspeed.nn.tiling import in_chunks
 
 _STDDEV = 0.02
 
@@ -116,6 +117,7 @@ class Block(nnx.Module):
             config.hidden_size, epsilon=config.norm_epsilon, recompute="norm" in config.recompute
         )
         self.mlp = MLP(config, rngs=rngs)
+        self.mlp_chunk_size = config.mlp_chunk_size
         self.sequence_sharding = config.sequence_sharding
 
     def __call__(
@@ -128,7 +130,8 @@ class Block(nnx.Module):
         split = functools.partial(split_sequence, over_tensor=self.sequence_sharding)
         x = split(x)
         x = x + split(self.attn(split(self.attention_norm(x)), positions, segment_ids, order))
-        return split(x + split(self.mlp(split(self.mlp_norm(x)))))
+        inner = in_chunks(self.mlp, split(self.mlp_norm(x)), chunk_size=self.mlp_chunk_size)
+        return split(x + split(inner))
 
 
 class Llama(nnx.Module):
