@@ -266,7 +266,7 @@ def test_nothing_that_fits_is_a_message_and_a_code(tmp_path: Path) -> None:
         (["--gpu", "h200"], 'jspeed: "cluster.gpus": missing'),
         (["--gpu", "h300", "--gpus", "2"], "jspeed: Target 'h300' is unknown."),
         (["--gpu", "h200", "--gpus", "12"], "jspeed: 12 GPUs do not fill hosts of 8."),
-        (["--gpu", "h200", "--gpus", "2", "--axes", "data,pipe"], 'jspeed: "sweep.axes'),
+        (["--gpu", "h200", "--gpus", "2", "--axes", "data,expert"], 'jspeed: "sweep.axes'),
         (
             ["--gpu", "h200", "--gpus", "3", "--gpus-per-host", "3"],
             "jspeed: there is no layout to try. data 3, stage 0: ",

@@ -21,6 +21,7 @@ from tests.planner.goldens import CONFIGS, GOLDEN, differences, kept, plan_of, r
 
 SHIPPED = sorted(CONFIGS.glob("*.json"))
 README = CONFIGS / "README.md"
+TAKE_LONG = ("llama3_70b_1024xh200",)
 MARK = "<!-- expected plans, written by tests/planner/test_golden.py -->\n"
 COMPILES_FOR_GPUS = (
     pytest.mark.gpu_target,
@@ -31,6 +32,8 @@ COMPILES_FOR_GPUS = (
 def run_file(path: Path) -> Any:
     gpu = load_config(path).cluster.gpu
     marks = COMPILES_FOR_GPUS if gpu not in (None, "cpu") else ()
+    if path.stem in TAKE_LONG:
+        marks = (*marks, pytest.mark.slow)
     return pytest.param(path, id=path.stem, marks=marks)
 
 
