@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from jspeed.cli.console import bytes_text
+from jspeed.cli.console import bytes_text, live_text
 
 Plan = Mapping[str, Any]
 
@@ -101,15 +101,15 @@ def time_line(plan: Plan) -> str:
 
 def pipeline_line(pipeline: Plan) -> str:
     """What the schedule costs in time and memory, and of which stage the page speaks."""
-    chunks, live = pipeline["chunks"], max(pipeline["peak_live"])
+    chunks = pipeline["chunks"]
     cut = f" of {chunks} chunks" if chunks > 1 else ""
-    kept = f"chunks of microbatches, each 1/{chunks} of a stage" if chunks > 1 else "microbatches"
     return (
         f"{pipeline['schedule']} over {pipeline['stages']} stages{cut}, "
         f"{pipeline['microbatches']} microbatches: bubble {pipeline['bubble']:.1%} by its table, "
-        f"{pipeline['textbook_bubble']:.1%} by the textbook; a stage keeps activations of at most "
-        f"{live} {kept}. Time and communication are those of stage {pipeline['busiest_stage']}, "
-        f"which works longest; it waits {pipeline['waiting']:.1%} of the step."
+        f"{pipeline['textbook_bubble']:.1%} by the textbook; "
+        f"{live_text(pipeline['peak_live'], chunks)}. Time and communication are those of stage "
+        f"{pipeline['busiest_stage']}, which works longest; it waits {pipeline['waiting']:.1%} of "
+        "the step."
     )
 
 

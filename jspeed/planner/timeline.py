@@ -173,6 +173,7 @@ class _Walk:
                 clock.start(instruction.name, axes, seconds)
                 if not carried.asynchronous:
                     clock.finish(instruction.name)
+                    del clock.ends[instruction.name]
             elif not _waits(clock, instruction):
                 clock.spent.add(self._instruction(computation, instruction, ways))
         return clock.spent
@@ -212,6 +213,7 @@ class _Walk:
             clock.start(instruction.name, axes, seconds, ready=ready)
             if not carried.asynchronous:
                 clock.finish(instruction.name)
+                del clock.ends[instruction.name]
 
     def _partners(self, instruction: Instruction, stage: int) -> set[int]:
         """The stages that a stage exchanges with; all of them unless it is a permute."""

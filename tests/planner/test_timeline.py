@@ -154,6 +154,16 @@ def test_the_largest_part_bounds_the_step():
     assert step(START + DONE).bound == "network:data"
 
 
+def test_what_uses_the_result_of_a_synchronous_collective_takes_its_time():
+    gather = START.replace("%start", "%gathered").replace("all-gather-start", "all-gather")
+    gather = gather.replace("(bf16[1048576]{0}, bf16[8388608]{0})", "bf16[8388608]{0}")
+    copied = "  %copied = bf16[8388608]{0} copy(%gathered)\n"
+    spent = step(gather + copied)
+    assert spent.parts["network:data"] == pytest.approx(10 * GATHER_SECONDS)
+    seconds = 10 * 2 * 2 * 2**23 / TARGET.memory_rate() + scalars(spent)
+    assert spent.parts["memory"] == pytest.approx(seconds)
+
+
 # --- a pipeline -----------------------------------------------------------------------------------
 
 
