@@ -22,6 +22,7 @@ from tests.planner.goldens import CONFIGS, GOLDEN, differences, kept, plan_of, r
 SHIPPED = sorted(CONFIGS.glob("*.json"))
 README = CONFIGS / "README.md"
 MARK = "<!-- expected plans, written by tests/planner/test_golden.py -->\n"
+SLOW = {"llama3_8b_1m_8xh200"}  # two million turns of attention's loop take XLA a minute or more
 COMPILES_FOR_GPUS = (
     pytest.mark.gpu_target,
     pytest.mark.skipif(not has_gpu_compiler(), reason="the CUDA compiler plugin is missing"),
@@ -31,6 +32,8 @@ COMPILES_FOR_GPUS = (
 def run_file(path: Path) -> Any:
     gpu = load_config(path).cluster.gpu
     marks = COMPILES_FOR_GPUS if gpu not in (None, "cpu") else ()
+    if path.stem in SLOW:
+        marks = (*marks, pytest.mark.slow)
     return pytest.param(path, id=path.stem, marks=marks)
 
 
