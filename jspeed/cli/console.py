@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from rich.console import Console
 
@@ -23,3 +24,9 @@ def bytes_text(count: float) -> str:
             break
         count /= 1024
     return f"{count:.0f} B" if unit == "B" else f"{count:,.1f} {unit}"
+
+
+def live_text(peak_live: Sequence[int], chunks: int) -> str:
+    """How many microbatches' activations a stage keeps at most, in words."""
+    kept = "microbatches" if chunks == 1 else f"chunks of microbatches, each 1/{chunks} of a stage"
+    return f"a stage keeps activations of at most {max(peak_live)} {kept}"

@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from jspeed.cli.console import bytes_text, make_console
+from jspeed.cli.console import bytes_text, live_text, make_console
 from jspeed.config import load_config
 from jspeed.engine.explain import RunExplanation, explain_run
 from jspeed.layout.explain import STATE_ROLES, Explanation, LeafExplanation, Share
@@ -72,12 +72,38 @@ def render(explanation: RunExplanation, console: Console) -> None:
     console.print()
     for line in _totals(state):
         console.print(Text(line))
+    if explanation.pipeline is not None:
+        _section(console, "Pipeline", pipeline_lines(explanation), "")
     _section(console, "Kept whole on every device", _whole(state), "yellow")
     early = [f"{path}: {because}" for path, because in state.notes]
     _section(console, "Not gathered layer by layer, which costs memory", early, "yellow")
     _section(console, "Assumed", explanation.remarks, "")
     title = "Not built yet: not in these figures, and training refuses it"
     _section(console, title, explanation.not_built, "yellow")
+
+
+def pipeline_lines(explanation: RunExplanation) -> list[str]:
+    """The schedule, which layers are where, and what every stage holds beside them."""
+    pipeline, state = explanation.pipeline, explanation.state
+    assert pipeline is not None
+    schedule, figures = pipeline.schedule, pipeline.figures
+    chunks = f" of {schedule.chunks} chunks" if schedule.chunks > 1 else ""
+    lines = [
+        f"{schedule.kind} over {schedule.stages} stages{chunks}, {schedule.microbatches} "
+        f"microbatches: bubble {figures.bubble:.1%} (textbook {figures.textbook_bubble:.1%}); "
+        f"{live_text(figures.peak_live, schedule.chunks)}"
+    ]
+    for stage, parts in enumerate(pipeline.layers):
+        lines.append(f"stage {stage}: layers {', '.join(map(_span, parts))}")
+    shared = [leaf for leaf in state.leaves if leaf.path in pipeline.shared]
+    size = bytes_text(sum(leaf.bytes_per_device for leaf in shared))
+    paths = ", ".join(row.label for row in rows(shared))
+    lines.append(f"every stage: {paths}, {size} on one device")
+    return lines
+
+
+def _span(part: range) -> str:
+    return str(part.start) if len(part) == 1 else f"{part.start}-{part.stop - 1}"
 
 
 def _section(console: Console, title: str, lines: Sequence[str], style: str) -> None:

@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from jspeed.cli.console import bytes_text
+from jspeed.cli.console import bytes_text, live_text
 
 Plan = Mapping[str, Any]
 
@@ -20,6 +20,7 @@ _PARTS = {
     "memory": "kernels that wait for the device's memory",
     "launch": "between kernels",
     "allocation": "temporaries that the system gives anew each step",
+    "bubble": "waiting for another stage of the pipeline",
 }
 _INDENT = (0, 0, 0, 2)
 
@@ -49,6 +50,9 @@ def render(plan: Plan, console: Console) -> None:
     _table(console, "Communication of one step, per device", rows, head=head, right=(3, 4))
     console.print(Padding(Text(volume_line(plan["volume"])), _INDENT, expand=False))
     _table(console, time_line(plan), _time_rows(plan), right=(1, 2))
+    if plan["pipeline"]:
+        line = pipeline_line(plan["pipeline"])
+        console.print(Padding(Text(line), _INDENT, expand=False))
     _lines(console, "Held whole by every device", _whole(plan))
     _suggestions(console, plan)
     _lines(console, "Assumed", plan["remarks"])
@@ -92,6 +96,20 @@ def time_line(plan: Plan) -> str:
     return (
         f"A step takes {seconds_text(plan['step_seconds'])} (predicted): {rate}{mfu}, bound by "
         f"{part_text(plan['bound'])}"
+    )
+
+
+def pipeline_line(pipeline: Plan) -> str:
+    """What the schedule costs in time and memory, and of which stage the page speaks."""
+    chunks = pipeline["chunks"]
+    cut = f" of {chunks} chunks" if chunks > 1 else ""
+    return (
+        f"{pipeline['schedule']} over {pipeline['stages']} stages{cut}, "
+        f"{pipeline['microbatches']} microbatches: bubble {pipeline['bubble']:.1%} by its table, "
+        f"{pipeline['textbook_bubble']:.1%} by the textbook; "
+        f"{live_text(pipeline['peak_live'], chunks)}. Time and communication are those of stage "
+        f"{pipeline['busiest_stage']}, which works longest; it waits {pipeline['waiting']:.1%} of "
+        "the step."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -81,34 +82,35 @@ def _counts(result: SweepResult) -> str:
 
 
 _HEAD = (
-    "", "mesh", "stage", "microbatch", "remat", "peak", "step", "tokens/s", "MFU", "bound by",
+    "", "mesh", "stage", "microbatch", "remat", "schedule", "peak", "step", "tokens/s", "MFU",
+    "bound by",
 )  # fmt: skip
 
 
 def _table(rows: Sequence[Row]) -> Table:
+    """Schedules only where there are pipelines."""
+    pipelined = any(row.candidate.schedule for row in rows)
+    shown = [name != "schedule" or pipelined for name in _HEAD]
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for name in _HEAD:
-        left = name in ("mesh", "remat", "bound by")
+    for name in itertools.compress(_HEAD, shown):
+        left = name in ("mesh", "remat", "schedule", "bound by")
         table.add_column(name, justify="left" if left else "right", no_wrap=True)
     for place, row in enumerate(rows, 1):
-        table.add_row(*map(Text, _cells(place, row)), style="green" if place == 1 else "")
+        cells = itertools.compress(_cells(place, row), shown)
+        table.add_row(*map(Text, cells), style="green" if place == 1 else "")
     return table
 
 
 def _cells(place: int, row: Row) -> tuple[str, ...]:
     plan: Any = row.plan
     one = row.candidate
-    mesh = " x ".join(
-        f"{axis} {size}"
-        for axis, size in (("replica", one.replica), ("data", one.data), ("tensor", one.tensor))
-        if size > 1
-    )
     return (
         str(place),
-        mesh or "1 device",
+        str(one.mesh),
         str(one.stage),
         f"{one.micro_batch_size} x {one.accumulation}",
         one.remat,
+        one.schedule_text or "-",
         bytes_text(row.peak_bytes),
         seconds_text(row.step_seconds),
         f"{row.tokens_per_second:,.0f}",

@@ -4,12 +4,21 @@ from jspeed.config.key import automatic, mapped, refused, section
 from jspeed.config.kinds import Anything, Bool, Int, ListOf, Text, choice
 
 _COUNT = Int(1)
+_AXES = choice("pipe", "data", "replica", "seq", "tensor")
 _SIZES = ListOf(_COUNT, single=True)
 
 SWEEP_KEYS = section(
     "sweep",
-    mapped("axes", ListOf(choice("data", "replica", "tensor"), single=True), None,
-           "the mesh axes that vary; null: all that exist, replica only as one copy per host"),
+    mapped("axes", ListOf(_AXES, single=True), None,
+           "the mesh axes that vary; null: data, tensor where a rule names it, replica by hosts"),
+    mapped("pipe", _SIZES, None,
+           "sizes of the pipe axis; null: the run's, or with pipe in axes those that divide"),
+    mapped("seq", _SIZES, None,
+           "sizes of the seq axis; null: the run's, or with seq in axes those that divide"),
+    mapped("schedules", ListOf(choice("gpipe", "1f1b", "interleaved-1f1b", "zb-h1"), single=True),
+           None, "what pipeline.schedule is set to; null: the run's, or all where pipe varies"),
+    mapped("chunks", ListOf(Int(2), single=True), None,
+           "pieces per stage of interleaved-1f1b; null: the run's, at least 2"),
     mapped("replica", _SIZES, None, "sizes of the replica axis; null: those that divide"),
     mapped("tensor", _SIZES, None,
            "sizes of the tensor axis; null: those that divide, if a rule names the axis"),

@@ -222,7 +222,11 @@ class ClusterConfig:
 class SweepConfig:
     """The layouts that `jspeed sweep` tries; None leaves the values to the model and devices."""
 
-    axes: tuple[Literal["data", "replica", "tensor"], ...] | None
+    axes: tuple[Literal["pipe", "data", "replica", "seq", "tensor"], ...] | None
+    pipe: tuple[int, ...] | None
+    seq: tuple[int, ...] | None
+    schedules: tuple[Literal["gpipe", "1f1b", "interleaved-1f1b", "zb-h1"], ...] | None
+    chunks: tuple[int, ...] | None
     replica: tuple[int, ...] | None
     tensor: tuple[int, ...] | None
     stages: tuple[int, ...]

@@ -22,6 +22,7 @@ from jspeed.engine.abstract_run import (
     token_batch,
 )
 from jspeed.engine.build import mesh_shape, plan_run
+from jspeed.engine.pipeline import Pipeline, pipeline_of
 from jspeed.engine.state_explanation import explain_plan, gather_notes
 from jspeed.layout.explain import Explanation
 from jspeed.layout.mesh import AnyMesh, make_abstract_mesh
@@ -37,16 +38,19 @@ class RunExplanation:
       state: of every parameter.
       remarks: what was assumed, and what would keep the run from training as it stands.
       not_built: the keys that training refuses, each with its reason.
+      pipeline: its stages and their schedule; None without.
     """
 
     state: Explanation
     remarks: tuple[str, ...]
     not_built: tuple[str, ...]
+    pipeline: Pipeline | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All of it, ready for JSON."""
         return {
             **self.state.to_json(),
+            "pipeline": None if self.pipeline is None else self.pipeline.to_json(),
             "remarks": list(self.remarks),
             "later": list(self.not_built),
         }
@@ -66,11 +70,13 @@ def explain_run(config: Config, *, devices: int | None = None) -> RunExplanation
     program = _program(config, remarks)
     mesh = make_abstract_mesh(mesh_shape(*for_devices(config, devices, remarks)))
     config = config.resolve_auto(abstract_facts(config, remarks))
-    plan = plan_run(_with_fitting_batch(config, mesh, remarks), program, mesh)
+    config = _with_fitting_batch(config, mesh, remarks)
+    plan = plan_run(config, program, mesh)
     remarks += idle_axes(plan.layout)
     notes = gather_notes(program, language_model_loss, plan.layout, token_batch(config, plan))
     state = explain_plan(program, plan, notes)
-    return RunExplanation(state, tuple(remarks), tuple(map(str, config.switched_on_later())))
+    later = tuple(map(str, config.switched_on_later()))
+    return RunExplanation(state, tuple(remarks), later, pipeline_of(config, plan))
 
 
 def _program(config: Config, remarks: list[str]) -> Program:
@@ -88,6 +94,7 @@ def _with_fitting_batch(config: Config, mesh: AnyMesh, remarks: list[str]) -> Co
         resolve_batch(config, shards)
     except ConfigError as error:
         remarks.append(f"training would refuse these batch sizes: {error}")
-        batch = BatchConfig(None, config.batch.micro_batch_size or 1, None)
+        # As many microbatches as any schedule needs.
+        batch = BatchConfig(None, config.batch.micro_batch_size or 1, mesh.shape["pipe"])
         return dataclasses.replace(config, batch=batch)
     return config

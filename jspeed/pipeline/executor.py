@@ -22,6 +22,10 @@ from jspeed.pipeline.wire import Wire
 Carry = tuple[jax.Array, ...]
 
 
+SCOPE = "pipeline."
+"""With the name of one of the buffers behind it, the scope of what is put there."""
+
+
 class Buffers(NamedTuple):
     """What a stage holds between turns; leaves `[slots, ...]`.
 
@@ -38,6 +42,11 @@ class Buffers(NamedTuple):
     kept: Any
     taps: Any
     output: Any
+
+    def put(self, field: str, slot: Any, values: Any) -> Buffers:
+        """With values in a slot of one of them, by whose name the compiled program's are known."""
+        with jax.named_scope(f"{SCOPE}{field}"):
+            return self._replace(**{field: store(getattr(self, field), slot, values)})
 
 
 class ForwardStage(Protocol):
@@ -173,14 +182,14 @@ def _compute(operation: Operation, cell: Cell, state: State, stage: ForwardStage
 
 def _activation_arrives(cell: Cell, state: State, wire: Wire) -> State:
     """Sends activations on, and puts what arrives into its slot."""
-    arrived = store(state.buffers.activation, cell.activation_store, wire.forth(state.activation))
-    return state._replace(buffers=state.buffers._replace(activation=arrived))
+    arrived = wire.forth(state.activation)
+    return state._replace(buffers=state.buffers.put("activation", cell.activation_store, arrived))
 
 
 def _gradient_arrives(cell: Cell, state: State, wire: Wire) -> State:
     """Alike, backwards."""
-    arrived = store(state.buffers.gradient, cell.gradient_store, wire.back(state.gradient))
-    return state._replace(buffers=state.buffers._replace(gradient=arrived))
+    arrived = wire.back(state.gradient)
+    return state._replace(buffers=state.buffers.put("gradient", cell.gradient_store, arrived))
 
 
 def store(buffer: Any, slot: Any, values: Any) -> Any:

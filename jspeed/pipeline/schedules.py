@@ -55,7 +55,7 @@ def make_schedule(kind: str, *, stages: int, microbatches: int, chunks: int = 1)
     Raises:
       ConfigError: there is no such schedule.
     """
-    _check(kind, stages, microbatches, chunks)
+    check_schedule(kind, stages=stages, microbatches=microbatches, chunks=chunks)
     if kind == ZERO_BUBBLE:
         table = pack([_zb_h1_order(stages, microbatches, s) for s in range(stages)])
     else:
@@ -63,7 +63,12 @@ def make_schedule(kind: str, *, stages: int, microbatches: int, chunks: int = 1)
     return Schedule(kind, stages, microbatches, chunks, table)
 
 
-def _check(kind: str, stages: int, microbatches: int, chunks: int) -> None:
+def check_schedule(kind: str, *, stages: int, microbatches: int, chunks: int = 1) -> None:
+    """Checks what `make_schedule` is asked for, without making the table.
+
+    Raises:
+      ConfigError: there is no such schedule.
+    """
     known = (*KINDS, FORWARD_ONLY)
     if kind not in known:
         raise ConfigError(
@@ -71,7 +76,7 @@ def _check(kind: str, stages: int, microbatches: int, chunks: int) -> None:
             f"Known: {', '.join(known)}."
         )
     sizes = {
-        "pipeline.stages": stages,
+        "mesh.pipe": stages,
         "gradient_accumulation_steps": microbatches,
         "pipeline.chunks": chunks,
     }

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from jspeed.planner.groups import group_axes, pair_axes
 from jspeed.planner.hlo import ArrayType, Computation, Instruction, Module, parse_module
-from jspeed.planner.trips import executions
+from jspeed.planner.trips import Taken, executions
 
 KINDS = (
     "all-gather",
@@ -25,6 +25,7 @@ KINDS = (
     "collective-broadcast",
 )
 _KIND = re.compile(rf"^({'|'.join(KINDS)})(-start)?$")
+_PAIR = re.compile(r"\{(\d+),(\d+)\}")
 _SYNC = '"is_sync":true'
 
 
@@ -88,20 +89,25 @@ class Overlap:
     op_name: str
 
 
-def collectives(text: str, mesh: Mapping[str, int] | None = None) -> list[Collective]:
+def collectives(
+    text: str | Module, mesh: Mapping[str, int] | None = None, taken: Taken | None = None
+) -> list[Collective]:
     """Lists what a compiled module communicates.
 
     Args:
-      text: of the compiled module, `compiled.as_text()`.
+      text: of the compiled module, `compiled.as_text()`, or parsed.
       mesh: the size of each mesh axis, in the mesh's order; None leaves `axes` empty.
+      taken: how often branches of conditionals run; each counts as taken where it is not said.
 
     Raises:
       JspeedError: the text is no module, or how often a loop runs cannot be told.
     """
-    module = parse_module(text)
-    times = executions(module)
+    module = parse_module(text) if isinstance(text, str) else text
+    times = executions(module, taken)
     found = []
     for name, count in times.items():
+        if not count:
+            continue
         computation = module.computations[name]
         for instruction in computation.instructions:
             match = _KIND.match(instruction.opcode)
@@ -193,6 +199,14 @@ def carried_by(module: Module, computation: Computation, start: Instruction) -> 
 def collective_axes(instruction: Instruction, mesh: Mapping[str, int]) -> tuple[str, ...]:
     """The mesh axes that a collective instruction communicates over, slowest first."""
     return _axes(instruction, mesh)
+
+
+def collective_pairs(instruction: Instruction) -> list[tuple[int, int]] | None:
+    """From which device to which a collective-permute sends; None of another collective."""
+    text = instruction.attribute("source_target_pairs")
+    if text is None:
+        return None
+    return [(int(source), int(target)) for source, target in _PAIR.findall(text)]
 
 
 def holds_matmul(module: Module, instruction: Instruction) -> bool:

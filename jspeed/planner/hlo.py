@@ -165,7 +165,10 @@ def _instruction(line: str, found: re.Match[str]) -> Instruction:
     rest = line[found.end() + len(type_text) :].lstrip()
     opcode, _, _ = rest.partition("(")
     inside = _balanced(rest, len(opcode))
-    operands = tuple(part.strip().split(" ")[-1].lstrip("%") for part in _split(inside[1:-1]))
+    if opcode == "constant":
+        operands = (inside[1:-1],)
+    else:
+        operands = tuple(part.strip().split(" ")[-1].lstrip("%") for part in _split(inside[1:-1]))
     attributes = rest[len(opcode) + len(inside) :].lstrip(", ")
     return Instruction(
         found.group(2), opcode, type_text, operands, attributes, bool(found.group(1))

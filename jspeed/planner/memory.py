@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jspeed.layout.explain import Explanation
+from jspeed.layout.explain import Explanation, LeafExplanation
+from jspeed.layout.mesh import ZERO_AXES
 from jspeed.layout.rules import axes_of
 from jspeed.layout.zero import Role
+from jspeed.pipeline.executor import SCOPE
 from jspeed.planner.compiled import Compiled
 from jspeed.planner.hlo import ArrayType, Instruction, array_types
 from jspeed.planner.origins import Origins
@@ -20,9 +22,19 @@ from jspeed.planner.sources import Sources
 GRADIENTS, WEIGHTS = "gradients", "gathered weights"
 ACTIVATIONS, OTHER = "activations", "other temporaries"
 TEMPORARY_ROLES: tuple[str, ...] = (GRADIENTS, WEIGHTS, ACTIVATIONS, OTHER)
+PIPELINE = "pipeline buffers"
+"""The role of what stages keep between turns, in plans of pipelines only."""
+_KEPT = {
+    "activation": "inputs of stages that wait for their forward",
+    "gradient": "gradients of outputs that wait for their backward",
+    "kept": "activations kept from forward to backward",
+    "taps": "gradients kept for the weights' backward",
+    "output": "outputs of the last stage that wait for the head",
+}
 _LARGEST = 12
 _GATHERED = re.compile(r"\bgather\.([\w.\-]+)")
 _GATHER = re.compile(r"\bgather\.|\ball_gather\b")
+_PUT = re.compile(rf"{re.escape(SCOPE)}({'|'.join(_KEPT)})\b")
 _REDUCE = re.compile(r"\breduce_scatter\b|\bpsum\b|\bgradient_sums\b")
 
 
@@ -32,7 +44,7 @@ class Buffer:
 
     Attributes:
       bytes: on one device.
-      role: one of `TEMPORARY_ROLES`.
+      role: one of `TEMPORARY_ROLES`, or `PIPELINE`.
       type: of the array, as `bf16[8,2,512,2048]`.
       origin: the module of the model and the function that made it.
     """
@@ -88,7 +100,6 @@ class Memory:
         return self.limit - self.peak
 
     def to_json(self) -> dict[str, Any]:
-        names = {role: role.replace(" ", "_") for role in TEMPORARY_ROLES}
         return {
             "state": self.state,
             "parameters": self.parameters,
@@ -97,7 +108,7 @@ class Memory:
             "other_state": self.other_state,
             "batch": self.batch,
             "temporaries": self.temporaries,
-            "at_peak": {names[role]: size for role, size in self.at_peak.items()},
+            "at_peak": {role.replace(" ", "_"): size for role, size in self.at_peak.items()},
             "peak_bytes": self.peak,
             "limit_bytes": self.limit,
             "headroom_bytes": self.headroom,
@@ -126,7 +137,7 @@ def account(
     buffers = temporaries_at_peak(compiled, origins, gradient_shapes(state))
     totals: dict[str, int] = dict.fromkeys(TEMPORARY_ROLES, 0)
     for buffer in buffers:
-        totals[buffer.role] += buffer.bytes
+        totals[buffer.role] = totals.get(buffer.role, 0) + buffer.bytes
     return Memory(
         parameters=state.role_bytes(Role.PARAM),
         master=state.role_bytes(Role.MASTER),
@@ -147,14 +158,22 @@ def gradient_shapes(state: Explanation) -> dict[tuple[int, ...], tuple[str, ...]
     layer of those that stack layers) and the parameters whose gradients have them."""
     shapes: dict[tuple[int, ...], list[str]] = defaultdict(list)
     for leaf in state.leaves:
-        ways = [math.prod(state.sizes[axis] for axis in axes_of(entry)) for entry in leaf.home.spec]
-        ways += [1] * (len(leaf.shape) - len(ways))
-        part = tuple(size // way for size, way in zip(leaf.shape, ways, strict=True))
+        part = _split(leaf, state.sizes)
+        # What stages and tensor shards have of it, before ZeRO splits it.
+        local = _split(leaf, {a: size for a, size in state.sizes.items() if a not in ZERO_AXES})
         # A table that is also the head has its gradient as the head: transposed.
-        for shape in {leaf.shape, leaf.shape[1:], leaf.shape[::-1], part, part[1:]}:
+        shapes_of = (leaf.shape, leaf.shape[1:], leaf.shape[::-1])
+        for shape in {*shapes_of, part, part[1:], local, local[1:]}:
             if math.prod(shape) > 1:
                 shapes[shape].append(leaf.path)
     return {shape: tuple(paths) for shape, paths in shapes.items()}
+
+
+def _split(leaf: LeafExplanation, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape that is left of a parameter when its home's spec splits it over some axes."""
+    ways = [math.prod(sizes.get(axis, 1) for axis in axes_of(entry)) for entry in leaf.home.spec]
+    ways += [1] * (len(leaf.shape) - len(ways))
+    return tuple(size // way for size, way in zip(leaf.shape, ways, strict=True))
 
 
 def temporaries_at_peak(
@@ -181,12 +200,24 @@ def temporaries_at_peak(
         if instruction.opcode == "custom-call" and value.index and value.index[0] > 0:
             found.append(Buffer(value.bytes, OTHER, written, "workspace of a matrix product"))
             continue
+        waiting = _waiting(sources.put(instruction, value.index), array)
+        if waiting:
+            found.append(Buffer(value.bytes, PIPELINE, written, waiting))
+            continue
         source = sources.of(instruction, value.index)
         paths = (gradients or {}).get(array.shape, ()) if array else ()
         role = _role(instruction, source, array, paths)
         named = _parameter(role, instruction, source, paths)
         found.append(Buffer(value.bytes, role, written, named or origins.of(source)))
     return found
+
+
+def _waiting(put: Instruction, array: ArrayType | None) -> str:
+    """What of a pipeline waits in a buffer, in words; empty for one that is none of its buffers."""
+    field = _PUT.search(put.op_name)
+    if field is None or array is None or not array.shape:
+        return ""
+    return f"{_KEPT[field.group(1)]}, {array.shape[0]} slot(s)"
 
 
 def _role(

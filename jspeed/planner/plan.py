@@ -24,17 +24,21 @@ from jspeed.engine.abstract_run import (
 from jspeed.engine.batches import check_sequences
 from jspeed.engine.build import RunPlan, mesh_shape, plan_run
 from jspeed.engine.compilation import auto_facts, jit_step
+from jspeed.engine.pipeline import pipeline_of
 from jspeed.engine.state_explanation import explain_plan, microbatch_shapes
 from jspeed.layout.rules import axes_of
 from jspeed.layout.zero import Layout
 from jspeed.nn import language_model_loss
 from jspeed.nn.attention import STAND_IN
+from jspeed.pipeline.program import make_turns
 from jspeed.planner.cluster import Cluster
+from jspeed.planner.collectives import collectives
 from jspeed.planner.compiled import Compiled, compile_lowered
 from jspeed.planner.memory import account
 from jspeed.planner.origins import Origins, module_classes
 from jspeed.planner.report import Plan, summarise
 from jspeed.planner.timeline import time_step
+from jspeed.planner.turns import TurnLoop, find_turns
 from jspeed.planner.volume import volume
 from jspeed.training.contracts import check_callable
 from jspeed.training.program import LossFn, Program, make_program
@@ -165,6 +169,17 @@ def _plan(step: _Step, cluster: Cluster, remarks: list[str]) -> Plan:
     origins = Origins(compiled.text, module_classes(step.program.blueprint))
     split = layout.sizes["tensor"] * layout.sizes["seq"] * layout.sizes["pipe"]
     ways = layout.batch_shards * split
+    turns = _turns(compiled, run)
+    time = time_step(
+        compiled.module,
+        cluster,
+        layout.sizes,
+        temporaries=compiled.temporary_bytes,
+        pipeline=turns,
+    )
+    traffic = compiled.collectives
+    if turns is not None:
+        traffic = collectives(compiled.module, layout.sizes, turns.taken(time.stage))
     return Plan(
         cluster=cluster,
         model=step.name,
@@ -174,19 +189,26 @@ def _plan(step: _Step, cluster: Cluster, remarks: list[str]) -> Plan:
         memory=account(
             compiled, state, batch_bytes=batch_bytes, limit=cluster.limit_bytes, origins=origins
         ),
-        traffic=summarise(compiled.collectives),
+        traffic=summarise(traffic),
         volume=volume(
-            compiled.collectives,
+            traffic,
             parameters=_elements_per_replica(layout),
             stage=layout.stage,
             accumulation=run.batch.accumulation,
         ),
-        time=time_step(
-            compiled.module, cluster, layout.sizes, temporaries=compiled.temporary_bytes
-        ),
+        time=time,
         model_flops=None if step.model_flops is None else step.model_flops / ways,
         remarks=tuple(remarks),
+        pipeline=pipeline_of(step.config, run),
     )
+
+
+def _turns(compiled: Compiled, run: RunPlan) -> TurnLoop | None:
+    """What the stages of a pipeline do; None without one."""
+    schedule = run.step.gradients.schedule
+    if schedule is None:
+        return None
+    return find_turns(compiled.module, run.layout.sizes, make_turns(schedule))
 
 
 def _elements_per_replica(layout: Layout) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jspeed.engine.build import RunPlan
+from jspeed.engine.pipeline import Pipeline
 from jspeed.layout.explain import Explanation, Share
 from jspeed.layout.mesh import ZERO_AXES
 from jspeed.layout.rules import axes_of
@@ -15,7 +16,7 @@ from jspeed.layout.zero import Role
 from jspeed.planner.cluster import Cluster
 from jspeed.planner.collectives import Collective
 from jspeed.planner.memory import Memory
-from jspeed.planner.timeline import Spent
+from jspeed.planner.timeline import BUBBLE, Spent
 from jspeed.planner.volume import Volume
 
 Traffic = Mapping[str, Any]
@@ -34,9 +35,10 @@ class Plan:
       memory: by role.
       traffic: one entry per kind, axes and dtype of collectives, largest first.
       volume: beside the ZeRO paper's.
-      time: where it goes.
+      time: where it goes; with a pipeline, of the stage that works longest.
       model_flops: of one step without recomputation, on one device; None where it is not known.
       remarks: what was assumed.
+      pipeline: the schedule of the stages; None without stages.
     """
 
     cluster: Cluster
@@ -50,6 +52,7 @@ class Plan:
     time: Spent
     model_flops: float | None
     remarks: tuple[str, ...]
+    pipeline: Pipeline | None = None
 
     @property
     def fits(self) -> bool:
@@ -93,6 +96,7 @@ class Plan:
             "train_batch_size": batch.train_batch_size,
             "micro_batch_size": batch.micro_batch_size,
             "gradient_accumulation_steps": batch.accumulation,
+            "pipeline": self._pipeline_json(),
             "fits": self.fits,
             "memory": self.memory.to_json(),
             "collectives": [dict(entry) for entry in self.traffic],
@@ -112,6 +116,16 @@ class Plan:
             "kept_whole": kept_whole(self.state),
             "suggestions": [],
             "remarks": list(self.remarks),
+        }
+
+    def _pipeline_json(self) -> dict[str, Any] | None:
+        if self.pipeline is None:
+            return None
+        time = self.time
+        return {
+            **self.pipeline.to_json(),
+            "busiest_stage": time.stage,
+            "waiting": time.parts.get(BUBBLE, 0.0) / time.seconds,
         }
 
 

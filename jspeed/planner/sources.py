@@ -7,6 +7,7 @@ copied and converted on its way to the next one. Here such a value is followed t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from jspeed.planner.hlo import ArrayType, Computation, Instruction, Module
 
@@ -15,6 +16,7 @@ FUSIONS = ("fusion", "fusion-start")
 _MOVES = frozenset(
     {"dynamic-update-slice", "bitcast", "copy", "copy-start", "copy-done", "reshape", "transpose"}
 )
+_HANDS_ON = frozenset({"get-tuple-element", "bitcast", "copy", "copy-done", "copy-start"})
 _UPDATE = "dynamic_update_slice"
 
 
@@ -25,6 +27,14 @@ class _Loop:
     computation: Computation
     instruction: Instruction
     body: Computation
+
+
+class _Written(NamedTuple):
+    """An instruction that makes a value, where it stands, and at which place of its results."""
+
+    computation: Computation
+    instruction: Instruction
+    place: int
 
 
 class Sources:
@@ -79,24 +89,41 @@ class Sources:
             return found
         return self._back(found) or found
 
+    def put(self, instruction: Instruction, index: tuple[int, ...] = ()) -> Instruction:
+        """The instruction that puts something into a value that a loop carries; the one that makes
+        the value where no loop does.
+
+        Args:
+          instruction: that makes the value.
+          index: of the value, where the instruction makes a tuple.
+        """
+        written = self._carried(instruction, index)
+        return instruction if written is None else written.instruction
+
     def _through_loops(self, instruction: Instruction, index: tuple[int, ...]) -> Instruction:
         """What the loop that carries a value puts there."""
+        written = self._carried(instruction, index)
+        if written is None:
+            return instruction
+        return self._put(written.computation, written.instruction)
+
+    def _carried(self, instruction: Instruction, index: tuple[int, ...]) -> _Written | None:
+        """What the loop that carries a value, or the innermost loop in it that does, puts there; of
+        a conditional's value what its branches do."""
+        if instruction.opcode == "conditional" and index:
+            return self._of_branches(instruction, index[0])
         step = self._into_loop(instruction, index)
         for _ in range(_DEEPEST):
             if step is None:
-                return instruction
+                return None
             written = self._written(*step)
-            if written is None:
-                return instruction
-            if written.opcode != "while":
-                return self._put(step[0], written)
+            if written is None or written.instruction.opcode != "while":
+                return written
             # An inner loop fills it.
-            loop = next(loop for loop in self._loops if loop.instruction.name == written.name)
-            element = step[0].by_name[step[0].root.operands[step[1]]]
-            if element.opcode != "get-tuple-element":
-                return instruction
-            step = loop.body, int(element.attribute("index") or 0)
-        return instruction
+            name = written.instruction.name
+            loop = next(loop for loop in self._loops if loop.instruction.name == name)
+            step = loop.body, written.place
+        return None
 
     def _into_loop(
         self, instruction: Instruction, index: tuple[int, ...]
@@ -116,25 +143,29 @@ class Sources:
                 return loop.body, start.operands.index(instruction.name)
         return None
 
-    def _written(self, body: Computation, index: int) -> Instruction | None:
-        """What a loop's body puts at one place of what it carries; None if it hands it on."""
+    def _written(self, body: Computation, index: int) -> _Written | None:
+        """What a computation puts at one place of its results; None if it hands it on."""
         root = body.root
         if root.opcode != "tuple" or index >= len(root.operands):
             return None
-        found = body.by_name.get(root.operands[index])
+        found, element = body.by_name[root.operands[index]], 0
         for _ in range(_DEEPEST):
-            if found is None or found.opcode == "parameter":
+            if found.opcode == "parameter":
                 return None
-            if found.opcode not in (
-                "get-tuple-element",
-                "bitcast",
-                "copy",
-                "copy-done",
-                "copy-start",
-            ):
-                return found
-            found = body.by_name.get(found.operands[0])
-        return found
+            if found.opcode == "conditional":
+                return self._of_branches(found, element)
+            if found.opcode not in _HANDS_ON:
+                return _Written(body, found, element)
+            if found.opcode == "get-tuple-element":
+                element = int(found.attribute("index") or 0)
+            found = body.by_name[found.operands[0]]
+        return None
+
+    def _of_branches(self, conditional: Instruction, index: int) -> _Written | None:
+        """What the first branch that does puts at one place of a conditional's results."""
+        branches = [self._module.computations[name] for name in conditional.called()]
+        inside = (self._written(branch, index) for branch in branches)
+        return next((one for one in inside if one is not None), None)
 
     def _put(self, body: Computation, update: Instruction) -> Instruction:
         """Of an update in place, the instruction that says most of what is put there."""

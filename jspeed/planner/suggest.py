@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from jspeed.layout.logical import undividable
 from jspeed.layout.rules import axes_of
+from jspeed.pipeline.schedules import ONE_F_ONE_B
 from jspeed.planner.pool import Job, Outcome
 from jspeed.planner.run_file import RunFile
 
-KINDS = ("mesh", "stage", "remat", "microbatch")
+KINDS = ("mesh", "schedule", "stage", "remat", "microbatch")
 """What a run can change; in this order, so that the batch is what the microbatch says."""
 RunJobs = Callable[[Iterable[Job]], Iterator[Outcome]]
 """Does jobs in any order, as `jspeed.planner.pool.run_jobs` with all else given."""
@@ -75,7 +77,7 @@ def single_changes(run: RunFile, plan: Mapping[str, Any]) -> list[Change]:
     changes = [*_smaller_microbatches(plan), *_higher_stages(run, plan)]
     if run.config.model is not None and run.config.model.remat == "none":
         changes.append(Change("remat", "model.remat: full", {"model.remat": "full"}))
-    return changes + _other_meshes(run, plan)
+    return [*changes, *_other_schedules(run, plan), *_other_meshes(run, plan)]
 
 
 def together(run: RunFile, plan: Mapping[str, Any]) -> Change | None:
@@ -170,8 +172,16 @@ def _higher_stages(run: RunFile, plan: Mapping[str, Any]) -> Iterator[Change]:
             yield Change("stage", f"zero_optimization.stage: {stage}", keys)
 
 
+def _other_schedules(run: RunFile, plan: Mapping[str, Any]) -> Iterator[Change]:
+    """1F1B keeps activations of few microbatches, and nothing beside them."""
+    if plan["mesh"]["pipe"] > 1 and run.config.pipeline.schedule != ONE_F_ONE_B:
+        keys = {"pipeline.schedule": ONE_F_ONE_B, "pipeline.chunks": None}
+        yield Change("schedule", f"pipeline.schedule: {ONE_F_ONE_B}", keys)
+
+
 def _other_meshes(run: RunFile, plan: Mapping[str, Any]) -> list[Change]:
-    """Sharding over copies too, tensor parallelism where rules use it, and twice the GPUs."""
+    """Sharding over copies too, tensor and pipeline parallelism where the model can be split, and
+    twice the GPUs."""
     mesh, found = plan["mesh"], []
     if mesh["replica"] > 1 and plan["zero_stage"] > 0:
         data = mesh["replica"] * mesh["data"]
@@ -181,11 +191,9 @@ def _other_meshes(run: RunFile, plan: Mapping[str, Any]) -> list[Change]:
             "zero_optimization.mics_shard_size": None,
         }
         found.append(Change("mesh", f"mesh.data: {data} without copies", keys))
+    if mesh["data"] % 2 == 0:
+        found += [_instead_of_data(plan, axis) for axis in _axes_to_double(run, plan)]
     rows, micro = plan["train_batch_size"], plan["micro_batch_size"]
-    if _splits_over_tensor(run) and mesh["data"] % 2 == 0:
-        tensor, data = 2 * mesh["tensor"], mesh["data"] // 2
-        keys = {"mesh.tensor": tensor, "mesh.data": data, **_batch(rows, micro)}
-        found.append(Change("mesh", f"mesh.tensor: {tensor} with mesh.data {data}", keys))
     if plan["zero_stage"] > 0 and rows % (2 * micro * _shards(mesh)) == 0:
         gpus = 2 * plan["gpus"]
         keys = {"mesh.data": 2 * mesh["data"], **_batch(rows, micro)}
@@ -193,8 +201,35 @@ def _other_meshes(run: RunFile, plan: Mapping[str, Any]) -> list[Change]:
     return found
 
 
-def _splits_over_tensor(run: RunFile) -> bool:
-    return any("tensor" in axes_of(entry) for _, spec in run.config.mesh.rules for entry in spec)
+def _axes_to_double(run: RunFile, plan: Mapping[str, Any]) -> Iterator[str]:
+    """`tensor` within a host, if heads or rules let it; `pipe` where ZeRO leaves weights or
+    gradients whole, since stages keep more activations than they save."""
+    model, mesh = run.config.model, plan["mesh"]
+    tensor = 2 * mesh["tensor"]
+    by_rules = any(
+        "tensor" in axes_of(entry) for _, spec in run.config.mesh.rules for entry in spec
+    )
+    by_heads = model is not None and not undividable({"heads": model.heads}, tensor)
+    if tensor <= plan["gpus_per_host"] and (by_rules or by_heads):
+        yield "tensor"
+    if model is not None and 2 * mesh["pipe"] <= model.layers and plan["zero_stage"] < 3:
+        yield "pipe"
+
+
+def _instead_of_data(plan: Mapping[str, Any], axis: str) -> Change:
+    """Twice an axis, half of `data`; the batch stays, in twice as many microbatches."""
+    mesh = plan["mesh"]
+    size, data = 2 * mesh[axis], mesh["data"] // 2
+    keys = {
+        f"mesh.{axis}": size,
+        "mesh.replica": mesh["replica"],
+        "mesh.data": data,
+        "zero_optimization.mics_shard_size": None,
+        **_batch(plan["train_batch_size"], plan["micro_batch_size"]),
+    }
+    if axis == "pipe":
+        keys["pipeline.stages"] = None
+    return Change("mesh", f"mesh.{axis}: {size} with mesh.data {data}", keys)
 
 
 def _batch(rows: int, micro: int) -> dict[str, Any]:

@@ -8,43 +8,27 @@ that decide the condition are evaluated.
 
 from __future__ import annotations
 
-import operator
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 
 from jspeed.core.errors import JspeedError
 from jspeed.planner.hlo import Computation, Instruction, Module
+from jspeed.planner.integers import UnknownIntegerError, entry
 
 _NOTED = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _MOST_TURNS = 1_000_000
 
-_BINARY: dict[str, Callable[[int, int], int]] = {
-    "add": operator.add,
-    "subtract": operator.sub,
-    "multiply": operator.mul,
-    "minimum": min,
-    "maximum": max,
-    "and": operator.and_,
-    "or": operator.or_,
-}
-_COMPARE: dict[str, Callable[[int, int], bool]] = {
-    "EQ": operator.eq,
-    "NE": operator.ne,
-    "LT": operator.lt,
-    "LE": operator.le,
-    "GT": operator.gt,
-    "GE": operator.ge,
-}
-_SAME_VALUE = frozenset({"copy", "convert", "bitcast", "reshape", "opt-barrier", "copy-done"})
-
-Environment = Callable[[int, tuple[int, ...]], int]
-"""`(parameter number, tuple indices) -> value`."""
+Taken = Mapping[str, Sequence[int]]
+"""Conditional -> how often each of its branches runs in one run of the module."""
 
 
-def executions(module: Module) -> dict[str, int]:
-    """How often each computation runs in one run of the module; each branch of a conditional counts
-    as taken.
+def executions(module: Module, taken: Taken | None = None) -> dict[str, int]:
+    """How often each computation runs in one run of the module.
+
+    Args:
+      module: parsed.
+      taken: of the conditionals that it knows; each branch of any other counts as taken.
 
     Raises:
       JspeedError: a loop's trip count is neither noted nor a function of constants.
@@ -56,11 +40,13 @@ def executions(module: Module) -> dict[str, int]:
         computation = module.computations[name]
         for instruction in computation.instructions:
             called = instruction.called()
-            if instruction.opcode == "while":
-                times_inside = times * trip_count(module, computation, instruction)
-            else:
-                times_inside = times
-            for callee in called:
+            each = [times] * len(called)
+            if instruction.opcode == "while" and times:
+                each = [times * trip_count(module, computation, instruction)]
+            elif taken is not None and instruction.name in taken:
+                known = taken[instruction.name]
+                each = [*known, *[0] * (len(called) - len(known))]
+            for callee, times_inside in zip(called, each, strict=True):
                 visit(callee, times_inside)
 
     visit(module.entry, 1)
@@ -78,7 +64,7 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
         return int(noted.group(1))
     try:
         return _counted(module, computation, loop)
-    except (KeyError, ValueError) as error:
+    except (KeyError, UnknownIntegerError) as error:
         raise JspeedError(
             f"The trip count of {loop.name} in {computation.name} cannot be told: XLA did not "
             "note it, and its "
@@ -89,68 +75,9 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
 
 def _counted(module: Module, computation: Computation, loop: Instruction) -> int:
     """Runs the loop on those of its scalars that its condition depends on."""
-    condition = module.computations[(loop.attribute("condition") or "").lstrip("%")]
-    body = module.computations[(loop.attribute("body") or "").lstrip("%")]
-    carried: dict[int, int] = {}
-
-    def read(_: int, path: tuple[int, ...]) -> int:
-        (index,) = path
-        if index not in carried:
-            if turns:
-                raise ValueError(f"element {index} is read in some turns only")
-            carried[index] = evaluate(module, computation, loop.operands[0], path, _no_parameters)
-        return carried[index]
-
-    turns = 0
-    while evaluate(module, condition, condition.root.name, (), read):
-        new: dict[int, int] = {}
-        while len(new) < len(carried):  # reading one element in the body may add another
-            for index in [i for i in carried if i not in new]:
-                new[index] = evaluate(module, body, body.root.name, (index,), read)
-        carried = new
-        turns += 1
-        if turns > _MOST_TURNS:
-            raise ValueError(f"more than {_MOST_TURNS} turns")
-    return turns
-
-
-def _no_parameters(number: int, path: tuple[int, ...]) -> int:
-    raise ValueError(f"it depends on parameter {number}, element {path}")
-
-
-def evaluate(
-    module: Module, computation: Computation, name: str, path: tuple[int, ...], env: Environment
-) -> int:
-    """The value of a scalar integer instruction, or of element `path` of a tuple.
-
-    Raises:
-      ValueError: it depends on something other than constants and what `env` knows.
-    """
-    instruction = computation.by_name[name]
-    opcode, operands = instruction.opcode, instruction.operands
-
-    def value(position: int, path: tuple[int, ...] = ()) -> int:
-        return evaluate(module, computation, operands[position], path, env)
-
-    if opcode == "constant":
-        return {"true": 1, "false": 0}.get(operands[0]) or int(operands[0])
-    if opcode == "parameter":
-        return env(int(operands[0]), path)
-    if opcode == "get-tuple-element":
-        return value(0, (int(instruction.attribute("index") or 0), *path))
-    if opcode == "tuple":
-        return value(path[0], path[1:])
-    if opcode in _SAME_VALUE:
-        return value(0, path)
-    if opcode == "copy-start":
-        return value(0)
-    if opcode == "compare":
-        compare = _COMPARE[instruction.attribute("direction") or ""]
-        return int(compare(value(0), value(1)))
-    if opcode in _BINARY:
-        return _BINARY[opcode](value(0), value(1))
-    if opcode in ("fusion", "call"):
-        callee = instruction.attribute("calls") or instruction.attribute("to_apply") or ""
-        inner = module.computations[callee.lstrip("%")]
-        return evaluate(module, inner, inner.root.name, path, value)
-    raise ValueError(f"it depends on {instruction.name}, a {opcode}")
+    count, turns = 0, entry(module, computation).turns(loop)
+    while turns.next() is not None:
+        count += 1
+        if count > _MOST_TURNS:
+            raise UnknownIntegerError(f"more than {_MOST_TURNS} turns")
+    return count

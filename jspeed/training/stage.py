@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jspeed.layout.at_use import call_with_gather_at_use
 from jspeed.layout.zero import Layout
-from jspeed.pipeline.executor import Buffers, Carry, load, store
+from jspeed.pipeline.executor import Buffers, Carry, load
 from jspeed.pipeline.linearised import (
     Linearised,
     SplitBackward,
@@ -212,12 +212,12 @@ class TrainingStage:
         carry = entering(self.parts, self.wire, cell, buffers, inputs)
         weights, others = self.parts.chunk(cell, inputs)
         out, kept = self.traced.forward(weights, others, carry)
-        buffers = buffers._replace(kept=store(buffers.kept, cell.kept, kept))
-        output = jax.lax.switch(
-            cell.last,
-            [lambda output: output, lambda output: store(output, cell.output, out)],
-            buffers.output,
-        )
+        buffers = buffers.put("kept", cell.kept, kept)
+
+        def keep(output: Carry) -> Carry:
+            return buffers._replace(output=output).put("output", cell.output, out).output
+
+        output = jax.lax.switch(cell.last, [lambda output: output, keep], buffers.output)
         return buffers._replace(output=output), sums, out
 
     def head(self, cell: Cell, buffers: Buffers, sums: StageSums) -> tuple[StageSums, Carry]:
@@ -241,7 +241,7 @@ class TrainingStage:
         kept = load(buffers.kept, cell.kept)
         if self.passes is not None:
             d_carry, taps = self.passes.input_pass(weights, others, kept, gradient)
-            return buffers._replace(taps=store(buffers.taps, cell.taps, taps)), sums, d_carry
+            return buffers.put("taps", cell.taps, taps), sums, d_carry
         d_weights, d_carry = self.traced.backward(weights, others, kept, gradient)
         gradients = self.parts.add_chunk(sums.gradients, d_weights, cell)
         return buffers, StageSums(gradients, sums.total, sums.weight), d_carry

@@ -159,3 +159,43 @@ def test_names_of_dimensions_are_shown_where_they_fit() -> None:
     assert "dimensions" not in narrow
     assert "layers embed" not in narrow
     assert "blocks/attn/qkv/kernel" in narrow
+
+
+def test_a_pipeline_says_which_stage_holds_what_and_what_it_costs() -> None:
+    model = tiny_run(Path("run"))["model"] | {"layers": 7, "remat": "full"}
+    changes = {
+        "mesh": {"pipe": 2, "data": 2},
+        "model": model,
+        "pipeline": {"schedule": "interleaved-1f1b", "chunks": 2},
+        "train_batch_size": 16,
+        "train_micro_batch_size_per_gpu": 2,
+    }
+    found = explained(**changes)
+    assert found.pipeline is not None
+    shared = [leaf for leaf in found.state.leaves if leaf.path in found.pipeline.shared]
+    assert sorted(found.pipeline.shared) == sorted(
+        leaf.path for leaf in found.state.leaves if not leaf.path.startswith("blocks/")
+    )
+    lines = [line.strip() for line in shown(found, width=300).splitlines()]
+    where = lines.index("Pipeline:")
+    size = bytes_text(sum(leaf.bytes_per_device for leaf in shared))
+    assert lines[where + 1 : where + 4] == [
+        "interleaved-1f1b over 2 stages of 2 chunks, 4 microbatches: bubble 11.1% (textbook 11.1%);"
+        " a stage keeps activations of at most 5 chunks of microbatches, each 1/2 of a stage",
+        "stage 0: layers 0-1, 4-5",
+        "stage 1: layers 2-3, 6",
+    ]
+    assert lines[where + 4].startswith("every stage: ")
+    assert lines[where + 4].endswith(f"{size} on one device")
+    said = found.to_json()["pipeline"]
+    assert said["layers"] == [[[0, 2], [4, 6]], [[2, 4], [6, 7]]]
+    assert explained().to_json()["pipeline"] is None
+
+
+def test_a_batch_that_does_not_go_with_the_devices_still_shows_the_stages() -> None:
+    pipeline = {"schedule": "interleaved-1f1b", "chunks": 2}
+    model = tiny_run(Path("run"))["model"] | {"layers": 4}
+    found = explained(mesh={"pipe": 2}, devices=6, pipeline=pipeline, model=model)
+    assert found.pipeline is not None
+    assert found.pipeline.schedule.microbatches == 2
+    assert any(remark.startswith("training would refuse") for remark in found.remarks)

@@ -46,6 +46,7 @@ PLAN: dict[str, Any] = {
     "train_batch_size": 128,
     "micro_batch_size": 1,
     "gradient_accumulation_steps": 2,
+    "pipeline": None,
     "fits": False,
     "memory": {
         "state": 30 << 30,

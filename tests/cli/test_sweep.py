@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import signal
@@ -59,6 +60,23 @@ def test_the_page_has_the_best_rows_and_what_became_of_the_rest() -> None:
     assert "2 x needs at least state 200.00 GiB" in text
     assert "1 x it does not divide" in text
     assert "10,000" not in printed(result(slow, fast), shown=1)
+
+
+def test_rows_show_the_schedule_where_there_is_one() -> None:
+    fast = row(20_000, 40 * GIB)
+    staged = dataclasses.replace(
+        fast.candidate, pipe=2, data=4, schedule="interleaved-1f1b", chunks=2
+    )
+    text = printed(result(fast, dataclasses.replace(row(9_000, GIB), candidate=staged)))
+    lines = [line.split() for line in text.splitlines()]
+    assert lines[2][3:6] == ["remat", "schedule", "peak"]
+    places = ("1", "2")
+    first, second = (next(line for line in lines if line[:1] == [place]) for place in places)
+    assert first[7:10] == ["none", "-", "40.0"]
+    mesh, schedule = ["pipe", "2", "x", "data", "4"], ["interleaved-1f1b", "of", "2", "chunks"]
+    assert second[1:6] == mesh
+    assert second[9:15] == ["1", "none", *schedule]
+    assert "schedule" not in printed(result(fast))
 
 
 def test_what_is_said_when_nothing_fits() -> None:
@@ -266,7 +284,7 @@ def test_nothing_that_fits_is_a_message_and_a_code(tmp_path: Path) -> None:
         (["--gpu", "h200"], 'jspeed: "cluster.gpus": missing'),
         (["--gpu", "h300", "--gpus", "2"], "jspeed: Target 'h300' is unknown."),
         (["--gpu", "h200", "--gpus", "12"], "jspeed: 12 GPUs do not fill hosts of 8."),
-        (["--gpu", "h200", "--gpus", "2", "--axes", "data,pipe"], 'jspeed: "sweep.axes'),
+        (["--gpu", "h200", "--gpus", "2", "--axes", "data,expert"], 'jspeed: "sweep.axes'),
         (
             ["--gpu", "h200", "--gpus", "3", "--gpus-per-host", "3"],
             "jspeed: there is no layout to try. data 3, stage 0: ",
@@ -281,3 +299,22 @@ def test_what_cannot_be_swept_is_one_message(
     assert ran.code == 2
     assert ran.err.startswith(message), ran.err
     assert "Traceback" not in ran.all
+
+
+@pytest.mark.slow
+def test_layouts_with_stages_are_measured_too(tmp_path: Path) -> None:
+    sweep = {"pipe": [2], "schedules": ["1f1b", "zb-h1"], "stages": [1], "remat": ["none"]}
+    run = write(tmp_path / "run.json", tiny(tmp_path, sweep=sweep | {"micro_batch_sizes": [2]}))
+    done = jspeed(
+        *("sweep", run, "--gpu", cpu_target(tmp_path), "--gpus", "2"),
+        *("--measure", "--measure-top", "all", "--measure-steps", "4"),
+    )
+    assert done.code == 0, done.all
+    swept = json.loads((tmp_path / "sweep-tiny" / "sweep.json").read_text())
+    assert {(one["mesh"]["pipe"], one["schedule"]) for one in swept["rows"]} == {
+        (2, "1f1b"),
+        (2, "zb-h1"),
+    }
+    assert all(len(trial["losses"]) == 4 for trial in swept["measured"]["trials"])
+    # fp32 sums in another order.
+    assert swept["measured"]["loss_difference"] < 1e-5

@@ -62,7 +62,7 @@ def test_autotuning_keys_are_sweep_keys_under_other_names() -> None:
             '"autotuning.mp_size": 2 contradicts "sweep.tensor": [1, 4].',
         ),
         ({"sweep": {"stages": [4]}}, '"sweep.stages": [4] is not a list of values, each an'),
-        ({"sweep": {"axes": ["pipe"]}}, '"sweep.axes": ["pipe"] is not a list of values, each'),
+        ({"sweep": {"axes": ["expert"]}}, '"sweep.axes": ["expert"] is not a list of values, each'),
         (
             {"sweep": {"measure_first_step": 9}},
             '"sweep.measure_first_step": 9 is above "sweep.measure_last_step" 8.',

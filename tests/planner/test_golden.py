@@ -21,8 +21,8 @@ from tests.planner.goldens import CONFIGS, GOLDEN, differences, kept, plan_of, r
 
 SHIPPED = sorted(CONFIGS.glob("*.json"))
 README = CONFIGS / "README.md"
+TAKE_LONG = ("llama3_70b_1024xh200", "llama3_8b_1m_8xh200")
 MARK = "<!-- expected plans, written by tests/planner/test_golden.py -->\n"
-SLOW = {"llama3_8b_1m_8xh200"}  # two million turns of attention's loop take XLA a minute or more
 COMPILES_FOR_GPUS = (
     pytest.mark.gpu_target,
     pytest.mark.skipif(not has_gpu_compiler(), reason="the CUDA compiler plugin is missing"),
@@ -32,7 +32,7 @@ COMPILES_FOR_GPUS = (
 def run_file(path: Path) -> Any:
     gpu = load_config(path).cluster.gpu
     marks = COMPILES_FOR_GPUS if gpu not in (None, "cpu") else ()
-    if path.stem in SLOW:
+    if path.stem in TAKE_LONG:
         marks = (*marks, pytest.mark.slow)
     return pytest.param(path, id=path.stem, marks=marks)
 

@@ -45,6 +45,25 @@ ENTRY %main (a: bf16[4,8]) -> f32[4,8] {
 }
 """
 
+BRANCHES = """
+%passed (f: (bf16[4,8], s32[], bf16[8])) -> (s32[], bf16[4,8]) {
+  %f = (bf16[4,8]{1,0}, s32[], bf16[8]{0}) parameter(0)
+  %f0 = bf16[4,8]{1,0} get-tuple-element(%f), index=0
+  %f1 = s32[] get-tuple-element(%f), index=1
+  ROOT %handed = (s32[], bf16[4,8]{1,0}) tuple(%f1, %f0)
+}
+
+%filled_in (g: (bf16[4,8], s32[], bf16[8])) -> (s32[], bf16[4,8]) {
+  %g = (bf16[4,8]{1,0}, s32[], bf16[8]{0}) parameter(0)
+  %g0 = bf16[4,8]{1,0} get-tuple-element(%g), index=0
+  %g1 = s32[] get-tuple-element(%g), index=1
+  %w2 = bf16[8]{0} get-tuple-element(%g), index=2, metadata={op_name="jit(step)/while/body/cond/value"}
+  %row2 = bf16[1,8]{1,0} bitcast(%w2)
+  %update2 = bf16[4,8]{1,0} dynamic-update-slice(%g0, %row2, %g1, %g1), metadata={op_name="jit(step)/while/body/cond/pipeline.kept/dynamic_update_slice"}
+  ROOT %put = (s32[], bf16[4,8]{1,0}) tuple(%g1, %update2)
+}
+"""
+
 SOURCES = Sources(parse_module(TEXT))
 
 
@@ -82,3 +101,21 @@ def test_the_inside_of_an_asynchronous_kernel_is_found_by_its_type():
     assert found is not None
     assert found.name == "start"
     assert SOURCES.instruction("not_printed", ArrayType("f32", (99,))) is None
+
+
+def test_what_a_branch_puts_into_what_it_hands_on_is_found() -> None:
+    """Through the conditional that a loop's body runs, whichever branch it is."""
+    text = TEXT.replace("\n%inner (", BRANCHES + "\n%inner (", 1).replace(
+        "  %stored = bf16[4,8]{1,0} fusion(%stack, %index, %gelu), kind=kLoop, calls=%fused_put",
+        "  %operands = (bf16[4,8]{1,0}, s32[], bf16[8]{0}) tuple(%stack, %index, %gelu)\n"
+        "  %switch = (s32[], bf16[4,8]{1,0}) conditional(%index, %operands, %operands), "
+        "branch_computations={%passed, %filled_in}\n"
+        "  %stored = bf16[4,8]{1,0} get-tuple-element(%switch), index=1",
+    )
+    sources = Sources(parse_module(text))
+    zeros, switch = sources.instruction("zeros"), sources.instruction("switch")
+    assert zeros is not None
+    assert switch is not None
+    assert sources.put(zeros).name == sources.put(switch, (1,)).name == "update2"
+    assert sources.of(zeros).name == sources.of(switch, (1,)).name == "w2"
+    assert sources.put(switch, (0,)) is switch

@@ -26,6 +26,7 @@ PLAN: dict[str, Any] = {
     "micro_batch_size": 4,
     "zero_stage": 1,
     "gpus": 8,
+    "gpus_per_host": 8,
     "mesh": {"pipe": 1, "replica": 1, "data": 8, "expert": 1, "seq": 1, "tensor": 1},
 }
 WHERE = Where("h200", 8, 8)
@@ -42,6 +43,8 @@ def test_microbatch_stage_remat_and_mesh():
         "zero_optimization.stage: 2",
         "zero_optimization.stage: 3",
         "model.remat: full",
+        "mesh.tensor: 2 with mesh.data 4",
+        "mesh.pipe: 2 with mesh.data 4",
         "16 GPUs: mesh.data 16",
     ]
 
@@ -54,6 +57,7 @@ def test_what_cannot_be_changed_is_not_proposed():
     assert texts(run, micro_batch_size=8, zero_stage=3) == [
         "train_micro_batch_size_per_gpu: 4",
         "train_micro_batch_size_per_gpu: 1",
+        "mesh.tensor: 2 with mesh.data 4",
     ]
 
 
@@ -66,16 +70,39 @@ def test_copies_are_given_up_and_rules_over_tensor_are_used():
     assert "mesh.tensor: 2 with mesh.data 2" in found
 
 
-@pytest.mark.parametrize("position", range(6))
+def test_an_axis_grows_as_far_as_heads_hosts_and_layers_let_it():
+    mesh = {**PLAN["mesh"], "data": 2, "tensor": 2, "pipe": 2}
+    run = {**RUN, "mesh": {"data": 2, "tensor": 2, "pipe": 2}, "gradient_accumulation_steps": 8}
+    assert "mesh.tensor: 4 with mesh.data 1" in texts(run, mesh=mesh)
+    assert "mesh.tensor: 4 with mesh.data 1" not in texts(run, mesh=mesh, gpus_per_host=2)
+    assert not any("mesh.pipe: 4" in text for text in texts(run, mesh=mesh)), "two layers"
+    eight = {**PLAN["mesh"], "tensor": 4}
+    assert not any("mesh.tensor: 8" in text for text in texts(RUN, mesh=eight)), "four heads"
+
+
+def test_a_pipeline_by_another_schedule_is_tried_by_1f1b():
+    run = {**RUN, "mesh": {"data": 4, "pipe": 2}, "pipeline": {"schedule": "gpipe"}}
+    del run["gradient_accumulation_steps"]
+    mesh = {**PLAN["mesh"], "data": 4, "pipe": 2}
+    assert "pipeline.schedule: 1f1b" in texts(run, mesh=mesh)
+    assert "pipeline.schedule: 1f1b" not in texts({**run, "pipeline": {}}, mesh=mesh)
+    read = RunFile.read({**run, "pipeline": {"schedule": "interleaved-1f1b", "chunks": 2}})
+    change = next(c for c in single_changes(read, {**PLAN, "mesh": mesh}) if c.kind == "schedule")
+    changed = RunFile.read(read.changed(change.keys)).config.pipeline
+    assert (changed.schedule, changed.chunks) == ("1f1b", 1)
+
+
+@pytest.mark.parametrize("position", range(8))
 def test_each_change_makes_a_run_file_that_loads_with_the_same_global_batch(position):
     run = RunFile.read(RUN)
     change = single_changes(run, PLAN)[position]
     changed = RunFile.read(run.changed(change.keys))
     devices = change.gpus or 8
     assert changed.config.batch.train_batch_size == 64
-    micro = changed.config.batch.micro_batch_size
+    micro, mesh = changed.config.batch.micro_batch_size, changed.config.mesh
     assert micro is not None
-    assert 64 % (micro * devices) == 0
+    assert mesh.data * mesh.tensor * mesh.pipe == devices
+    assert 64 % (micro * mesh.data) == 0
 
 
 def answering(fitting: set[str]) -> Any:
@@ -102,14 +129,15 @@ def test_those_that_fit_come_first_and_a_failure_is_a_row():
     assert (found[0]["fits"], found[0]["peak_bytes"]) == (True, 50)
     assert found[-1]["change"] == "zero_optimization.stage: 2"
     assert found[-1]["error"] == "the compiler gave up"
-    assert len(found) == 6
+    assert len(found) == 8
 
 
 def test_all_together_if_no_single_change_is_enough():
     found = suggest(RunFile.read(RUN), WHERE, PLAN, answering({"3/full"}))
-    assert [entry["fits"] for entry in found] == [True] + [False] * 6
+    assert [entry["fits"] for entry in found] == [True] + [False] * 8
     assert found[0]["change"] == (
-        "zero_optimization.stage: 3 and model.remat: full and train_micro_batch_size_per_gpu: 1"
+        "mesh.tensor: 2 with mesh.data 4 and zero_optimization.stage: 3 and model.remat: full and "
+        "train_micro_batch_size_per_gpu: 1"
     )
 
 

@@ -10,10 +10,14 @@ import pytest
 
 from jspeed.layout.mesh import AXES
 from jspeed.nn.attention import STAND_IN
+from jspeed.pipeline import make_schedule
+from jspeed.pipeline.program import make_turns
 from jspeed.planner.cluster import Cluster, collective_seconds
 from jspeed.planner.hlo import parse_module
 from jspeed.planner.targets import FreshMemory, load_target
 from jspeed.planner.timeline import time_step
+from jspeed.planner.turns import find_turns
+from tests.planner.texts import PIPELINE
 
 # A product of 2^30 x 2 FLOPs, a copy of 2^21 bytes each way and a gather of 2^24 bytes.
 LOOP = """HloModule step, is_scheduled=true
@@ -148,3 +152,62 @@ def test_the_largest_part_bounds_the_step():
     assert step(product()).bound == "compute"
     assert step(COPY).bound == "memory"
     assert step(START + DONE).bound == "network:data"
+
+
+def test_what_uses_the_result_of_a_synchronous_collective_takes_its_time():
+    gather = START.replace("%start", "%gathered").replace("all-gather-start", "all-gather")
+    gather = gather.replace("(bf16[1048576]{0}, bf16[8388608]{0})", "bf16[8388608]{0}")
+    copied = "  %copied = bf16[8388608]{0} copy(%gathered)\n"
+    spent = step(gather + copied)
+    assert spent.parts["network:data"] == pytest.approx(10 * GATHER_SECONDS)
+    seconds = 10 * 2 * 2 * 2**23 / TARGET.memory_rate() + scalars(spent)
+    assert spent.parts["memory"] == pytest.approx(seconds)
+
+
+# --- a pipeline -----------------------------------------------------------------------------------
+
+
+def pipelined(text: str = PIPELINE):
+    sizes = {axis: {"pipe": 2, "data": 4}.get(axis, 1) for axis in AXES}
+    module = parse_module(text)
+    turns = find_turns(
+        module, sizes, make_turns(make_schedule("forward", stages=2, microbatches=2))
+    )
+    return time_step(module, CLUSTER, sizes, pipeline=turns), sizes
+
+
+def test_a_stage_computes_its_microbatches_and_waits_for_its_neighbour():
+    """Stage 0 works in turns 0 and 1, stage 1 in 1 and 2; each turn begins with a permute."""
+    spent, sizes = pipelined()
+    permute = collective_seconds("collective-permute", 2 * 1024**2, CLUSTER.link(("pipe",), sizes))
+    gather = collective_seconds("all-gather", 2 * 4 * 1024**2, CLUSTER.link(("data",), sizes))
+    assert spent.total_flops == 2 * 2 * 1024**3
+    assert spent.parts["compute"] == pytest.approx(2 * PRODUCT_SECONDS)
+    assert spent.parts["network:data"] == pytest.approx(2 * gather)
+    assert spent.parts["network:pipe"] == pytest.approx(3 * permute)
+    # Stage 0, the first of equals, waits for the last turn's work of stage 1.
+    assert spent.stage == 0
+    assert spent.parts["bubble"] == pytest.approx(PRODUCT_SECONDS + gather)
+    assert spent.seconds == pytest.approx(sum(spent.parts.values()))
+
+
+def test_the_stage_that_works_longest_is_the_one_that_is_told():
+    """Only in stage 1 something follows the layers."""
+    extra = "  %extra = bf16[1024,1024]{1,0} custom-call(%h2, %h2), custom_call_target="
+    extra += PRODUCT.partition("custom_call_target=")[2]
+    after = f"""
+%head (w2: (bf16[1024,1024])) -> (bf16[1024,1024]) {{
+  %w2 = (bf16[1024,1024]{{1,0}}) parameter(0)
+  %h2 = bf16[1024,1024]{{1,0}} get-tuple-element(%w2), index=0
+{extra}  ROOT %hd = (bf16[1024,1024]{{1,0}}) tuple(%extra)
+}}
+
+%operation ("""
+    text = PIPELINE.replace("\n%operation (", after, 1).replace(
+        "  %out = bf16",
+        "  %switch2 = (bf16[1024,1024]{1,0}) conditional(%mine, %into, %into), "
+        "branch_computations={%idle, %head}\n  %out = bf16",
+    )
+    spent, _ = pipelined(text)
+    assert spent.stage == 1
+    assert spent.total_flops == (2 + 3) * 2 * 1024**3  # twice its layers, in each turn the head

@@ -80,3 +80,65 @@ ENTRY %main (a: f32[32,8], v: f32[8]) -> f32[4,8] {
   ROOT %out = f32[4,8]{1,0} copy(%done)
 }
 """
+
+PIPELINE = """HloModule step, is_scheduled=true
+
+%idle (i: (bf16[1024,1024])) -> (bf16[1024,1024]) {
+  ROOT %i = (bf16[1024,1024]{1,0}) parameter(0)
+}
+
+%layers (w: (bf16[1024,1024])) -> (bf16[1024,1024]) {
+  %w = (bf16[1024,1024]{1,0}) parameter(0)
+  %h = bf16[1024,1024]{1,0} get-tuple-element(%w), index=0
+  %product = bf16[1024,1024]{1,0} custom-call(%h, %h), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}
+  %gathered = bf16[4096,1024]{1,0} all-gather(%product), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  ROOT %done = (bf16[1024,1024]{1,0}) tuple(%product)
+}
+
+%operation (table: s32[3,1,2,12], turn: s32[], stage: s32[]) -> s32[] {
+  %table = s32[3,1,2,12]{3,2,1,0} parameter(0)
+  %turn = s32[] parameter(1)
+  %stage = s32[] parameter(2)
+  %none = s32[] constant(0)
+  %cell = s32[1,1,1,12]{3,2,1,0} dynamic-slice(%table, %turn, %none, %stage, %none), dynamic_slice_sizes={1,1,1,12}
+  %field = s32[1,1,1,1]{3,2,1,0} slice(%cell), slice={[0:1], [0:1], [0:1], [0:1]}
+  ROOT %op = s32[] bitcast(%field)
+}
+
+%body (param: (s32[], bf16[1024,1024], s32[])) -> (s32[], bf16[1024,1024], s32[]) {
+  %param = (s32[], bf16[1024,1024]{1,0}, s32[]) parameter(0)
+  %index = s32[] get-tuple-element(%param), index=0
+  %x = bf16[1024,1024]{1,0} get-tuple-element(%param), index=1
+  %mine = s32[] get-tuple-element(%param), index=2
+  %permute-start = (bf16[1024,1024]{1,0}, bf16[1024,1024]{1,0}) collective-permute-start(%x), channel_id=1, source_target_pairs={{0,4},{1,5},{2,6},{3,7}}
+  %permute-done = bf16[1024,1024]{1,0} collective-permute-done(%permute-start)
+  %cells = s32[3,1,2,12]{3,2,1,0} constant({...})
+  %what = s32[] fusion(%cells, %index, %mine), kind=kLoop, calls=%operation
+  %into = (bf16[1024,1024]{1,0}) tuple(%permute-done)
+  %switch = (bf16[1024,1024]{1,0}) conditional(%what, %into, %into), branch_computations={%idle, %layers}
+  %out = bf16[1024,1024]{1,0} get-tuple-element(%switch), index=0
+  %one = s32[] constant(1)
+  %next = s32[] add(%index, %one)
+  ROOT %state = (s32[], bf16[1024,1024]{1,0}, s32[]) tuple(%next, %out, %mine)
+}
+
+%condition (c: (s32[], bf16[1024,1024], s32[])) -> pred[] {
+  %c = (s32[], bf16[1024,1024]{1,0}, s32[]) parameter(0)
+  %at = s32[] get-tuple-element(%c), index=0
+  %limit = s32[] constant(3)
+  ROOT %more = pred[] compare(%at, %limit), direction=LT
+}
+
+ENTRY %main (a: bf16[1024,1024]) -> bf16[1024,1024] {
+  %a = bf16[1024,1024]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %device = u32[] partition-id()
+  %two = u32[] constant(2)
+  %axis = u32[] shift-right-logical(%device, %two)
+  %pipe = s32[] convert(%axis)
+  %init = (s32[], bf16[1024,1024]{1,0}, s32[]) tuple(%zero, %a, %pipe)
+  %loop = (s32[], bf16[1024,1024]{1,0}, s32[]) while(%init), condition=%condition, body=%body
+  ROOT %result = bf16[1024,1024]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+"""Two stages, each of four devices, that pass microbatches forward in three turns."""

@@ -5,14 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import jax
+import numpy as np
 import pytest
 
+import jspeed
 from jspeed.models import GPT2Config, LlamaConfig, ModelFactory
+from jspeed.nn import language_model_loss
 from tests.training.curves import (
     BATCH,
+    SEQ,
     TINY,
     VOCAB,
     Curve,
+    batches,
     ds_config,
     loss_error,
     parameter_error,
@@ -89,3 +95,24 @@ def test_accumulation_equals_one_device():
     curve = train_curve(config, devices=4, steps=STEPS, model=factory("llama"))
     assert loss_error(curve, one_device("llama")) < TOLERANCE
     assert parameter_error(curve, one_device("llama")) < TOLERANCE
+
+
+def test_evaluation_and_a_packed_batch_equal_one_device():
+    """Two documents in each row, whose positions start anew."""
+    batch = batches(1)[0]
+    segments = (np.arange(SEQ) >= SEQ // 2).astype(np.int32) + np.zeros((BATCH, 1), np.int32)
+    positions = np.tile(np.arange(SEQ, dtype=np.int32) % (SEQ // 2), (BATCH, 1))
+    batch = {**batch, "segment_ids": segments, "positions": positions}
+
+    def losses(devices: int, **mesh: int) -> tuple[float, float]:
+        engine = jspeed.initialize(
+            model=factory("llama"),
+            loss_fn=language_model_loss,
+            config=ds_config(stage=1, micro=BATCH // mesh.get("data", 1), mesh=mesh),
+            devices=jax.devices()[:devices],
+            seed=0,
+        )
+        before = float(engine.eval_batch(batch)["loss"])
+        return before, float(engine.train_batch(batch)["loss"])
+
+    assert losses(8, data=2, tensor=4) == pytest.approx(losses(1), rel=TOLERANCE)

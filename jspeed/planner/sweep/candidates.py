@@ -1,7 +1,9 @@
-"""The layouts that a sweep tries: mesh axes x ZeRO stage x microbatch x remat, for one batch."""
+"""The layouts that a sweep tries: mesh axes x ZeRO stage x microbatch x remat x schedule, for one
+batch."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +15,8 @@ from jspeed.core.errors import ConfigError, JspeedError
 from jspeed.engine.build import mesh_shape
 from jspeed.layout.logical import undividable
 from jspeed.layout.mesh import MeshShape
+from jspeed.pipeline.partition import require_layers
+from jspeed.pipeline.schedules import INTERLEAVED, KINDS, check_schedule
 from jspeed.planner.run_file import RunFile
 
 
@@ -26,6 +30,9 @@ class Candidate:
       micro_batch_size: rows of one device at a time.
       accumulation: microbatches of one step, so that the global batch stays.
       remat: `model.remat`.
+      pipe, seq: sizes of the other mesh axes.
+      schedule: `pipeline.schedule`; empty without a pipeline.
+      chunks: `pipeline.chunks`.
     """
 
     replica: int
@@ -35,18 +42,34 @@ class Candidate:
     micro_batch_size: int
     accumulation: int
     remat: str
+    pipe: int = 1
+    seq: int = 1
+    schedule: str = ""
+    chunks: int = 1
+
+    @property
+    def mesh(self) -> MeshShape:
+        return MeshShape(
+            pipe=self.pipe, replica=self.replica, data=self.data, seq=self.seq, tensor=self.tensor
+        )
+
+    @property
+    def schedule_text(self) -> str:
+        """The schedule with its chunks; empty without a pipeline."""
+        return f"{self.schedule} of {self.chunks} chunks" if self.chunks > 1 else self.schedule
 
     @property
     def label(self) -> str:
-        mesh = MeshShape(replica=self.replica, data=self.data, tensor=self.tensor)
         remat = "" if self.remat == "none" else f", remat {self.remat}"
+        schedule = f", {self.schedule_text}" if self.schedule else ""
         return (
-            f"{mesh}, stage {self.stage}, microbatch {self.micro_batch_size} x "
-            f"{self.accumulation}{remat}"
+            f"{self.mesh}, stage {self.stage}, microbatch {self.micro_batch_size} x "
+            f"{self.accumulation}{remat}{schedule}"
         )
 
     def changes(self) -> dict[str, Any]:
         """What it changes in a run file, as `RunFile.changed` takes it."""
+        pipelined = self.pipe > 1
         return {
             "train_batch_size": self.replica
             * self.data
@@ -56,19 +79,32 @@ class Candidate:
             "gradient_accumulation_steps": None,
             "zero_optimization.stage": self.stage,
             "zero_optimization.mics_shard_size": None,
+            "mesh.pipe": self.pipe if pipelined else None,
             "mesh.replica": self.replica,
             "mesh.data": self.data,
+            "mesh.seq": self.seq if self.seq > 1 else None,
             "mesh.tensor": self.tensor,
+            "pipeline.stages": None,
+            "pipeline.schedule": self.schedule if pipelined else None,
+            "pipeline.chunks": self.chunks if pipelined else None,
             "model.remat": self.remat,
         }
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "mesh": {"replica": self.replica, "data": self.data, "tensor": self.tensor},
+            "mesh": {
+                "pipe": self.pipe,
+                "replica": self.replica,
+                "data": self.data,
+                "seq": self.seq,
+                "tensor": self.tensor,
+            },
             "stage": self.stage,
             "micro_batch_size": self.micro_batch_size,
             "accumulation": self.accumulation,
             "remat": self.remat,
+            "schedule": self.schedule or None,
+            "chunks": self.chunks,
         }
 
 
@@ -117,10 +153,11 @@ def enumerate_candidates(run: RunFile, *, gpus: int, gpus_per_host: int) -> Enum
     train = _global_batch(config, gpus)
     meshes, discarded = _meshes(config, gpus, gpus_per_host)
     candidates: list[tuple[Candidate, Config]] = []
-    seen = {(mesh.data, mesh.tensor) for mesh in meshes if mesh.replica == 1}
+    seen = {dataclasses.replace(mesh, data=1): mesh.data for mesh in meshes if mesh.replica == 1}
     for mesh, stage in itertools.product(meshes, dict.fromkeys(config.sweep.stages)):
         shards = mesh.replica * mesh.data
-        if stage == 0 and mesh.replica > 1 and (shards, mesh.tensor) in seen:
+        alike = dataclasses.replace(mesh, replica=1, data=1)
+        if stage == 0 and mesh.replica > 1 and seen.get(alike) == shards:
             reason = f"stage 0 shards nothing, so this is data {shards} without replica"
             discarded.append(Discarded(f"{mesh}, stage 0", reason))
             continue
@@ -148,17 +185,38 @@ def _of_layout(
         if rest:
             yield Discarded(f"{label}, microbatch {micro}", _triangle(train, micro, shards))
             continue
-        for remat in dict.fromkeys(sweep.remat):
-            yield _loaded(
-                run,
-                Candidate(mesh.replica, mesh.data, mesh.tensor, stage, micro, accumulation, remat),
+        schedules = list(_schedules(run.config, mesh.pipe))
+        for remat, (schedule, chunks) in itertools.product(dict.fromkeys(sweep.remat), schedules):
+            candidate = Candidate(
+                replica=mesh.replica,
+                data=mesh.data,
+                tensor=mesh.tensor,
+                stage=stage,
+                micro_batch_size=micro,
+                accumulation=accumulation,
+                remat=remat,
+                pipe=mesh.pipe,
+                seq=mesh.seq,
+                schedule=schedule,
+                chunks=chunks,
             )
+            yield _loaded(run, candidate)
 
 
 def _loaded(run: RunFile, candidate: Candidate) -> tuple[Candidate, Config] | Discarded:
     """A candidate with its configuration; a combination that breaks a rule is none."""
     try:
-        return candidate, load_config(run.changed(candidate.changes()))
+        config = load_config(run.changed(candidate.changes()))
+        assert config.model is not None
+        if candidate.schedule:
+            require_layers(config.model.layers, stages=candidate.pipe, chunks=candidate.chunks)
+            check_schedule(
+                candidate.schedule,
+                stages=candidate.pipe,
+                microbatches=candidate.accumulation,
+                chunks=candidate.chunks,
+            )
+        return candidate, config
     except ConfigError as error:
         return Discarded(candidate.label, str(error))
 
@@ -189,24 +247,66 @@ def _meshes(
 ) -> tuple[list[MeshShape], list[Discarded]]:
     """The meshes of `gpus` devices that the axes allow; `data` takes what remains."""
     mesh, sweep = config.mesh, config.sweep
-    replicas = _replica_sizes(config, gpus, gpus_per_host)
-    tensors = _tensor_sizes(config, gpus, gpus_per_host)
+    sizes = {
+        "pipe": _pipe_sizes(config, gpus),
+        "replica": _replica_sizes(config, gpus, gpus_per_host),
+        "seq": _seq_sizes(config, gpus, gpus_per_host),
+        "tensor": _tensor_sizes(config, gpus, gpus_per_host),
+    }
     found: list[MeshShape] = []
     discarded: list[Discarded] = []
-    for replica, tensor in itertools.product(replicas, tensors):
-        label = f"replica {replica} x tensor {tensor}"
-        data = gpus // (replica * tensor)
-        if gpus % (replica * tensor):
-            reason = f"{replica * tensor} does not divide {gpus} devices"
-            discarded.append(Discarded(label, reason))
-        elif reason := undividable(_units(config), tensor):
-            discarded.append(Discarded(label, reason))
-        elif not _varies(sweep, "data") and mesh.data not in (-1, data):
+    for chosen in itertools.product(*sizes.values()):
+        shape = MeshShape(**dict(zip(sizes, chosen, strict=True)))
+        data = gpus // shape.devices
+        reason = _no_mesh(config, shape, gpus)
+        if not reason and not _varies(sweep, "data") and mesh.data not in (-1, data):
             reason = f'data would be {data}, but "sweep.axes" keeps it at {mesh.data}'
+        if reason:
+            named = {"replica": shape.replica, "tensor": shape.tensor}
+            named |= {axis: size for axis, size in (("pipe", shape.pipe), ("seq", shape.seq))
+                      if size > 1}  # fmt: skip
+            label = " x ".join(f"{axis} {named[axis]}" for axis in sizes if axis in named)
             discarded.append(Discarded(label, reason))
         else:
-            found.append(MeshShape(replica=replica, data=data, tensor=tensor))
+            found.append(dataclasses.replace(shape, data=data))
     return found, discarded
+
+
+def _no_mesh(config: Config, shape: MeshShape, gpus: int) -> str:
+    """Why axes other than `data` do not go with the model and the devices; empty if they do."""
+    assert config.model is not None
+    if gpus % shape.devices:
+        return f"{shape.devices} does not divide {gpus} devices"
+    if shape.pipe > config.model.layers:
+        return f"{shape.pipe} stages are more than the model's {config.model.layers} layers"
+    length = sequence_length(config)
+    if length % shape.seq:
+        return f'"mesh.seq": {shape.seq} does not divide sequences of {length} tokens'
+    return undividable(_units(config), shape.tensor)
+
+
+def sequence_length(config: Config) -> int:
+    """Tokens of a row."""
+    model, data = config.model, config.data
+    assert model is not None
+    return data.sequence_length if data else model.sequence_length
+
+
+def _schedules(config: Config, stages: int) -> Iterator[tuple[str, int]]:
+    """The schedules to try over so many stages, each with its chunks; `("", 1)` for one stage."""
+    sweep, own = config.sweep, config.pipeline
+    if stages == 1:
+        yield "", 1
+        return
+    kinds: Sequence[str] = sweep.schedules or (own.schedule,)
+    if sweep.schedules is None and _varies_pipe(sweep):
+        kinds = KINDS
+    for kind in dict.fromkeys(kinds):
+        if kind != INTERLEAVED:
+            yield kind, 1
+            continue
+        for chunks in sorted(set(sweep.chunks or (max(2, own.chunks),))):
+            yield kind, chunks
 
 
 def _units(config: Config) -> dict[str, int]:
@@ -219,11 +319,34 @@ def _varies(sweep: SweepConfig, axis: str) -> bool:
     return sweep.axes is None or axis in sweep.axes
 
 
+def _varies_pipe(sweep: SweepConfig) -> bool:
+    return sweep.pipe is not None or (sweep.axes is not None and "pipe" in sweep.axes)
+
+
+def _pipe_sizes(config: Config, gpus: int) -> list[int]:
+    sweep = config.sweep
+    assert config.model is not None
+    if sweep.pipe is not None:
+        return sorted(set(sweep.pipe))
+    if not _varies_pipe(sweep):
+        return [config.mesh.pipe]
+    return [size for size in divisors(gpus) if size <= config.model.layers]
+
+
+def _seq_sizes(config: Config, gpus: int, gpus_per_host: int) -> list[int]:
+    sweep = config.sweep
+    if sweep.seq is not None:
+        return sorted(set(sweep.seq))
+    if sweep.axes is None or "seq" not in sweep.axes:
+        return [config.mesh.seq]
+    return divisors(min(gpus, gpus_per_host))
+
+
 def _replica_sizes(config: Config, gpus: int, gpus_per_host: int) -> list[int]:
     sweep, shard = config.sweep, config.zero.mics_shard_size
     own = config.mesh.replica
     if shard > 0:  # MiCS: groups of so many, copied between groups
-        own = max(1, gpus // (config.mesh.tensor * shard))
+        own = max(1, gpus // (config.mesh.pipe * config.mesh.seq * config.mesh.tensor * shard))
     if sweep.replica is not None:
         return sorted(set(sweep.replica))
     if not _varies(sweep, "replica"):

@@ -143,7 +143,8 @@ def _labelled(
 
 
 def _mesh(row: Row) -> str:
-    named = {"r": row.candidate.replica, "d": row.candidate.data, "t": row.candidate.tensor}
+    letters = {"p": "pipe", "r": "replica", "d": "data", "q": "seq", "t": "tensor"}
+    named = {letter: getattr(row.candidate, axis) for letter, axis in letters.items()}
     return "".join(f"{name}{size}" for name, size in named.items() if size > 1) or "1"
 
 

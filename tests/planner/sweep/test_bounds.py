@@ -80,6 +80,20 @@ def test_stages_two_and_three_communicate_every_microbatch() -> None:
             {"mesh": {"rules": TENSOR_RULES}},
             "data 4 x tensor 2, stage 3, microbatch 4 x 2, remat full",
         ),
+        (
+            {"sweep": {"pipe": 2, "schedules": "1f1b"}},
+            "pipe 2 x data 4, stage 3, microbatch 2 x 4, remat full, 1f1b",
+        ),
+        pytest.param(
+            {"sweep": {"pipe": 2, "schedules": "zb-h1"}},
+            "pipe 2 x data 4, stage 1, microbatch 2 x 4, zb-h1",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"sweep": {"seq": 2}},
+            "data 4 x seq 2, stage 2, microbatch 4 x 2",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_compiler_finds_more(changes: dict[str, Any], label: str) -> None:
@@ -125,6 +139,28 @@ def test_the_bound_of_computing_stays_below_what_is_compiled(family) -> None:
     floor = Bounds(run.config, where).floor(candidate, config)
     counted = floor.compute_seconds * where.target.matmul_flops("bfloat16")
     assert 0.9 < counted / make_plan(config, where).flops <= 1.0
+
+
+def test_the_last_of_the_stages_by_hand() -> None:
+    """A layer on each of two stages, in four microbatches of one row; see the first test."""
+    plain = floors(cluster(1), train_batch_size=4)
+    found = floors(
+        cluster(2),
+        train_batch_size=4,
+        sweep={"pipe": 2, "schedules": ["1f1b", "zb-h1"], "remat": "none"},
+    )
+    rate = cluster().target.matmul_flops("bfloat16")
+    tokens = 4 * 64
+    head = 6 * 64 * 257
+    layer = 6 * (4 * 64 * 64 + 2 * 64 * 256) + 12 * 64 * 64 / 2
+    for kind, way in (("1f1b", layer), ("zb-h1", layer / 3)):
+        floor = found[f"pipe 2, stage 1, microbatch 1 x 4, {kind}"]
+        assert floor.compute_seconds == pytest.approx((layer + head + way / 4) * tokens / rate)
+        assert (
+            floor.compute_seconds > plain["1 device, stage 1, microbatch 1 x 4"].compute_seconds / 2
+        )
+        live = 3 if kind == "1f1b" else 2
+        assert floor.activation_bytes == live * 64 * 64 * 2  # of one layer each
 
 
 def test_what_cannot_fit_is_ruled_out_with_the_sum() -> None:

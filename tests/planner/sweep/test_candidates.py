@@ -125,7 +125,7 @@ def test_autotuning_keys_are_sweep_keys() -> None:
     ("changes", "message"),
     [
         ({"model": None}, '"model": missing. A sweep compiles'),
-        ({"mesh": {"seq": 2}}, '"mesh.seq": 2: sequence parallelism is not built yet.'),
+        ({"mesh": {"expert": 2}}, '"mesh.expert": 2: expert parallelism is not built yet.'),
         (
             {"train_batch_size": None, "train_micro_batch_size_per_gpu": 2, "mesh": {"data": 3}},
             '"train_batch_size": missing, and it cannot be told from the run',
@@ -140,6 +140,83 @@ def test_runs_that_cannot_be_swept(changes: dict[str, Any], message: str) -> Non
     with pytest.raises(ConfigError) as error:
         found(**changes)
     assert str(error.value).startswith(message)
+
+
+# --- pipelines and sequences ----------------------------------------------------------------------
+
+FEW: dict[str, Any] = {"stages": [1], "micro_batch_sizes": [2], "remat": ["none"]}
+
+
+def test_a_run_keeps_its_own_pipeline_unless_it_is_asked_for() -> None:
+    plain = found(sweep=FEW)
+    assert values(plain, "pipe") == values(plain, "seq") == [1]
+    assert values(plain, "schedule") == [""]
+    own = found(
+        mesh={"pipe": 2, "seq": 2}, pipeline={"schedule": "gpipe"}, sweep=FEW | {"tensor": [1, 2]}
+    )
+    assert values(own, "pipe") == values(own, "seq") == [2]
+    assert values(own, "schedule") == ["gpipe"]
+    assert [one.label for one, _ in own.candidates] == [
+        "pipe 2 x data 2 x seq 2, stage 1, microbatch 2 x 8, gpipe",
+        "pipe 2 x seq 2 x tensor 2, stage 1, microbatch 2 x 16, gpipe",
+    ]
+
+
+def test_where_pipe_varies_every_schedule_is_tried_that_goes_with_it() -> None:
+    everything = found(gpus=8, sweep=FEW | {"axes": ["pipe", "data"]})
+    tried = {(one.pipe, one.data, one.schedule, one.chunks) for one, _ in everything.candidates}
+    assert tried == {
+        (1, 8, "", 1),
+        (2, 4, "gpipe", 1),
+        (2, 4, "1f1b", 1),
+        (2, 4, "zb-h1", 1),
+    }
+    # Two layers make two stages of one chunk each.
+    label = "pipe 2 x data 4, stage 1, microbatch 2 x 4, interleaved-1f1b of 2 chunks"
+    assert reasons(everything)[label].startswith('"pipeline.chunks": 2 chunks on each of 2 stages')
+
+
+def test_an_interleaved_schedule_needs_a_microbatch_for_each_stage() -> None:
+    model = run_file().tree["model"] | {"layers": 8}
+    sweep = FEW | {
+        "pipe": [4, 16],
+        "micro_batch_sizes": [2, 8],
+        "schedules": ["interleaved-1f1b"],
+        "chunks": [2],
+    }
+    everything = found(gpus=16, per_host=16, model=model, sweep=sweep)
+    ((one, config),) = everything.candidates
+    assert (one.pipe, one.accumulation, one.chunks) == (4, 4, 2)
+    assert (config.mesh.pipe, config.pipeline.schedule, config.pipeline.chunks) == (
+        4,
+        "interleaved-1f1b",
+        2,
+    )
+    why = reasons(everything)
+    assert why["pipe 16 x replica 1 x tensor 1"] == "16 stages are more than the model's 8 layers"
+    label = "pipe 4 x data 4, stage 1, microbatch 8 x 1, interleaved-1f1b of 2 chunks"
+    assert why[label].startswith('"gradient_accumulation_steps": 1 is fewer than "interleaved')
+
+
+def test_a_sequence_is_split_where_it_divides() -> None:
+    asked = found(sweep=FEW | {"axes": ["seq", "data"]})
+    assert values(asked, "seq") == [1, 2, 4, 8]
+    why = reasons(found(gpus=6, sweep=FEW | {"seq": [3]}))
+    label = "replica 1 x seq 3 x tensor 1"
+    assert why == {label: '"mesh.seq": 3 does not divide sequences of 64 tokens'}
+
+
+def test_a_candidates_run_file_has_its_pipeline_and_no_older_one() -> None:
+    own = {"pipeline": {"stages": 2, "schedule": "interleaved-1f1b", "chunks": 2}}
+    model = run_file().tree["model"] | {"layers": 4}
+    run = run_file(model=model, sweep=FEW | {"pipe": [1, 2], "schedules": ["1f1b"]}, **own)
+    one, two = enumerate_candidates(run, gpus=8, gpus_per_host=8).candidates
+    assert one[1].mesh.pipe == 1
+    assert (two[1].mesh.pipe, two[1].pipeline.schedule, two[1].pipeline.chunks) == (2, "1f1b", 1)
+    said = two[0].to_json()
+    assert said["mesh"]["pipe"] == 2
+    assert (said["schedule"], said["chunks"]) == ("1f1b", 1)
+    assert one[0].to_json()["schedule"] is None
 
 
 def test_the_global_batch_can_come_from_the_runs_own_mesh() -> None:
