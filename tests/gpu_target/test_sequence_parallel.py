@@ -76,7 +76,7 @@ def sent(items: list[Collective]) -> int:
     [
         (4, 8, HEADS + 2 * 8),  # every head goes once
         (4, 2, HEADS + 2 * 4),  # two devices share a key head, and each needs it
-        (8, 2, HEADS + 2 * 8),
+        pytest.param(8, 2, HEADS + 2 * 8, marks=pytest.mark.slow),
     ],
 )
 def test_ulysses_forward_is_two_all_to_alls_a_layer(seq, kv_heads, dealt):
@@ -96,7 +96,7 @@ def test_nothing_is_gathered_over_a_split_sequence(method):
     assert not over_seq(step, other)
 
 
-@pytest.mark.parametrize("kv_heads", [8, 2])
+@pytest.mark.parametrize("kv_heads", [pytest.param(8, marks=pytest.mark.slow), 2])
 def test_ring_sends_to_the_neighbour_only(kv_heads):
     """Forwards keys and values go by three other devices, and nothing else goes anywhere."""
     step = compiled("ring", kv_heads=kv_heads)

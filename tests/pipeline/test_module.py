@@ -76,7 +76,14 @@ def reference():
     return train(ds_config(stage=0, micro=BATCH), 1)
 
 
-@pytest.mark.parametrize("method", ["uniform", "parameters", "type:block"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "parameters",
+        pytest.param("uniform", marks=pytest.mark.slow),
+        pytest.param("type:block", marks=pytest.mark.slow),
+    ],
+)
 def test_a_list_of_layers_equals_one_device(method, reference):
     """Six blocks over four stages: uneven, and by the weights of the table at both ends."""
     mesh, pipeline = {"pipe": 4, "data": 2}, {"partition": method}

@@ -65,7 +65,7 @@ ROWS = [
     ("llama-tied", 2, 4, 2),
     ("llama-tied", 2, 4, 3),
 ]
-QUICK = {("gpt2", 2, 4, 3), ("gpt2-untied", 4, 2, 2), ("llama", 2, 4, 1), ("llama-tied", 2, 4, 3)}
+QUICK = {("gpt2-untied", 4, 2, 2), ("llama-tied", 2, 4, 3)}
 
 
 def factory(name: str) -> ModelFactory:
