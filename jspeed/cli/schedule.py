@@ -18,7 +18,7 @@ _MOST = 100_000
 # The keys that messages name, as options.
 _OPTIONS = {
     '"pipeline.schedule"': '"--kind"',
-    '"pipeline.stages"': '"--stages"',
+    '"mesh.pipe"': '"--stages"',
     '"gradient_accumulation_steps"': '"--microbatches"',
     '"pipeline.chunks"': '"--chunks"',
 }

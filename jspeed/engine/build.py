@@ -98,6 +98,7 @@ def plan_run(
     params, _ = abstract_parameters(program)
     check_trainable(params)
     precision = config.precision
+    rules = [*rules, *(Rule(pattern, tuple(spec)) for pattern, spec in config.mesh.rules)]
     layout = place(
         params,
         mesh=mesh,
@@ -106,7 +107,7 @@ def plan_run(
             persistence_threshold=config.zero.persistence_threshold,
             model_persistence_threshold=config.zero.model_persistence_threshold,
         ),
-        rules=[*rules, *(Rule(pattern, tuple(spec)) for pattern, spec in config.mesh.rules)],
+        rules=rules,
         splits=tensor_splits(
             params,
             sizes=dict(mesh.shape),
@@ -114,7 +115,7 @@ def plan_run(
             blueprint=program.blueprint,
             stacked=program.stacked,
             settings=config.tensor_parallel,
-            ruled=bool(rules or config.mesh.rules),
+            rules=rules,
         ),
         stacked=program.stacked,
         compute_dtype=precision.compute_dtype,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jspeed.config import TensorParallelConfig
 from jspeed.layout.autotp import autotp_splits
 from jspeed.layout.logical import Split, logical_splits
+from jspeed.layout.rules import Rule
 
 
 def tensor_splits(
@@ -18,7 +20,7 @@ def tensor_splits(
     blueprint: Any,
     stacked: Sequence[str] = (),
     settings: TensorParallelConfig | None = None,
-    ruled: bool = False,
+    rules: Sequence[Rule] = (),
 ) -> dict[str, Split]:
     """path -> what `tensor` splits of that parameter.
 
@@ -34,7 +36,7 @@ def tensor_splits(
         other parts that are never cut, are read where it has them.
       stacked: regexes of parameters whose first dimension stacks layers.
       settings: the `tensor_parallel` section; None is an empty one.
-      ruled: sharding rules are written by hand.
+      rules: written by hand; what they match is left to them.
 
     Raises:
       LayoutError: the query heads, or the inner width, of a model that names them do not divide.
@@ -43,9 +45,14 @@ def tensor_splits(
     if ways == 1:
         return {}
     units = getattr(blueprint, "logical_units", {})
-    named = logical_splits(params, logical_axes, units=units, ways=ways)
+    open_axes = {
+        path: names
+        for path, names in logical_axes.items()
+        if not any(re.fullmatch(rule.pattern, path) for rule in rules)
+    }
+    named = logical_splits(params, open_axes, units=units, ways=ways)
     settings = settings or TensorParallelConfig()
-    if ruled and not settings.asked:
+    if rules and not settings.asked:
         return named
     guessed = autotp_splits(
         params,

@@ -12,11 +12,11 @@ faster; what it must hold in memory and compute is the same.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jspeed.core.shapes import Array, Float, Int
 
@@ -132,9 +132,9 @@ def attend_blocks(
     kv_heads = key.shape[2]
     group = heads // kv_heads
 
-    def step(carry: Any, pair: Any) -> Any:
+    def step(carry: Any, pair: _Pair, first: jax.Array) -> Any:
         out, normaliser, sums, highest, total = carry
-        row, column, first = _beside(pair, total)
+        row, column = pair
         sums = jnp.where(first, 0.0, sums)
         highest = jnp.where(first, _MASKED, highest)
         total = jnp.where(first, 0.0, total)
@@ -157,7 +157,7 @@ def attend_blocks(
         normaliser = jax.lax.dynamic_update_slice_in_dim(
             normaliser, new_highest + jnp.log(total), row * block, 3
         )
-        return (out, normaliser, sums, new_highest, total), None
+        return out, normaliser, sums, new_highest, total
 
     per_row = (batch, kv_heads, group, block)
     start = (
@@ -167,8 +167,14 @@ def attend_blocks(
         jnp.zeros(per_row, jnp.float32),
         jnp.zeros(per_row, jnp.float32),
     )
-    pairs = _pairs_by_row(rows // block, key.shape[1] // block, causal)
-    (out, normaliser, *_), _ = jax.lax.scan(step, start, pairs)
+    out, normaliser, *_ = _scan_pairs(
+        step,
+        start,
+        rows=rows // block,
+        columns=key.shape[1] // block,
+        causal=causal,
+        by_column=False,
+    )
     return out, normaliser
 
 
@@ -212,9 +218,9 @@ def attend_blocks_backward(
     kv_heads = key.shape[2]
     scale = dim**-0.5
 
-    def step(carry: Any, pair: Any) -> Any:
+    def step(carry: Any, pair: _Pair, first: jax.Array) -> Any:
         d_query, d_key, d_value, key_sums, value_sums = carry
-        row, column, first = _beside(pair, key_sums)
+        row, column = pair
         key_sums = jnp.where(first, 0.0, key_sums)
         value_sums = jnp.where(first, 0.0, value_sums)
         scores = _scores(query, key, query_segments, key_segments, row, column, block, causal)
@@ -235,7 +241,7 @@ def attend_blocks_backward(
         # Finished with the column's last pair; what earlier pairs write is written over.
         d_key = _put(d_key, key_sums.astype(dtype), column, block)
         d_value = _put(d_value, value_sums.astype(dtype), column, block)
-        return (d_query, d_key, d_value, key_sums, value_sums), None
+        return d_query, d_key, d_value, key_sums, value_sums
 
     sums = jnp.zeros((batch, block, kv_heads, dim), jnp.float32)
     start = (
@@ -245,42 +251,61 @@ def attend_blocks_backward(
         sums,
         sums,
     )
-    pairs = _pairs_by_column(rows // block, key.shape[1] // block, causal)
-    (d_query, d_key, d_value, *_), _ = jax.lax.scan(step, start, pairs)
+    d_query, d_key, d_value, *_ = _scan_pairs(
+        step,
+        start,
+        rows=rows // block,
+        columns=key.shape[1] // block,
+        causal=causal,
+        by_column=True,
+    )
     return d_query, d_key, d_value
 
 
 _attention.defvjp(_forward, _backward)
 
 
-_Pair = tuple[jax.Array, jax.Array, jax.Array]
-"""Numbers of a row and a column, and whether the pair is the first of its row (or column)."""
+_Pair = tuple[jax.Array, jax.Array]
+"""Numbers of a row and a column."""
 
 
-def _pairs_by_row(rows: int, columns: int, causal: bool) -> _Pair:
-    row, column = np.nonzero(_seen(rows, columns, causal))
-    return _as_pairs(row, column, column == 0)
+def _scan_pairs(
+    step: Callable[[Any, _Pair, jax.Array], Any],
+    start: Any,
+    *,
+    rows: int,
+    columns: int,
+    causal: bool,
+    by_column: bool,
+) -> Any:
+    """The last carry of `step(carry, pair, first of its row (or column)) -> carry` over all pairs
+    that are seen, row by row or column by column.
 
+    The pairs are counted and not listed: of a million tokens there are two million, and XLA is slow
+    with constants of that size.
+    """
 
-def _pairs_by_column(rows: int, columns: int, causal: bool) -> _Pair:
-    column, row = np.nonzero(_seen(rows, columns, causal).T)
-    return _as_pairs(row, column, row == (column if causal else 0))
+    def turn(state: Any, _: None) -> Any:
+        carry, row, column = state
+        # Tied to data: of numbers that depend on nothing, differentiation computes the masks of all
+        # pairs ahead and keeps them, `seq x seq` of them for every head.
+        pair = jax.lax.optimization_barrier((row, column, jax.tree.leaves(carry)[-1]))[:2]
+        if by_column:
+            first = row == (column if causal else 0)
+            last = row == rows - 1
+            column = jnp.where(last, column + 1, column)
+            row = jnp.where(last, column if causal else 0, row + 1)
+        else:
+            first = column == 0
+            last = column == (row if causal else columns - 1)
+            row = jnp.where(last, row + 1, row)
+            column = jnp.where(last, 0, column + 1)
+        return (step(carry, pair, first), row, column), None
 
-
-def _seen(rows: int, columns: int, causal: bool) -> np.ndarray:
-    every = np.ones((rows, columns), bool)
-    return np.tril(every) if causal else every
-
-
-def _as_pairs(row: np.ndarray, column: np.ndarray, first: np.ndarray) -> _Pair:
-    return jnp.asarray(row, jnp.int32), jnp.asarray(column, jnp.int32), jnp.asarray(first)
-
-
-def _beside(pair: _Pair, data: jax.Array) -> _Pair:
-    """A pair's numbers, tied to data: of numbers that depend on nothing, differentiation computes
-    the masks of all pairs ahead and keeps them, `seq x seq` of them for every head."""
-    row, column, first, _ = jax.lax.optimization_barrier((*pair, data))
-    return row, column, first
+    zero = jnp.int32(0)
+    length = rows * (rows + 1) // 2 if causal else rows * columns
+    (carry, _, _), _ = jax.lax.scan(turn, (start, zero, zero), None, length=length)
+    return carry
 
 
 def _block(x: jax.Array, index: jax.Array, block: int) -> jax.Array:

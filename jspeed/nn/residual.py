@@ -26,17 +26,19 @@ _ANY: Any = PartitionSpec.UNCONSTRAINED
 def split_sequence(
     x: Float[Array, "batch seq features"], *, over_tensor: bool
 ) -> Float[Array, "batch seq features"]:
-    """`x` with its sequence split over `seq`, and over `tensor` as well if that is asked for.
+    """`x` with its sequence split over `seq`, and over `tensor` as well if that is asked for;
+    otherwise whole over `tensor`.
 
     Args:
       x: `[batch, seq, features]`.
-      over_tensor: has no effect where there is no automatic `tensor` axis, or where the axes do not
-        divide the sequence.
+      over_tensor: has no effect where the axes do not divide the sequence.
     """
     sizes = automatic_sizes()
     ways = sizes.get("seq", 1) * sizes.get("tensor", 1)
-    if not over_tensor or "tensor" not in sizes or x.shape[1] % ways:
+    if "tensor" not in sizes:
         return shard_sequence(x)
+    if not over_tensor or x.shape[1] % ways:
+        return gather_over_tensor(x)  # in a pipeline the compiler would split it as it likes
     axes = tuple(axis for axis in ("seq", "tensor") if axis in sizes)
     return _constrained(x, PartitionSpec(_ANY, axes, None))
 

@@ -27,7 +27,7 @@ def require_layers(layers: int, *, stages: int, chunks: int = 1) -> None:
         return
     if chunks == 1:
         raise ConfigError(
-            f'"pipeline.stages": {stages} stages, but the model has {layers} '
+            f'"mesh.pipe": {stages} stages, but the model has {layers} '
             f"layer{'s' * (layers != 1)} and each stage needs one. Use at most {layers}."
         )
     fitting = [

@@ -76,7 +76,7 @@ def check_schedule(kind: str, *, stages: int, microbatches: int, chunks: int = 1
             f"Known: {', '.join(known)}."
         )
     sizes = {
-        "pipeline.stages": stages,
+        "mesh.pipe": stages,
         "gradient_accumulation_steps": microbatches,
         "pipeline.chunks": chunks,
     }

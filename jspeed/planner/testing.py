@@ -102,7 +102,7 @@ def compile_step(
             logical_axes=program.logical_axes,
             blueprint=program.blueprint,
             stacked=program.stacked,
-            ruled=bool(rules),
+            rules=rules,
         ),
         stacked=program.stacked,
         compute_dtype=compute_dtype,

@@ -10,6 +10,9 @@ import functools
 from collections import Counter
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import optax
 import pytest
 
 from jspeed.layout.compiler_options import CommunicationSettings
@@ -19,6 +22,7 @@ from jspeed.nn import language_model_loss
 from jspeed.planner.targets import has_gpu_compiler
 from jspeed.planner.testing import CompiledStep, compile_step
 from jspeed.training.program import make_program
+from tests.gpu_target.models import build, config
 
 pytestmark = [
     pytest.mark.gpu_target,
@@ -113,3 +117,29 @@ def test_split_sequences_turn_reductions_into_scatters_and_gathers(family, tenso
     whole = compiled(family, tensor, stage)
     # At least half of one array of the stream that each layer keeps, in bf16.
     assert whole.temporary_bytes - step.temporary_bytes > LAYERS * STREAM
+
+
+def test_unmodified_models_gather_neither_tables_nor_logits():
+    """A scanned Linen model, split by its names. Its query, key and value are fused in one
+    dimension and stay whole, so in the backward pass their gradient is gathered, not reduced."""
+    cfg = config(LAYERS, WIDTH, heads=HEADS, vocab=VOCAB, sequence=SEQ)
+    program, _ = build("linen_scan", cfg)
+
+    def loss_fn(model: Any, batch: Any, rng: jax.Array) -> jax.Array:
+        hidden, head = model(batch["input_ids"])
+        logits = (hidden @ head).astype(jnp.float32)
+        labels = batch["labels"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    step = compile_step(
+        program,
+        loss_fn,
+        dict.fromkeys(("input_ids", "labels"), ((ROWS, SEQ), "int32")),
+        shape=resolve_mesh(devices=8, tensor=2),
+        stage=0,
+        communication=CommunicationSettings(0),
+    )
+    assert over_tensor(step, least=STREAM // 8) == {
+        ("all-reduce", "bf16", STREAM): 3 * LAYERS + 2,
+        ("all-gather", "bf16", 3 * STREAM): LAYERS,
+    }

@@ -14,6 +14,7 @@ from jspeed.config import LayerSpec, TensorParallelConfig
 from jspeed.layout.autotp import autotp_splits
 from jspeed.layout.autotp_names import NAMES, Part, layer_name, part_of
 from jspeed.layout.logical import Split
+from jspeed.layout.rules import Rule
 from jspeed.layout.tensor import tensor_splits
 
 E, F, H, D, V, L = 8, 32, 4, 2, 40, 3
@@ -213,8 +214,9 @@ def test_nothing_is_guessed_beside_rules_unless_it_is_asked_for():
         return {path for path, split in found.items() if "tensor" in split.spec}
 
     assert len(paths()) == 9
-    assert paths(ruled=True) == set()
-    assert len(paths(ruled=True, settings=TensorParallelConfig(asked=True))) == 9
+    rules = [Rule("lm_head/kernel", (None, None))]
+    assert paths(rules=rules) == set()
+    assert len(paths(rules=rules, settings=TensorParallelConfig(asked=True))) == 9
     assert paths(sizes={"tensor": 1, "pipe": 1}) == set()
 
 

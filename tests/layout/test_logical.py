@@ -10,6 +10,7 @@ from jspeed.core.errors import LayoutError
 from jspeed.layout.logical import logical_splits
 from jspeed.layout.mesh import MeshShape, make_abstract_mesh
 from jspeed.layout.rules import Rule
+from jspeed.layout.tensor import tensor_splits
 from jspeed.layout.zero import ZeroSettings, place
 from jspeed.models import GPT2Config, LlamaConfig, ModelFactory
 from jspeed.training.program import Program, make_program
@@ -117,6 +118,15 @@ def test_rules_by_hand_win_and_zero_takes_another_dimension():
     assert fc.rule == "tensor over mlp"
     assert fc.base == (None, None, "tensor")
     assert fc.zero_dim == 1
+
+
+def test_what_rules_place_need_not_divide():
+    params = {"q": jax.ShapeDtypeStruct((8, 12), jnp.float32)}
+    more = {"sizes": {"tensor": 8, "pipe": 1}, "logical_axes": {"q": ("embed", "heads")}}
+    with pytest.raises(LayoutError, match=r'"model.heads": 12 does not divide'):
+        tensor_splits(params, **more, blueprint=None)
+    ruled = tensor_splits(params, **more, blueprint=None, rules=[Rule("q", ("tensor", None))])
+    assert ruled == {}
 
 
 def test_names_without_a_number_of_parts_may_be_cut_anywhere():

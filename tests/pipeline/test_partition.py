@@ -117,12 +117,12 @@ def test_no_method(method: str, message: str) -> None:
     [
         (
             6, 8, 1,
-            '"pipeline.stages": 8 stages, but the model has 6 layers and each stage needs one. Use '
+            '"mesh.pipe": 8 stages, but the model has 6 layers and each stage needs one. Use '
             "at most 6.",
         ),
         (
             1, 2, 1,
-            '"pipeline.stages": 2 stages, but the model has 1 layer and each stage needs one. Use '
+            '"mesh.pipe": 2 stages, but the model has 1 layer and each stage needs one. Use '
             "at most 1.",
         ),
         (

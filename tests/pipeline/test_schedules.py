@@ -172,12 +172,12 @@ def test_the_last_chunk_goes_backward_right_after_its_forward(
             '"pipeline.schedule": "pipedream" is no schedule. Known: gpipe, 1f1b, '
             "interleaved-1f1b, zb-h1, forward.",
         ),
-        ("1f1b", {"stages": 0}, '"pipeline.stages": 0 is no count. Use 1 or more.'),
+        ("1f1b", {"stages": 0}, '"mesh.pipe": 0 is no count. Use 1 or more.'),
         (
             "1f1b", {"microbatches": -3},
             '"gradient_accumulation_steps": -3 is no count. Use 1 or more.',
         ),
-        ("1f1b", {"stages": True}, '"pipeline.stages": true is no count. Use 1 or more.'),
+        ("1f1b", {"stages": True}, '"mesh.pipe": true is no count. Use 1 or more.'),
         ("forward", {"chunks": 1.5}, '"pipeline.chunks": 1.5 is no count. Use 1 or more.'),
         (
             "zb-h1", {"chunks": 2},
