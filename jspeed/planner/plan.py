@@ -30,6 +30,7 @@ from jspeed.layout.rules import axes_of
 from jspeed.layout.zero import Layout
 from jspeed.nn import language_model_loss
 from jspeed.nn.attention import STAND_IN
+from jspeed.pipeline.branches import check_branches
 from jspeed.pipeline.program import make_turns
 from jspeed.planner.cluster import Cluster
 from jspeed.planner.collectives import collectives
@@ -227,6 +228,8 @@ def _compile(step: _Step, *, described: bool) -> tuple[Compiled, int]:
     batch = step_batch(step.microbatch, run)
     jitted = jit_step(step.config, step.program, step.loss_fn, run, described=described)
     compiled = compile_lowered(jitted.lower(state, batch), layout.sizes)
+    if layout.stages > 1:
+        check_branches(compiled.text, layout.sizes)
     shards = ((leaf.sharding.shard_shape(leaf.shape), leaf) for leaf in jax.tree.leaves(batch))
     return compiled, sum(math.prod(shape) * leaf.dtype.itemsize for shape, leaf in shards)
 

@@ -215,8 +215,14 @@ def _reference_weight(run: BoundLoss, shard: Shard) -> jax.Array:
     alone.
     """
     local, (first, _) = shard.local, shard.microbatch(0)
-    diff = local.differentiated(shard.master, shard.copies, shard.master)
-    homes = local.homes(diff, shard.master, shard.copies)
+    layout = local.layout
+    if layout.stages > 1:  # no stage has all layers; whatever the weight needs of them, XLA drops
+        homes: list[Any] = [
+            jnp.zeros(layout.model_shape(path), layout.compute_dtype) for path in layout.leaves
+        ]
+    else:
+        diff = local.differentiated(shard.master, shard.copies, shard.master)
+        homes = local.homes(diff, shard.master, shard.copies)
     loss, _ = call_with_gather_at_use(run, homes, shard.mutable, first, shard.key, refetch=False)
     return jnp.maximum(jax.lax.pmean(loss.weight, BATCH_AXES), 1e-6)
 

@@ -83,7 +83,7 @@ def check(heads: int, kv_heads: int, method: str, seq: int, tensor: int, packed:
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
-@pytest.mark.parametrize("seq", [2, 4, 8])
+@pytest.mark.parametrize("seq", [2, pytest.param(4, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize("method", METHODS)
 def test_grouped_queries_over_a_split_sequence(method, seq, packed):
     """2 key and value heads on up to 8 devices."""

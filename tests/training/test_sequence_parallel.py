@@ -89,7 +89,13 @@ def check(model: str, *, documents: bool = False, **layout: Any) -> None:
         assert error <= TOLERANCE * np.linalg.norm(value), path
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(model, marks=[pytest.mark.slow] if model in ("gpt2", "llama tied") else [])
+        for model in MODELS
+    ],
+)
 def test_two_parts_equal_one_device(model):
     check(model, devices=2, micro=BATCH, mesh={"seq": 2})
 
@@ -114,14 +120,16 @@ RULES = {
     ("model", "method", "stage", "mesh"),
     [
         ("llama", "ulysses", 3, {"data": 2, "seq": 4}),
-        ("gpt2", "ulysses", 2, {"data": 2, "seq": 2, "tensor": 2}),
+        pytest.param(
+            "gpt2", "ulysses", 2, {"data": 2, "seq": 2, "tensor": 2}, marks=pytest.mark.slow
+        ),
         ("llama", "ring", 0, {"seq": 8}),
         ("gpt2", "ring", 3, {"data": 2, "seq": 2, "tensor": 2}),
-        ("llama tied", "ring", 1, {"data": 4, "seq": 2}),
+        pytest.param("llama tied", "ring", 1, {"data": 4, "seq": 2}, marks=pytest.mark.slow),
         ("llama", "allgather", 2, {"data": 2, "seq": 4}),
-        ("llama", "auto", 1, {"data": 1, "seq": 8}),
+        pytest.param("llama", "auto", 1, {"data": 1, "seq": 8}, marks=pytest.mark.slow),
         ("gpt2 3 heads", "auto", 3, {"replica": 2, "data": 2, "seq": 2}),
-        ("llama", "ulysses", 1, {"seq": 2, "tensor": 4}),
+        pytest.param("llama", "ulysses", 1, {"seq": 2, "tensor": 4}, marks=pytest.mark.slow),
     ],
 )
 def test_layouts_of_packed_documents_equal_one_device(model, method, stage, mesh):
