@@ -59,7 +59,8 @@ class Compiled:
 
     @functools.cached_property
     def collectives(self) -> list[Collective]:
-        """Every array that travels, with the axes it travels over."""
+        """Every array that travels, with the axes it travels over; each branch of a conditional
+        counts as taken, so a pipeline's in every turn."""
         return collectives(self.text, self.sizes)
 
     @functools.cached_property

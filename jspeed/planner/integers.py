@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 import operator
 import re
+from collections import defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 import numpy as np
 
@@ -83,6 +85,7 @@ class Frame:
         self.tables = tables or {}
         self._parameters = parameters
         self._known: dict[tuple[str, tuple[int, ...]], Integers] = {}
+        self._finished: dict[str, Parameters] = {}
 
     def value(self, name: str, path: tuple[int, ...] = ()) -> Integers:
         """The value of an instruction, or of element `path` of its tuple.
@@ -155,6 +158,10 @@ class Frame:
         if opcode == "conditional":
             inner = self.branch(instruction, self.taken(instruction))
             return inner.value(inner.computation.root.name, path)
+        if opcode == "while":
+            if instruction.name not in self._finished:
+                self._finished[instruction.name] = self.turns(instruction).finished()
+            return self._finished[instruction.name](0, path)
         return self._array(instruction)
 
     def _array(self, instruction: Instruction) -> Integers:
@@ -189,8 +196,20 @@ class Frame:
         if opcode == "dynamic-slice":
             source = operand(0)
             starts = [int(operand(1 + dim).reshape(())) for dim in range(source.ndim)]
-            return _part(source, starts, shape)
+            return source[_part(source.shape, starts, shape)]
+        if opcode == "dynamic-update-slice":
+            return self._updated(instruction)
+        if opcode == "iota":
+            along = int(instruction.attribute("iota_dimension") or 0)
+            return np.indices(shape)[along] if shape else np.array(0)
         raise UnknownIntegerError(f"it depends on {instruction.name}, a {opcode}")
+
+    def _updated(self, instruction: Instruction) -> Integers:
+        source, update = (self.value(name) for name in instruction.operands[:2])
+        starts = [int(self.value(name).reshape(())) for name in instruction.operands[2:]]
+        result = source.copy()
+        result[_part(source.shape, starts, update.shape)] = update
+        return result
 
     def _constant(self, text: str, array: ArrayType) -> Integers:
         if "..." in text:
@@ -220,6 +239,8 @@ class Turns:
         self._body = loop.attribute("body") or ""
         self._start: Parameters = lambda _, path: outside.value(loop.operands[0], path)
         self._carried = self._start
+        self._bodies: list[Frame] = []
+        self._evaluated: dict[tuple[int, ...], int] = defaultdict(int)
 
     def next(self) -> Frame | None:
         """The run of the body in the next turn; None after the last.
@@ -230,17 +251,39 @@ class Turns:
         condition = self._outside.inside(self._condition, self._carried)
         return self.following() if condition.integer(condition.computation.root.name) else None
 
+    def finished(self) -> Parameters:
+        """What the loop hands out: tells its elements after the last turn.
+
+        Raises:
+          UnknownIntegerError: which turn is the last does not follow from what is known.
+        """
+        while self.next() is not None:
+            pass
+        return self._carried
+
     def following(self) -> Frame:
         """The run of the body in the next turn, whether or not there is one."""
         body = self._outside.inside(self._body, self._carried)
+        self._bodies.append(body)
+        turns = len(self._bodies)
 
         def carried(number: int, path: tuple[int, ...]) -> Integers:
             if _handed_on(body.computation, path):
                 return self._start(number, path)
+            self._catch_up(path, turns)
             return body.value(body.computation.root.name, path)
 
         self._carried = carried
         return body
+
+    def _catch_up(self, path: tuple[int, ...], turns: int) -> None:
+        """Evaluates an element turn by turn, since from the last one backwards Python's stack would
+        hold all of them."""
+        for turn in range(self._evaluated[path], turns - 1):
+            body = self._bodies[turn]
+            with suppress(UnknownIntegerError):
+                body.value(body.computation.root.name, path)
+        self._evaluated[path] = max(self._evaluated[path], turns - 1)
 
 
 def _handed_on(body: Computation, path: tuple[int, ...]) -> bool:
@@ -283,10 +326,10 @@ def _slices(text: str) -> tuple[slice, ...]:
     )
 
 
-def _part(source: Integers, starts: list[int], sizes: tuple[int, ...]) -> Integers:
-    """A slice whose start is moved inside, as XLA does."""
+def _part(whole: tuple[int, ...], starts: list[int], sizes: tuple[int, ...]) -> tuple[slice, ...]:
+    """Where a part is whose start is moved inside, as XLA does."""
     inside = [
-        min(max(start, 0), whole - size)
-        for start, whole, size in zip(starts, source.shape, sizes, strict=True)
+        min(max(start, 0), length - size)
+        for start, length, size in zip(starts, whole, sizes, strict=True)
     ]
-    return source[tuple(slice(at, at + size) for at, size in zip(inside, sizes, strict=True))]
+    return tuple(slice(at, at + size) for at, size in zip(inside, sizes, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from jspeed.cli import plan_page
-from jspeed.cli.plan_page import render
+from jspeed.cli.plan_page import pipeline_line, render
 from tests.cli.processes import jspeed, write
 
 RUN = {
@@ -244,3 +245,26 @@ def test_what_does_not_divide_is_one_line(tmp_path: Path, options, text):
     assert ran.code != 0
     assert text in ran.err
     assert "Traceback" not in ran.err
+
+
+def test_a_pipeline_is_one_paragraph() -> None:
+    pipeline = {
+        "schedule": "interleaved-1f1b",
+        "stages": 4,
+        "chunks": 2,
+        "microbatches": 16,
+        "bubble": 0.0857,
+        "textbook_bubble": 0.0857,
+        "peak_live": [11, 9, 7, 5],
+        "busiest_stage": 3,
+        "waiting": 0.0612,
+    }
+    assert pipeline_line(pipeline) == (
+        "interleaved-1f1b over 4 stages of 2 chunks, 16 microbatches: bubble 8.6% by its table, "
+        "8.6% by the textbook; a stage keeps activations of at most 11 chunks of microbatches, "
+        "each 1/2 of a stage. Time and communication are those of stage 3, which works longest; "
+        "it waits 6.1% of the step."
+    )
+    out = io.StringIO()
+    render({**PLAN, "pipeline": pipeline}, Console(file=out, width=400))
+    assert pipeline_line(pipeline) in out.getvalue()

@@ -61,6 +61,7 @@ def test_the_schedule_is_in_the_plan_with_its_bubble_and_peak() -> None:
     assert "bubble" not in plan(1)["time"]["parts"]
 
 
+@pytest.mark.slow
 def test_permutes_run_every_turn_and_what_a_branch_gathers_every_microbatch() -> None:
     """Stage 3 of ZeRO gathers layers in the branches of forwards and backwards: a quarter of what
     one stage gathers for all, whatever turns there are; the last stage has the head, too."""

@@ -249,16 +249,17 @@ def _activation_bytes(candidate: Candidate, config: Config, laid_out: _LaidOut) 
     assert model is not None
     size = _SIZES[config.precision.compute_dtype]
     rows = candidate.micro_batch_size * sequence_length(config)
-    kept = model.layers if order is None else order.rows_per_chunk * _most_live(candidate)
+    kept = model.layers
+    if order is not None:
+        live = _most_live(
+            candidate.schedule, candidate.pipe, candidate.accumulation, candidate.chunks
+        )
+        kept = order.rows_per_chunk * live
     return kept * rows * model.hidden_size * size // (candidate.tensor * candidate.seq)
 
 
-def _most_live(candidate: Candidate) -> int:
+@functools.lru_cache(maxsize=1024)
+def _most_live(kind: str, stages: int, microbatches: int, chunks: int) -> int:
     """The chunks of microbatches that a stage keeps at the peak."""
-    schedule = make_schedule(
-        candidate.schedule,
-        stages=candidate.pipe,
-        microbatches=candidate.accumulation,
-        chunks=candidate.chunks,
-    )
+    schedule = make_schedule(kind, stages=stages, microbatches=microbatches, chunks=chunks)
     return int(live_microbatches(schedule).max())
