@@ -11,9 +11,11 @@ from jax.sharding import Mesh
 
 from jspeed.config import Config
 from jspeed.core.tree import named_leaves
+from jspeed.engine.batches import own_share
 from jspeed.engine.build import RunPlan
 from jspeed.engine.counters import Counters
 from jspeed.engine.state_explanation import explain_plan, gather_notes, microbatch_shapes
+from jspeed.layout.data_share import DataShare
 from jspeed.layout.explain import Explanation
 from jspeed.layout.zero import Layout
 from jspeed.training.program import LossFn, Program
@@ -138,6 +140,14 @@ class Accessors:
         """The first device that this process drives."""
         assert isinstance(self.layout.mesh, Mesh), "an engine runs on devices"
         return self.layout.mesh.local_devices[0]
+
+    @property
+    def data_share(self) -> DataShare:
+        """Which part of each global batch this process brings: `index` of `count` equal parts.
+
+        Processes that hold stages of the same batch shards bring the same part.
+        """
+        return own_share(self.layout)
 
     @property
     def global_rank(self) -> int:

@@ -6,9 +6,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from jspeed.core.errors import DataError, LayoutError
+from jspeed.core.errors import DataError
 from jspeed.core.tree import named_leaves
+from jspeed.layout.data_share import DataShare, data_share
 from jspeed.layout.zero import Layout
 
 
@@ -16,12 +18,12 @@ class BatchPlacer:
     """Cuts this process's examples into microbatches and puts them on its devices.
 
     Args:
-      layout: where examples live.
-      rows: examples that this process brings per call.
+      layout: where examples live, on a mesh of devices.
+      rows: examples that this process brings per call, with whole sequences.
       accumulation: microbatches to cut them into; None for evaluation, which has no such dimension.
 
     Raises:
-      LayoutError: a sequence would be split between processes, each of which brings whole ones.
+      LayoutError: processes hold some, but not all, of their batch shards in common.
     """
 
     def __init__(self, layout: Layout, *, rows: int, accumulation: int | None) -> None:
@@ -29,15 +31,8 @@ class BatchPlacer:
         self._accumulation = accumulation
         self._leading = 0 if accumulation is None else 1
         self._layout = layout
-        processes = jax.process_count()
-        self._alone = processes == 1
-        if layout.sizes["seq"] > 1 and layout.batch_shards % processes:
-            raise LayoutError(
-                f'"mesh.seq": {layout.sizes["seq"]} splits sequences between processes: '
-                f"{layout.batch_shards} batch shard(s) cannot be shared evenly by {processes} "
-                "processes, which read whole sequences. Make the batch axes (replica x data x "
-                f"expert) a multiple of {processes}."
-            )
+        self._alone = jax.process_count() == 1
+        self._share = own_share(layout)
 
     def __call__(self, batch: Any) -> Any:
         """Places a pytree of `[rows, ...]` arrays.
@@ -57,12 +52,21 @@ class BatchPlacer:
         if self._alone:
             return jax.device_put(cut, shardings)
         return jax.tree.map(
-            lambda leaf, sharding: jax.make_array_from_process_local_data(
-                sharding, np.asarray(leaf)
-            ),
-            cut,
-            shardings,
+            lambda leaf, sharding: self._placed(np.asarray(leaf), sharding), cut, shardings
         )
+
+    def _placed(self, leaf: np.ndarray, sharding: Any) -> jax.Array:
+        """The global array of which this process has some rows, each device's part cut out."""
+        lead, rows = self._leading, leaf.shape[self._leading]
+        per_shard = rows // len(self._share.shards)
+        shape = (*leaf.shape[:lead], rows * self._share.count, *leaf.shape[lead + 1 :])
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[lead].indices(shape[lead])
+            first = self._share.shards.index(start // per_shard) * per_shard
+            return leaf[(*index[:lead], slice(first, first + stop - start), *index[lead + 1 :])]
+
+        return jax.make_array_from_callback(shape, sharding, part)
 
     def _cut(self, leaf: Any) -> Any:
         if not isinstance(leaf, np.ndarray | jax.Array):
@@ -81,6 +85,16 @@ class BatchPlacer:
                     "first: this process's share of train_batch_size (or of the evaluation batch)."
                 )
         return DataError(f"the batch is empty; expected a pytree of arrays with {self._rows} rows.")
+
+
+def own_share(layout: Layout) -> DataShare:
+    """What this process reads of each global batch.
+
+    Raises:
+      LayoutError: processes hold some, but not all, of their batch shards in common.
+    """
+    assert isinstance(layout.mesh, Mesh), "batches are placed on devices"
+    return data_share(layout.mesh, jax.process_index())
 
 
 def check_sequences(batch: Any, layout: Layout) -> None:
@@ -113,7 +127,7 @@ def rows_to_evaluate(batch: Any, layout: Layout) -> int:
       DataError: none, or a number that this process's devices cannot share evenly.
     """
     shapes = [np.shape(leaf) for leaf in jax.tree.leaves(batch)]
-    share = layout.batch_shards // jax.process_count()
+    share = len(own_share(layout).shards)
     if not shapes:
         raise DataError("the batch is empty; expected a pytree of arrays [rows, ...].")
     rows = shapes[0][0] if shapes[0] else 0

@@ -184,7 +184,7 @@ class Engine(Checkpointing):
         self.train_step = self._checked(step)
         self.place_batch = BatchPlacer(
             self.layout,
-            rows=self.plan.batch.train_batch_size // jax.process_count(),
+            rows=self.plan.batch.train_batch_size // self.data_share.count,
             accumulation=self.plan.batch.accumulation,
         )
 

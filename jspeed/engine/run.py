@@ -186,8 +186,9 @@ def _make_parts(config: Config) -> _Parts:
         seed=run.seed,
         report=False,
     )
-    rows = engine.train_batch_size() // jax.process_count()
-    batches = data.train_iterator(rows, jax.process_index(), jax.process_count())
+    share = engine.data_share
+    rows = engine.train_batch_size() // share.count
+    batches = data.train_iterator(rows, share.index, share.count)
     return _Parts(engine, factory, data, batches, _loop_settings(engine, factory, data))
 
 
@@ -254,8 +255,8 @@ def _monitor(engine: Engine, directory: Path) -> Monitor:
 
 def _evaluation(engine: Engine, data: TextDataset, limit: int) -> Any:
     rows = engine.train_micro_batch_size_per_gpu() * engine.layout.batch_shards
-    count = jax.process_count()
-    return data.validation_batches(rows // count, limit, jax.process_index(), count)
+    share = engine.data_share
+    return data.validation_batches(rows // share.count, limit, share.index, share.count)
 
 
 def _tokenizer_bytes(data: TextDataset, directory: Path) -> bytes:

@@ -3,7 +3,8 @@
 A stacked parameter `[layers, ...]` is split over `pipe` along its first dimension, each device
 holding consecutive rows. Virtual stage `chunk * stages + stage` owns consecutive layers; so where a
 stage has several chunks, or stages have different numbers of layers, rows are stored in another
-order than the model's, with rows of zeros where a chunk has fewer layers than the largest one.
+order than the model's. Where a chunk has fewer layers than the largest one, copies of its first
+layer fill it up; they are computed with like the others, but nothing comes of it.
 Checkpoints and everything shown to users are in the model's order.
 """
 
@@ -13,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
@@ -75,7 +75,7 @@ class StageOrder:
         return tuple(int(n) for n in np.cumsum((0, *self.counts[:-1])))
 
     def layer_of_row(self) -> NDArray[np.int64]:
-        """For each row the number of its layer, -1 for a row of zeros."""
+        """For each row the number of its layer, -1 for one that fills a chunk up."""
         per_chunk = np.arange(self.rows_per_chunk)
         numbers = np.full((self.stages, self.chunks, self.rows_per_chunk), -1)
         for virtual, (first, count) in enumerate(zip(self.first_layers, self.counts, strict=True)):
@@ -90,9 +90,8 @@ class StageOrder:
         if self.even:  # a transposition, which XLA splits over devices better than a lookup
             parts = leaf.reshape(self.chunks, self.stages, self.rows_per_chunk, *leaf.shape[1:])
             return parts.swapaxes(0, 1).reshape(leaf.shape)
-        numbers = self.layer_of_row()
-        present = (numbers >= 0).reshape(-1, *(1,) * (leaf.ndim - 1))
-        return jnp.where(present, jnp.take(leaf, np.maximum(numbers, 0), axis=0), 0)
+        numbers = self.layer_of_row().reshape(-1, self.rows_per_chunk)
+        return leaf[np.where(numbers < 0, numbers[:, :1], numbers).reshape(-1)]
 
     def to_model(self, leaf: Any) -> Any:
         """`[rows, ...]` as stored -> `[layers, ...]` in the model's order."""

@@ -81,7 +81,8 @@ class Split:
           carry: that enters the first of the rows.
           inputs: as for `first`.
           start: int32 scalar, the number of the first row's layer.
-          valid: int32 scalar, how many of the rows are layers; the rest are passed by. None: all.
+          valid: int32 scalar, how many of the rows are layers; what the rest computes is not taken.
+        None: all.
         """
         env = self._environment(values, inputs)
         evaluate(self._beside, env)
@@ -100,10 +101,13 @@ class Split:
 
         def body(carry: tuple[Any, ...], x: tuple[Any, tuple[Any, ...]]) -> tuple[Any, None]:
             row, slices = x
+            new = layer(consts, carry, slices)
             if valid is None:
-                return layer(consts, carry, slices), None
-            return jax.lax.cond(
-                row < valid, lambda: layer(consts, carry, slices), lambda: tuple(carry)
+                return new, None
+            # Computed and not taken: the other stages take as long, and a branch would keep its
+            # weights for the backward pass.
+            return tuple(
+                jnp.where(row < valid, n, c) for n, c in zip(new, carry, strict=True)
             ), None
 
         out, _ = jax.lax.scan(body, tuple(carry), (jnp.arange(rows), tuple(xs)))

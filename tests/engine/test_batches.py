@@ -8,6 +8,7 @@ import pytest
 
 from jspeed.core.errors import DataError, LayoutError
 from jspeed.engine.batches import BatchPlacer
+from jspeed.layout.data_share import DataShare, data_share
 from jspeed.layout.mesh import make_mesh, resolve_mesh
 from jspeed.layout.zero import Layout
 
@@ -40,12 +41,33 @@ def test_a_sequence_that_does_not_divide_is_an_error(length, near):
     )
 
 
-def test_a_sequence_stays_within_a_process(monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
+class Device:
+    """A device of a process, for meshes that are only looked at."""
+
+    def __init__(self, process: int) -> None:
+        self.process_index = process
+
+
+def share(process: int, owners: list[int], **sizes: int):
+    devices = [Device(owner) for owner in owners]
+    return data_share(make_mesh(resolve_mesh(devices=len(owners), **sizes), devices), process)
+
+
+def test_each_process_reads_the_rows_of_its_batch_shards():
+    assert share(1, [0, 0, 1, 1]) == DataShare(1, 2, (2, 3))
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_stages_of_one_batch_shard_read_the_same_rows(process):
+    assert share(process, [0, 0, 1, 1], pipe=2) == DataShare(0, 1, (0, 1))
+    assert share(process, [0, 1], data=1, seq=2) == DataShare(0, 1, (0,))
+    assert share(process, [0, 1, 0, 1], pipe=2) == DataShare(process, 2, (process,))
+
+
+def test_processes_that_share_a_part_of_their_shards_are_refused():
     with pytest.raises(LayoutError) as error:
-        BatchPlacer(layout(seq=4), rows=1, accumulation=1)
+        share(0, [0, 0, 0, 1, 1, 1], data=3, tensor=2)
     assert str(error.value).startswith(
-        '"mesh.seq": 4 splits sequences between processes: 1 batch shard(s) cannot be shared '
-        "evenly by 2 processes"
+        '"mesh": data 3 x tensor 2 over 2 processes: some processes share a part of their batch '
+        "shards, so that they would read examples in part alike."
     )
-    BatchPlacer(layout(seq=2, data=2), rows=1, accumulation=1)

@@ -47,13 +47,67 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def test_every_process_reads_all_parameters(tmp_path: Path) -> None:
-    """Under stage 3 each process holds a part of them alone."""
+PIPELINE = """
+import json, sys
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+port, process, folder = sys.argv[1:]
+jax.distributed.initialize(f"localhost:{port}", 2, int(process))
+import jspeed
+
+
+def apply(params, x):
+    def layer(x, w):
+        return x + jnp.tanh(x @ w), None
+
+    return jax.lax.scan(layer, x, params["layers"])[0].sum(-1)
+
+
+engine = jspeed.initialize(
+    model=(lambda key: {"layers": jax.random.normal(key, (4, 3, 3))}, apply),
+    loss_fn=lambda model, batch, rng: model(batch).mean(),
+    stacked=["layers"],
+    config={
+        "train_batch_size": 4,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 0,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.5}},
+        "mesh": {"pipe": 2, "data": 1},
+    },
+)
+share = engine.data_share
+losses = [float(engine.train_batch(np.eye(4, 3) * (step + 1))["loss"]) for step in range(2)]
+layers = engine.parameters()["layers"]
+params = jax.random.normal(jax.random.split(jax.random.key(0))[0], (4, 3, 3))
+expected = []
+for step in range(2):
+    loss = lambda w: apply({"layers": w}, np.eye(4, 3) * (step + 1)).mean()
+    value, gradient = jax.value_and_grad(loss)(params)
+    expected.append(float(value))
+    params = params - 0.5 * gradient
+error = float(abs(layers - np.asarray(params)).max())
+print(json.dumps([share.index, share.count, losses, expected, error]))
+"""
+
+
+def test_stages_of_two_processes_read_the_same_rows(tmp_path: Path) -> None:
+    for found in run(PIPELINE, tmp_path):
+        index, count, losses, expected, error = found
+        assert (index, count) == (0, 1)
+        for loss, other in zip(losses, expected, strict=True):
+            assert abs(loss / other - 1) < 1e-5
+        assert error < 1e-5
+
+
+def run(program: str, folder: Path) -> list:
+    """What each of two processes prints last."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
     port = str(free_port())
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, port, str(index), str(tmp_path)],
+            [sys.executable, "-c", program, port, str(index), str(folder)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -64,7 +118,12 @@ def test_every_process_reads_all_parameters(tmp_path: Path) -> None:
     outputs = [process.communicate(timeout=120) for process in processes]
     for process, (_, errors) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, errors[-3000:]
-    found = [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+    return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+
+
+def test_every_process_reads_all_parameters(tmp_path: Path) -> None:
+    """Under stage 3 each process holds a part of them alone."""
+    found = run(PROGRAM, tmp_path)
     # The gradient of w is the mean of the inputs, 1.5; that of b is 1.
     w = [[0 - 0.75, 1 - 0.75], [2 - 0.75, 3 - 0.75], [4 - 0.75, 5 - 0.75], [6 - 0.75, 7 - 0.75]]
     loss = sum(map(sum, w)) + 1.5

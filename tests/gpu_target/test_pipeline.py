@@ -125,3 +125,25 @@ def test_no_permute_stands_in_a_branch(family, mesh, stage, schedule):
     chunks = 2 if schedule == "interleaved-1f1b" else 1
     step = compiled(family=family, mesh=mesh, stage=stage, schedule=schedule, chunks=chunks)
     check_branches(step.text, step.sizes)
+
+
+@pytest.mark.slow
+def test_uneven_stages_keep_no_weights():
+    """Seven layers take what eight take: a stage with fewer layers is filled up."""
+    program = {
+        layers: compile_step(
+            make_program(
+                ModelFactory(
+                    "gpt2",
+                    GPT2Config(**{**COMMON, "layers": layers}, remat="full", sequence_length=SEQ),
+                )
+            ),
+            language_model_loss,
+            dict.fromkeys(("input_ids", "labels"), ((1, SEQ), "int32")),
+            shape=MeshShape(pipe=4, data=2),
+            stage=1,
+            accumulation=8,
+        ).temporary_bytes
+        for layers in (7, 8)
+    }
+    assert program[7] <= 1.01 * program[8]
