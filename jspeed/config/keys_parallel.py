@@ -33,7 +33,7 @@ PIPELINE_KEYS = section(
            "the order of forward and backward passes; jspeed schedule draws it"),
     mapped("chunks", Int(1), 1, "pieces of the model per stage, for interleaved-1f1b"),
     mapped("partition", Text(filled=True), "best",
-           "layers per stage: uniform, parameters, or type:<regex>; best is uniform"),
+           "layers per stage: uniform, parameters, or type:<regex>; best: the model's, or uniform"),
     automatic("seed_layers", Bool(), False,
               "each layer's initial values are the same whatever stage it is on"),
     later("activation_checkpoint_interval", _COUNT, 0, _REMAT),

@@ -11,7 +11,7 @@ from jspeed.core.errors import ModelError
 from jspeed.core.tree import named_leaves
 from jspeed.layout.stages import StageOrder
 from jspeed.layout.zero import stacked_layers
-from jspeed.pipeline.module import LayerList
+from jspeed.pipeline.module import LayerList, LayerSpec
 from jspeed.pipeline.partition import partition_layers
 from jspeed.training.program import Program
 
@@ -40,6 +40,8 @@ def stage_order(config: Config, program: Program, params: Any, stages: int) -> S
             "and no two neighbours of this one are equal. Give them the same class and arguments: "
             "[LayerSpec(Block, 512) for _ in range(8)]."
         )
+    if isinstance(blueprint, LayerList):
+        _check_runs(blueprint)
     layers, method = stacked_layers(params, program.stacked), config.pipeline.partition
     elements = {path: math.prod(leaf.shape) for path, leaf in named_leaves(params)}
     if isinstance(blueprint, LayerList):
@@ -56,6 +58,23 @@ def stage_order(config: Config, program: Program, params: Any, stages: int) -> S
         chunks=config.pipeline.chunks,
     )
     return StageOrder.between(stages, boundaries)
+
+
+def _check_runs(model: LayerList) -> None:
+    """Refuses a list in which stages could share out a part of the layers alone."""
+    start, end = model.span
+    run = 1
+    for number in range(1, len(model.steps)):
+        layer, before = model.steps[number], model.steps[number - 1]
+        same = isinstance(layer, LayerSpec) and layer.same_as(before)
+        run = run + 1 if same and not start <= number < end else 1
+        if 2 * run > end - start:
+            raise ModelError(
+                f'"mesh.pipe": stages share out layers {start} to {end - 1} of this '
+                f"PipelineModule, the longest run of equal ones, but {run} equal layers stand outside of it (up to "
+                f"number {number}, {layer.name}), which one stage would compute alone. Make the "
+                "layers equal, or one class that holds both kinds."
+            )
 
 
 def _sizes(program: Program, elements: dict[str, int], layers: int) -> list[int]:

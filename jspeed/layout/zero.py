@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
@@ -151,13 +151,25 @@ class Layout:
         It is the one whose path the leaf's own path ends with, if their shapes agree; None for
         counters and whatever else there is.
         """
+        for candidate in self._candidates(path):
+            if self.leaves[candidate].shape == tuple(shape):
+                return candidate
+        return None
+
+    def is_stack(self, path: str, leading: int) -> bool:
+        """Whether a leaf of the parameters or of the optimizer's state stacks what it has for the
+        layers that stages share out: `leading` is its first dimension, as it is stored."""
+        if self.order is None or leading != self.order.rows:
+            return False
+        return any(self.leaves[candidate].in_stages for candidate in self._candidates(path))
+
+    def _candidates(self, path: str) -> Iterator[str]:
+        """The parameters whose path a leaf's own path ends with."""
         parts = path.split("/")
         for start in range(len(parts)):
             candidate = "/".join(parts[start:])
-            placed = self.leaves.get(candidate)
-            if placed is not None and placed.shape == tuple(shape):
-                return candidate
-        return None
+            if candidate in self.leaves:
+                yield candidate
 
     def has_copy(self, path: str) -> bool:
         """Whether a whole copy in the compute dtype is stored beside the fp32 master."""
@@ -326,6 +338,11 @@ def _place_leaf(
     base, why = (rule.spec, f"rule {rule}") if rule else (placed.spec, placed.because)
     is_stacked = any(re.fullmatch(pattern, path) for pattern in stacked)
     if is_stacked and sizes[PIPE] > 1:
+        if base[0] is not None:
+            raise LayoutError(
+                f'"mesh.rules": {rule} splits the first dimension of {path}, which stacks the '
+                'layers that "mesh.pipe" splits. Use another dimension.'
+            )
         base = (PIPE, *base[1:])
     ways = math.prod(sizes[axis] for axis in ZERO_AXES)
     dim, because = _zero_dimension(shape, base, ways, is_stacked)

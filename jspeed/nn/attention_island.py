@@ -61,7 +61,7 @@ def choose_sequence_parallel(
         if own >= shards:
             return "ulysses"
         return "allgather" if pipelined or uneven else "ring"
-    if requested == "ring" and pipelined:
+    if requested == "ring" and pipelined and shards > 1:
         raise LayoutError(
             '"model.attention.sequence_parallel": ring cannot run in the branches of a pipeline '
             '("mesh.pipe" above 1), whose permutes would mix. Use "ulysses" or "allgather".'

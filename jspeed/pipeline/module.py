@@ -41,10 +41,12 @@ class LayerSpec:
 
     def same_as(self, other: Any) -> bool:
         """Whether two specs make layers that can be stacked: of one class, with equal arguments."""
-        return (
-            type(self) is type(other) is LayerSpec
-            and self.typename is other.typename
-            and _equal((self.args, self.kwargs), (other.args, other.kwargs))
+        return type(self) is type(other) is LayerSpec and self.makes_what(other)
+
+    def makes_what(self, other: LayerSpec) -> bool:
+        """Whether another spec makes a layer of the same class with equal arguments."""
+        return self.typename is other.typename and _equal(
+            (self.args, self.kwargs), (other.args, other.kwargs)
         )
 
 
@@ -154,6 +156,7 @@ class LayerList(nnx.Module):
 
     def __init__(self, spec: PipelineModule, *, rngs: nnx.Rngs) -> None:
         start, end = spec.run
+        made: dict[str, TiedLayerSpec] = {}
         self.tied = nnx.Dict()
         self.single = nnx.Dict()
         self.steps: tuple[Any, ...] = tuple(spec.layers)
@@ -168,14 +171,20 @@ class LayerList(nnx.Module):
             if isinstance(layer, TiedLayerSpec):
                 if layer.key not in self.tied:
                     self.tied[layer.key] = layer.build(rngs)
+                    made[layer.key] = layer
+                elif not made[layer.key].makes_what(layer):
+                    raise ModelError(
+                        f"PipelineModule: layer {number} is tied as {layer.key!r}, but is made of "
+                        f"other arguments than the first layer of that key. Give all the same."
+                    )
             elif isinstance(layer, LayerSpec):
                 self.single[f"layer_{number}"] = layer.build(rngs)
 
     def parts(self, parameters: Mapping[str, int]) -> tuple[list[str], list[int]]:
         """Class names and sizes of the stacked layers, for dividing them among stages.
 
-        What stands before the stack counts with its first layer and what follows with its last; a
-        tied layer counts wherever it is used.
+        What stands before the stack counts with its first layer and what follows with its last,
+        names as well as sizes; a tied layer counts wherever it is used.
 
         Args:
           parameters: path -> number of elements.
@@ -191,8 +200,11 @@ class LayerList(nnx.Module):
                 tied = isinstance(layer, TiedLayerSpec)
                 prefix = f"tied/{layer.key}/" if tied else f"single/layer_{number}/"
                 sizes[index] += sum(n for path, n in parameters.items() if path.startswith(prefix))
-        stacked_specs: list[LayerSpec] = list(self.steps[start:end])
-        return [layer.name for layer in stacked_specs], sizes
+        names = [""] * (end - start)
+        for number, layer in enumerate(self.steps):
+            if isinstance(layer, LayerSpec):
+                names[min(max(number, start), end - 1) - start] += f" {layer.name}"
+        return [name.strip() for name in names], sizes
 
     def __call__(self, x: Any) -> Any:
         start, end = self.span

@@ -31,8 +31,8 @@ def require_layers(layers: int, *, stages: int, chunks: int = 1) -> None:
             f"layer{'s' * (layers != 1)} and each stage needs one. Use at most {layers}."
         )
     fitting = [
-        f"at most {most} {what}"
-        for most, what in ((layers // chunks, "stages"), (layers // stages, "chunks"))
+        f"at most {most} {what}{'s' * (most != 1)}"
+        for most, what in ((layers // chunks, "stage"), (layers // stages, "chunk"))
         if most >= 1
     ]
     raise ConfigError(

@@ -102,10 +102,7 @@ def in_model_order(tree: Any, layout: Layout) -> Any:
 def is_stack(path: str, shape: tuple[int, ...], layout: Layout) -> bool:
     """Whether a leaf of this shape, in the model's order, belongs to a stack that stages split."""
     order = layout.order
-    if order is None or shape[:1] != (order.layers,):
-        return False
-    owner = layout.owner(path, (order.rows, *shape[1:]))
-    return owner is not None and layout.leaves[owner].in_stages
+    return order is not None and shape[:1] == (order.layers,) and layout.is_stack(path, order.rows)
 
 
 def check_trainable(params: Any) -> None:
@@ -137,7 +134,11 @@ def state_shardings(shapes: TrainState, layout: Layout) -> Any:
 
     def moments(path: str, leaf: Any) -> Any:
         owner = layout.owner(path, leaf.shape)
-        return whole if owner is None else layout.sharding(owner, Role.MOMENTS)
+        if owner is not None:
+            return layout.sharding(owner, Role.MOMENTS)
+        if leaf.shape and layout.is_stack(path, leaf.shape[0]):
+            return NamedSharding(layout.mesh, PartitionSpec(PIPE))
+        return whole
 
     return TrainState(
         step=whole,

@@ -160,3 +160,20 @@ def test_what_is_no_layer_is_refused(specs, message):
 def test_a_layer_that_exists_already_is_refused():
     with pytest.raises(ModelError, match=r"layer 0 is a Linear that exists already. Write LayerSp"):
         PipelineModule([nnx.Linear(2, 2, rngs=nnx.Rngs(0))])
+
+
+class Other(Block):
+    """Another kind of layer."""
+
+
+def test_a_second_run_of_layers_is_refused():
+    kinds = [LayerSpec(kind, WIDTH, 0.5) for kind in (Block, Other) for _ in range(4)]
+    config = ds_config(stage=0, micro=2, mesh={"pipe": 2, "data": 2})
+    with pytest.raises(ModelError, match="3 equal layers stand outside of it .up to number 7, Ot"):
+        train(config, 4, PipelineModule([LayerSpec(Embedding, WIDTH), *kinds]))
+
+
+def test_tied_layers_are_made_of_the_same_arguments():
+    specs = [TiedLayerSpec("table", Embedding, width) for width in (4, 8)]
+    with pytest.raises(ModelError, match="layer 1 is tied as 'table', but is made of other"):
+        PipelineModule(specs)(nnx.Rngs(0))

@@ -126,3 +126,35 @@ def test_checkpoints_know_nothing_of_stages(tmp_path):
             Curve(np.asarray([]), after.parameters()), Curve(np.asarray([]), whole.parameters())
         )
         assert error < 1e-3  # Adam divides rounding errors by small moments
+
+
+def test_state_of_other_shapes_is_stored_in_the_models_order_too(tmp_path):
+    """Adafactor keeps rows and columns of each layer's kernel, which no parameter's shape fits."""
+    import optax
+
+    model = FOUR_LAYERS
+    pipeline = {"schedule": "interleaved-1f1b", "chunks": 2}
+    piped = ds_config(stage=0, micro=4, mesh={"pipe": 2, "data": 1}, pipeline=pipeline)
+
+    def engine(config, devices, seed):
+        return jspeed.initialize(
+            model=ModelFactory("gpt2", model),
+            loss_fn=language_model_loss,
+            config=config,
+            optimizer=optax.adafactor(1e-2, min_dim_size_to_factor=8),
+            devices=jax.devices()[:devices],
+            seed=seed,
+            report=False,
+        )
+
+    before = engine(piped, 2, 0)
+    first, second = batches(2)
+    before.train_batch(first)
+    before.save_checkpoint(tmp_path)
+    expected = float(before.train_batch(second)["loss"])
+    after = engine(ds_config(stage=0, micro=BATCH), 1, 1)
+    after.load_checkpoint(tmp_path)
+    assert abs(float(after.train_batch(second)["loss"]) / expected - 1) < TOLERANCE
+    for path, value in before.parameters().items():
+        error = np.linalg.norm(after.parameters()[path] - value)
+        assert error < 1e-3 * np.linalg.norm(value) + 1e-6, path
