@@ -61,7 +61,7 @@ class BatchPlacer:
         per_shard = rows // len(self._share.shards)
         shape = (*leaf.shape[:lead], rows * self._share.count, *leaf.shape[lead + 1 :])
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             start, stop, _ = index[lead].indices(shape[lead])
             first = self._share.shards.index(start // per_shard) * per_shard
             return leaf[(*index[:lead], slice(first, first + stop - start), *index[lead + 1 :])]

@@ -71,7 +71,8 @@ def _check_runs(model: LayerList) -> None:
         if 2 * run > end - start:
             raise ModelError(
                 f'"mesh.pipe": stages share out layers {start} to {end - 1} of this '
-                f"PipelineModule, the longest run of equal ones, but {run} equal layers stand outside of it (up to "
+                f"PipelineModule, the longest run of equal ones, but {run} equal layers stand "
+                "outside of it (up to "
                 f"number {number}, {layer.name}), which one stage would compute alone. Make the "
                 "layers equal, or one class that holds both kinds."
             )

@@ -169,7 +169,7 @@ class Other(Block):
 def test_a_second_run_of_layers_is_refused():
     kinds = [LayerSpec(kind, WIDTH, 0.5) for kind in (Block, Other) for _ in range(4)]
     config = ds_config(stage=0, micro=2, mesh={"pipe": 2, "data": 2})
-    with pytest.raises(ModelError, match="3 equal layers stand outside of it .up to number 7, Ot"):
+    with pytest.raises(ModelError, match="3 equal layers stand outside of it"):
         train(config, 4, PipelineModule([LayerSpec(Embedding, WIDTH), *kinds]))
 
 
