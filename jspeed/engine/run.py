@@ -255,6 +255,9 @@ def _monitor(engine: Engine, directory: Path) -> Monitor:
 
 def _evaluation(engine: Engine, data: TextDataset, limit: int) -> Any:
     rows = engine.train_micro_batch_size_per_gpu() * engine.layout.batch_shards
+    stages = engine.layout.stages
+    if stages > 1:  # enough microbatches at once for every stage to have one
+        rows *= min(engine.gradient_accumulation_steps(), 4 * stages)
     share = engine.data_share
     return data.validation_batches(rows // share.count, limit, share.index, share.count)
 

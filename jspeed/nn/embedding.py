@@ -38,12 +38,9 @@ def embed(
       `[..., features]` in the table's dtype.
     """
     sizes = automatic_sizes()
-    if "seq" in sizes and ("tensor" not in sizes or not over_tensor):
-        return _lookup_of_parts(table, jnp.asarray(ids))
-    if not over_tensor:
-        return table[ids]
-    if table.shape[0] % sizes.get("tensor", 1) or "tensor" not in sizes:
-        return table[ids]
+    in_parts = over_tensor and "tensor" in sizes and table.shape[0] % sizes["tensor"] == 0
+    if not in_parts:
+        return _lookup_of_parts(table, jnp.asarray(ids)) if "seq" in sizes else table[ids]
     return _split_lookup(table, jnp.asarray(ids))
 
 

@@ -71,8 +71,8 @@ def check_branches(text: str, sizes: Mapping[str, int]) -> None:
     raise ModelError(
         f'"mesh": {axes}: for {found[0]}{more} XLA moves data between devices inside a pipeline '
         "stage's branch, where other stages do not take part, so that the run would hang. Use "
-        '"mesh.pipe": 1, or "mesh.seq": 1 and "mesh.tensor": 1; or keep that operation from moving '
-        "its operands with jax.lax.with_sharding_constraint."
+        '"mesh.pipe": 1, or "mesh.seq": 1 or "mesh.tensor": 1; if it is a lookup of a table, look '
+        "it up with jspeed.nn.embed(table, ids, over_tensor=False)."
     )
 
 

@@ -22,7 +22,7 @@ from jspeed.pipeline.dead_code import body_of, needed_operations
 
 _HOW = (
     "Scan over the layers (flax.nnx.scan, flax.linen.scan, jax.lax.scan), or give the model as "
-    "jspeed.pipeline.PipelineModule, a list of layers."
+    "jspeed.PipelineModule, a list of layers."
 )
 
 Values = Mapping[int, jax.Array]

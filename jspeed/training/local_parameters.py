@@ -93,7 +93,8 @@ class LocalParameters:
         for path, grad in grads.items():
             if self.layout.stages > 1 and not self.layout.leaves[path].in_stages:
                 # Each stage that uses it adds its part; the others add zeros.
-                grad = self._all_reduce(path, self._over_data(path, grad), (PIPE,))
+                # Microbatches are added up already, so in fp32: their sum may leave fp16's range.
+                grad = self._all_reduce(path, self._over_data(path, grad), (PIPE,), "float32")
             else:
                 grad = self._over_data(path, grad)
             reduced[path] = grad.astype(jnp.float32)
@@ -109,10 +110,14 @@ class LocalParameters:
             grad = self._all_reduce(path, grad, ("replica",))
         return grad
 
-    def _all_reduce(self, path: str, grad: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    def _all_reduce(
+        self, path: str, grad: jax.Array, axes: tuple[str, ...], dtype: str | None = None
+    ) -> jax.Array:
         layout = self.layout
         plan = GatherPlan(axes, -1, layout.automatic_axes, layout.leaves[path].automatic_spec())
-        return island(plan, lambda g: jax.lax.psum(g, axes), grad.astype(layout.reduce_dtype))
+        return island(
+            plan, lambda g: jax.lax.psum(g, axes), grad.astype(dtype or layout.reduce_dtype)
+        )
 
 
 def state_specs(layout: Layout, state: TrainState) -> tuple[Any, Any, Any]:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jspeed.core.errors import ModelError
 from jspeed.core.tree import named_leaves
 from jspeed.pipeline.executor import Buffers, empty, run_schedule
-from jspeed.pipeline.linearised import is_differentiable
 from jspeed.pipeline.operations import Operation, Schedule
 from jspeed.pipeline.program import make_turns
 from jspeed.pipeline.split import Split, split
@@ -79,7 +78,6 @@ def _wire(parts: Parts, schedule: Schedule) -> Wire:
 
 
 def _split(run: BoundLoss, shard: Shard) -> Split:
-    _check_mutable(shard.mutable)
     layout = shard.local.layout
     example = (shard.mutable, *shard.microbatch(0))
     structure = jax.tree.structure(example)
@@ -92,6 +90,7 @@ def _split(run: BoundLoss, shard: Shard) -> Split:
         jax.ShapeDtypeStruct(layout.model_shape(path), jnp.dtype(layout.compute_dtype))
         for path in layout.leaves
     ]
+    _check_mutable(run, wholes, example)
     return split(
         loss,
         wholes,
@@ -101,9 +100,20 @@ def _split(run: BoundLoss, shard: Shard) -> Split:
     )
 
 
-def _check_mutable(mutable: Any) -> None:
-    for path, leaf in named_leaves(mutable):
-        if is_differentiable(leaf):
+def _check_mutable(run: BoundLoss, wholes: list[Any], example: tuple[Any, ...]) -> None:
+    """Refuses a model that changes state as it runs; random keys and their counters stay."""
+    mutable, micro, key = example
+    if not jax.tree.leaves(mutable):
+        return
+    closed = jax.make_jaxpr(lambda values, *rest: run(values, *rest)[1])(
+        wholes, mutable, micro, key
+    )
+    count = len(wholes)
+    before = closed.jaxpr.invars[count : count + len(jax.tree.leaves(mutable))]
+    for (path, _), old, new in zip(
+        named_leaves(mutable), before, closed.jaxpr.outvars, strict=True
+    ):
+        if old is not new:
             raise ModelError(
                 f"{path} is state that the model changes as it runs (as batch statistics). In a "
                 'pipeline each stage sees its own microbatches only, so "mesh.pipe" > 1 needs a '

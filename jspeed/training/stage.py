@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jspeed.layout.at_use import call_with_gather_at_use
+from jspeed.layout.mesh import PIPE
 from jspeed.layout.zero import Layout
 from jspeed.pipeline.executor import Buffers, Carry, load
 from jspeed.pipeline.linearised import (
@@ -51,7 +52,7 @@ class Parts:
         self.order = order
         self.rows = order.rows_per_chunk
         self._position = {name: i for i, name in enumerate(names)}
-        self._stage = jax.lax.axis_index("pipe")
+        self._stage = jax.lax.axis_index(PIPE)
 
     @property
     def local(self) -> LocalParameters:

@@ -161,3 +161,32 @@ def test_state_of_other_shapes_is_stored_in_the_models_order_too(tmp_path):
         ):  # a bias may have no gradient but rounding errors, which Adafactor scales
             error = np.linalg.norm(after.parameters()[path] - value)
             assert error < 1e-3 * np.linalg.norm(value), path
+
+
+def test_a_model_that_changes_state_is_refused():
+    """A counter in a Linen collection: plain runs carry it along."""
+    import jax.numpy as jnp
+
+    from jspeed.core.errors import ModelError
+    from jspeed.training.program_functions import FunctionProgram
+
+    def apply(model, rng, x):
+        def layer(x, w):
+            return x + jnp.tanh(x @ w), None
+
+        x, _ = jax.lax.scan(layer, x, model.params["layers"])
+        return x.sum(-1), {"counter": model.mutable["counter"] + 1}
+
+    from jspeed.training.pipelined import _check_mutable
+
+    program = FunctionProgram(apply, lambda key: {"layers": jnp.ones((4, 3, 3))}, None, "it")
+
+    def run(values, mutable, batch, key):
+        params = {"layers": values[0]}
+        return program.call(
+            lambda model, batch, rng: model(batch).mean(), params, mutable, batch, key, train=True
+        )
+
+    example = ({"counter": jnp.int32(0)}, jnp.ones((2, 3)), jax.random.key(0))
+    with pytest.raises(ModelError, match="counter is state that the model changes as it runs"):
+        _check_mutable(run, [jnp.ones((4, 3, 3))], example)
