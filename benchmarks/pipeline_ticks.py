@@ -32,6 +32,7 @@ from jspeed.pipeline import figures, make_schedule
 
 LIMIT = 0.10
 COUNTS = (4, 8, 16, 32)
+SCHEDULES = ("1f1b", "gpipe", "zb-h1")
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance" / "pipeline.md"
 _WARM_UP = 2
 # A vocabulary so small that the head, which only the last stage has, hardly counts.
@@ -184,15 +185,17 @@ def page(results: dict[tuple[str, str], tuple[list[Row], float]], rounds: int) -
 
 def main(
     rounds: Annotated[int, typer.Option(help="Steps of each, in turns.")] = 20,
+    size: Annotated[list[str] | None, typer.Option(help="narrow or wide; both.")] = None,
+    schedule: Annotated[list[str] | None, typer.Option(help="1f1b, gpipe, zb-h1; all.")] = None,
     write: Annotated[bool, typer.Option(help="Write docs/performance/pipeline.md.")] = False,
 ) -> None:
     """Measures and prints; the status is 1 where time leaves the table by more than 10%."""
     if jax.device_count() < 2:
         sys.exit("jspeed: two devices are needed; see the head of this file for the settings.")
     results = {
-        (size, schedule): measure(SIZES[size], schedule, rounds=rounds)
-        for size in SIZES
-        for schedule in ("1f1b", "gpipe", "zb-h1")
+        (one, kind): measure(SIZES[one], kind, rounds=rounds)
+        for one in size or SIZES
+        for kind in schedule or SCHEDULES
     }
     text = page(results, rounds)
     print(text)
