@@ -49,7 +49,7 @@ def reference():
 @pytest.mark.parametrize(
     ("mesh", "stage", "schedule"),
     [
-        ({"pipe": 2, "data": 2}, 2, "1f1b"),
+        pytest.param({"pipe": 2, "data": 2}, 2, "1f1b", marks=pytest.mark.slow),
         pytest.param({"pipe": 2, "data": 1}, 0, "1f1b", marks=pytest.mark.slow),
         pytest.param({"pipe": 4, "data": 2}, 1, "gpipe", marks=pytest.mark.slow),
         pytest.param({"pipe": 2, "data": 4}, 3, "1f1b", marks=pytest.mark.slow),
@@ -128,6 +128,7 @@ def test_checkpoints_know_nothing_of_stages(tmp_path):
         assert error < 1e-3  # Adam divides rounding errors by small moments
 
 
+@pytest.mark.slow
 def test_state_of_other_shapes_is_stored_in_the_models_order_too(tmp_path):
     """Adafactor keeps rows and columns of each layer's kernel, which no parameter's shape fits."""
     import optax

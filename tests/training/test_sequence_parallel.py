@@ -91,10 +91,7 @@ def check(model: str, *, documents: bool = False, **layout: Any) -> None:
 
 @pytest.mark.parametrize(
     "model",
-    [
-        pytest.param(model, marks=[] if model in ("gpt2 3 heads", "llama") else pytest.mark.slow)
-        for model in MODELS
-    ],
+    [pytest.param(model, marks=[] if model == "llama" else pytest.mark.slow) for model in MODELS],
 )
 def test_two_parts_equal_one_device(model):
     check(model, devices=2, micro=BATCH, mesh={"seq": 2})
@@ -119,14 +116,14 @@ RULES = {
 @pytest.mark.parametrize(
     ("model", "method", "stage", "mesh"),
     [
-        ("llama", "ulysses", 3, {"data": 2, "seq": 4}),
+        pytest.param("llama", "ulysses", 3, {"data": 2, "seq": 4}, marks=pytest.mark.slow),
         pytest.param(
             "gpt2", "ulysses", 2, {"data": 2, "seq": 2, "tensor": 2}, marks=pytest.mark.slow
         ),
         ("llama", "ring", 0, {"seq": 8}),
         pytest.param("gpt2", "ring", 3, {"data": 2, "seq": 2, "tensor": 2}, marks=pytest.mark.slow),
         pytest.param("llama tied", "ring", 1, {"data": 4, "seq": 2}, marks=pytest.mark.slow),
-        ("llama", "allgather", 2, {"data": 2, "seq": 4}),
+        pytest.param("llama", "allgather", 2, {"data": 2, "seq": 4}, marks=pytest.mark.slow),
         pytest.param("llama", "auto", 1, {"data": 1, "seq": 8}, marks=pytest.mark.slow),
         pytest.param(
             "gpt2 3 heads", "auto", 3, {"replica": 2, "data": 2, "seq": 2}, marks=pytest.mark.slow
@@ -149,6 +146,7 @@ def test_layouts_of_packed_documents_equal_one_device(model, method, stage, mesh
     )
 
 
+@pytest.mark.slow
 def test_ring_without_documents_equals_one_device():
     """Positions follow the tokens into the ring's order though the batch names none."""
     for model in ("gpt2", "llama"):
@@ -160,7 +158,7 @@ def test_ring_without_documents_equals_one_device():
 @pytest.mark.parametrize(
     ("model", "stage", "mesh"),
     [
-        ("llama", 3, {"data": 2, "seq": 4}),
+        pytest.param("llama", 3, {"data": 2, "seq": 4}, marks=pytest.mark.slow),
         pytest.param("gpt2", 1, {"data": 8}, marks=pytest.mark.slow),
         pytest.param("gpt2", 3, {"seq": 2}, marks=pytest.mark.slow),
     ],
@@ -176,7 +174,7 @@ def test_layers_in_chunks_equal_one_device(model, stage, mesh):
 @pytest.mark.parametrize(
     ("method", "stage", "mesh"),
     [
-        ("allgather", 1, {"pipe": 2, "seq": 4}),
+        pytest.param("allgather", 1, {"pipe": 2, "seq": 4}, marks=pytest.mark.slow),
         pytest.param("ulysses", 3, {"pipe": 2, "data": 2, "seq": 2}, marks=pytest.mark.slow),
         pytest.param("auto", 2, {"pipe": 2, "seq": 2, "tensor": 2}, marks=pytest.mark.slow),
     ],
