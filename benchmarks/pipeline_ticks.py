@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -154,8 +154,8 @@ def page(results: dict[tuple[str, str], tuple[list[Row], float]], rounds: int) -
         "rows; *spread* is the middle half of the steps by their median. The unit itself is given",
         "beside that of the same work without a pipeline, the batch split over the two devices.",
         "",
-        f"Measured by `python -m benchmarks.pipeline_ticks --rounds {rounds}` with the settings "
-        "that its text names, on "
+        f"Measured by `python -m benchmarks.pipeline_ticks --rounds {rounds}{_options(results)}` "
+        "with the settings that its text names, on "
         f"{report.machine()}; {report.versions('jax', 'jaxlib')}.",
         "",
     ]
@@ -181,6 +181,14 @@ def page(results: dict[tuple[str, str], tuple[list[Row], float]], rounds: int) -
             "",
         ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _options(results: Iterable[tuple[str, str]]) -> str:
+    """The command's options for sizes and schedules that are not all of them."""
+    sizes, schedules = (dict.fromkeys(one[i] for one in results) for i in (0, 1))
+    chosen = [f" --size {size}" for size in sizes if len(sizes) < len(SIZES)]
+    chosen += [f" --schedule {kind}" for kind in schedules if len(schedules) < len(SCHEDULES)]
+    return "".join(chosen)
 
 
 def main(

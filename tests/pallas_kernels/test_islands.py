@@ -1,0 +1,55 @@
+"""Under a mesh each device calls a kernel with its own part of the operands."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from pallas_kernels import _islands
+
+AXES = {"batch": ("data",), "heads": ("tensor",)}
+DIMS = ("batch", None, "heads")
+
+
+def run(x, weight, *, mesh):
+    """Doubles `x`; notes the shapes that a device saw."""
+    seen = []
+
+    def kernel(x, weight):
+        seen.append((x.shape, None if weight is None else weight.shape))
+        return 2 * x
+
+    with jax.set_mesh(mesh):
+        y = jax.jit(
+            lambda x: _islands.on_each_device(kernel, (x, weight), (DIMS, ("heads",)), DIMS, AXES)
+        )(x)
+    np.testing.assert_array_equal(y, 2 * x)
+    return seen[0]
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    devices = np.array(jax.devices()).reshape(2, 4)
+    return Mesh(devices, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+
+def test_each_device_sees_its_part(mesh):
+    assert run(jnp.ones((4, 3, 8)), jnp.ones(8), mesh=mesh) == ((2, 3, 2), (2,))
+
+
+def test_missing_operands_stay_missing(mesh):
+    assert run(jnp.ones((4, 3, 8)), None, mesh=mesh) == ((2, 3, 2), None)
+
+
+def test_what_does_not_divide_stays_whole(mesh):
+    assert run(jnp.ones((4, 3, 6)), None, mesh=mesh)[0] == (2, 3, 6)
+    # One operand that does not divide keeps the dimension of all whole.
+    assert run(jnp.ones((3, 3, 8)), jnp.ones(8), mesh=mesh)[0] == (3, 3, 2)
+
+
+def test_without_a_mesh_it_is_a_plain_call():
+    x = jnp.ones((4, 3, 8))
+    assert _islands.on_each_device(lambda x: x.shape, (x,), (DIMS,), DIMS, AXES) == (4, 3, 8)
