@@ -6,6 +6,10 @@ BIN := $(VENV)/bin
 # The CUDA compiler plugin compiles for GPUs that are not there; it exists for Linux on x86-64 and arm64.
 TARGET := $(shell [ "$$(uname -s)" = Linux ] && echo ,gpu-target)
 
+# A file's tests stay in one process, since they share what they measured.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+
 .PHONY: train test test-all check clean
 
 $(BIN)/python:
@@ -24,10 +28,10 @@ train: $(VENV)/.installed-train
 	$(BIN)/jspeed train configs/gpt2_tiny.json --resume
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-all: $(VENV)/.installed-dev
-	JSPEED_WRITE_TABLES=1 $(BIN)/python -m pytest -q -m "not gpu"
+	JSPEED_WRITE_TABLES=1 $(PYTEST) -m "not gpu"
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

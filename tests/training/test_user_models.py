@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -93,7 +94,13 @@ def _linen_function(module: Any) -> Any:
 
 
 def make_engine(
-    case: Case, stage: int, *, devices: int = 8, model: Any = None, **more: Any
+    case: Case,
+    stage: int,
+    *,
+    devices: int = 8,
+    model: Any = None,
+    stacked: Sequence[str] = (),
+    **more: Any,
 ) -> jspeed.Engine:
     """The engine of a case, with two microbatches per step and nothing kept whole."""
     parameters = case.model_parameters
@@ -110,6 +117,7 @@ def make_engine(
             **more,
         },
         devices=jax.devices()[:devices],
+        stacked=stacked,
     )
 
 
@@ -183,6 +191,50 @@ def test_autotp_equals_one_device(name, stage):
     curve = engine_curve(engine, case)
     assert loss_error(curve, reference) < TOLERANCE
     assert parameter_error(curve, reference) < TOLERANCE
+
+
+STACKED = ("(blocks|layers|Scan.*)/.*",)
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "schedule"),
+    [
+        ("linen_scanned", 2, "1f1b"),
+        *(
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in (
+                ("nnx_scanned_remat", 3, "1f1b"),
+                ("linen_scanned_remat", 1, "zb-h1"),
+                ("plain_scan", 3, "zb-h1"),
+                ("plain_checkpoint", 0, "gpipe"),
+            )
+        ),
+    ],
+)
+def test_pipelines_equal_one_device(name, stage, schedule):
+    """Any model with a scan over its layers is cut between two of them."""
+    case, reference = CASES[name], one_device(name)
+    pipeline = {"mesh": {"pipe": 2}, "pipeline": {"schedule": schedule}}
+    engine = make_engine(case, stage, stacked=STACKED, **pipeline)
+    assert engine.layout.stages == 2
+    curve = engine_curve(engine, case)
+    assert loss_error(curve, reference) < TOLERANCE
+    assert parameter_error(curve, reference) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [{"fp16": {"enabled": True, "initial_scale_power": 8}}, {"bf16": {"enabled": True}}],
+)
+@pytest.mark.slow
+def test_half_precision_in_a_pipeline_equals_that_without(precision):
+    """Microbatches and stages only change the order of fp32 sums of rounded products."""
+    case = CASES["linen_scanned"]
+    piped = engine_curve(make_engine(case, 2, stacked=STACKED, mesh={"pipe": 2}, **precision), case)
+    plain = engine_curve(make_engine(case, 2, devices=4, **precision), case)
+    assert loss_error(piped, plain) < 2e-3
+    assert parameter_error(piped, plain) < 2e-2
+    assert loss_error(piped, one_device("linen_scanned")) > 1e-6  # it is another precision
 
 
 def test_parameters_that_cannot_be_split_stay_whole_and_frozen_ones_stay_put():
