@@ -1,0 +1,32 @@
+"""Which tiles each kernel uses on which GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+Direction = Literal["forward", "dq", "dkv"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Attributes:
+    resident: rows that a program keeps: queries; keys for dk and dv.
+    streamed: rows of the other side that it takes at a time.
+    warps: per program.
+    stages: of the pipeline of loads.
+    """
+
+    resident: int
+    streamed: int
+    warps: int
+    stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """The tiles of the three kernels."""
+
+    forward: Tile
+    dq: Tile
+    dkv: Tile
