@@ -1,0 +1,108 @@
+"""The Mosaic kernel in Mosaic's interpreter, which finds races, against NumPy in fp64."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import _dispatch
+from pallas_kernels.block_sparse_attention import BlockLayout, mosaic
+from tests.pallas_kernels.block_sparse_attention.cases import (
+    TOLERANCE,
+    Case,
+    expected,
+    make_case,
+)
+
+pytestmark = pytest.mark.skipif(
+    _dispatch.unavailable("mosaic") is not None, reason=str(_dispatch.unavailable("mosaic"))
+)
+
+
+def assert_forward_matches(case: Case) -> None:
+    arrays, _, others = case.arguments()
+    valid = others.pop("key_padding_mask", None)
+    if valid is not None:
+        arrays = [jnp.where(valid[:, :, None, None], one, 0) for one in arrays]
+    scale = others.pop("scale") or case.q.shape[3] ** -0.5
+    segments = others.pop("segment_ids", None)
+    missing = case.layout.query_blocks * case.layout.block - case.q.shape[1]
+    assert not missing
+    out, _ = mosaic.forward(
+        *arrays,
+        segments,
+        valid,
+        layout=case.layout,
+        scale=scale,
+        interpret=True,
+        **others,
+    )
+    assert out.dtype == case.dtype
+    right = expected(case)[0]
+    mine = np.asarray(out, np.float64)
+    if valid is not None:
+        mine = np.where(np.asarray(valid)[:, :, None, None], mine, 0)
+    assert np.isfinite(mine).all()
+    empty = ~right.any(-1)
+    assert (mine[empty] == 0).all()
+    assert np.linalg.norm(mine - right) < TOLERANCE[case.dtype] * np.linalg.norm(right)
+
+
+def layout_of(seed: int, block: int, blocks: int, *, density: float, heads: int = 1) -> BlockLayout:
+    mask = np.random.default_rng(seed).random((heads, blocks, blocks)) < density
+    mask[:, blocks // 2] = False  # rows with nothing to attend
+    return BlockLayout(block, mask)
+
+
+CASES = {
+    "full tiles": (layout_of(0, 128, 2, density=0.9), {}),
+    "pieces of 16, causal, a layout per head": (
+        layout_of(1, 16, 16, density=0.5, heads=2),
+        {"causal": True, "kv_heads": 1},
+    ),
+    "segments": (layout_of(2, 64, 4, density=0.7), {"segments": True, "dtype": "float16"}),
+    "padding": (layout_of(3, 32, 8, density=0.7), {"padding": True, "causal": True, "batch": 2}),
+    "dim 256": (layout_of(4, 64, 4, density=0.6), {"dim": 256, "heads": 1, "kv_heads": 1}),
+    "dim 80 and rows that fill no tile": (layout_of(5, 32, 5, density=0.6), {"dim": 80}),
+    "a negative scale": (layout_of(6, 128, 2, density=0.9), {"scale": -0.1}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward(name):
+    layout, options = CASES[name]
+    options = {"dtype": "bfloat16", **options}
+    seq = layout.query_blocks * layout.block
+    assert_forward_matches(make_case(np.random.default_rng(7), layout, seq, **options))
+
+
+def test_rows_cut_into_parts(monkeypatch):
+    """One row of 8 tiles among rows of one is cut in two, one of which has nothing for itself."""
+    query_lists = functools.partial(mosaic.query_lists, long_row=1)
+    monkeypatch.setattr(mosaic, "query_lists", query_lists)
+    mask = np.eye(8, dtype=bool)[None].copy()
+    mask[:, 3] = True
+    layout = BlockLayout(128, mask)
+    lists = query_lists(layout, resident=128, streamed=128, causal=False)
+    assert lists.cuts[0, 0].tolist() == [3, 0, 2]
+    case = make_case(np.random.default_rng(8), layout, 1024, heads=1, kv_heads=1, dtype="bfloat16")
+    assert_forward_matches(dataclasses.replace(case, segment_ids=np.arange(1024)[None] // 512))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"dtype": "float32"}, 'implementation "mosaic" is for bfloat16 and float16, q is float32'),
+        ({"dim": 320}, "is for heads of at most 256, q has 320"),
+    ],
+)
+def test_what_it_does_not_take(options, text):
+    layout = layout_of(0, 128, 1, density=1)
+    options = {"dtype": "bfloat16", **options}
+    case = make_case(np.random.default_rng(0), layout, 128, **options)
+    with pytest.raises(ValueError, match=text):
+        assert_forward_matches(case)

@@ -1,0 +1,80 @@
+"""The Mosaic kernel, lowered for GPUs and compiled for one that is not there."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import _compat, _dispatch
+from pallas_kernels.block_sparse_attention import BlockLayout, mosaic
+from tests.pallas_kernels.compiled import compile_for
+
+pytestmark = pytest.mark.skipif(
+    _dispatch.unavailable("mosaic") is not None, reason=str(_dispatch.unavailable("mosaic"))
+)
+SHARED_BYTES = 227 * 1024  # of a block, at most, on Hopper
+
+
+def program(*, dim, block, causal, dtype="bfloat16", named=False, seq=1024, row=False):
+    """A function and its arguments: 4 heads, 2 of keys, of a layout half of whose blocks are
+    active; with `row`, of one that has a row that is cut."""
+    mask = np.random.default_rng(0).random((1, seq // block, seq // block)) < 0.5
+    if row:
+        mask = np.eye(seq // block, dtype=bool)[None].copy()
+        mask[:, 0] = True
+    forward = functools.partial(
+        mosaic.forward,
+        layout=BlockLayout(block, mask),
+        causal=causal,
+        scale=dim**-0.5,
+        interpret=False,
+    )
+    q, k = (jax.ShapeDtypeStruct((2, seq, heads, dim), dtype) for heads in (4, 2))
+    names = jax.ShapeDtypeStruct((2, seq), jnp.int32) if named else None
+    return lambda q, k, v, names: forward(q, k, v, names, None), (q, k, k, names)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_lowers(dim, dtype):
+    function, arguments = program(dim=dim, block=32, causal=True, dtype=dtype, named=True)
+    with _compat.described_gpu():
+        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("mosaic_gpu_v2") == 1
+
+
+PROGRAMS = {
+    "dim 64": {"dim": 64, "block": 128, "causal": False},
+    "dim 128": {"dim": 128, "block": 128, "causal": True},
+    "dim 128, pieces of 16, segments": {"dim": 128, "block": 16, "causal": True, "named": True},
+    "dim 256, pieces of 16, segments": {"dim": 256, "block": 16, "causal": True, "named": True},
+    "dim 128, parts": {"dim": 128, "block": 64, "causal": False, "seq": 16384, "row": True},
+    "fp16": {"dim": 96, "block": 64, "causal": True, "dtype": "float16"},
+}
+
+
+@pytest.mark.gpu_target
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_compiles_without_spills(name, tmp_path, monkeypatch):
+    for what in ("PTX", "PTXAS", "MLIR_PASSES"):
+        monkeypatch.setenv(f"MOSAIC_GPU_DUMP_{what}", "1")
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    function, arguments = program(**PROGRAMS[name])
+    compile_for("h200", function, *arguments)
+
+    def dumped(suffix):
+        return "".join(path.read_text() for path in tmp_path.glob(f"*{suffix}"))
+
+    assert re.findall(r"(\d+) bytes spill (?:stores|loads)", dumped(".ptxas")) == ["0", "0"]
+    ptx = dumped(".ptx")
+    assert ".target sm_90a" in ptx
+    assert "wgmma.mma_async" in ptx
+    assert "cp.async.bulk.tensor" in ptx
+    assert ptx.count("setmaxnreg") == 2  # more registers for those that compute, fewer for copying
+    shared = re.findall(r"dynamic_shared_memory_size %c(\d+)", dumped(".mlir-passes.log"))
+    assert 0 < max(map(int, shared)) <= SHARED_BYTES
