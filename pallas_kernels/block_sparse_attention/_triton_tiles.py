@@ -235,7 +235,7 @@ def attended(bits: Any, entry: jax.Array, walk: Walk) -> jax.Array | None:
 def walk_tiles(
     step: Callable[[jax.Array, Any, bool], Any], items: Any, carry: Any, walk: Walk
 ) -> Any:
-    """Runs `step(tile, carry, masked)` over an item's tiles: those without a mask, then the rest."""
+    """Runs `step(tile, carry, masked)` over an item's tiles, first those that need no mask."""
     item = pl.program_id(0)
     start, middle = items[item, 1], items[item, 1] + items[item, 2]
     carry = jax.lax.fori_loop(start, middle, lambda at, c: step(at, c, False), carry)

@@ -61,7 +61,7 @@ def attend(
         valid = key_valid[:, :, None, None]
         k, v = (jnp.where(valid, one, jnp.zeros((), one.dtype)) for one in (k, v))
         q = jnp.where(valid | jnp.isfinite(q), q, jnp.zeros((), q.dtype))
-    batch, sequence, heads, dim = q.shape
+    _, sequence, heads, dim = q.shape
     shape = Shape(sequence, heads, k.shape[2], dim, float(scale), causal, interpret)
     if tiles is None:
         tiles = choose_tiles(
