@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
-
-Direction = Literal["forward", "dq", "dkv"]
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,3 +28,7 @@ class Tiles:
     forward: Tile
     dq: Tile
     dkv: Tile
+
+
+def choose_tiles(gpu: str, *, dim: int, dtype: Any, block: int) -> Tiles:
+    return Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))

@@ -43,7 +43,7 @@ class Kernel:
     ptx: str
 
 
-class Spills(Exception):
+class SpillError(Exception):
     """Registers of a kernel spill to local memory."""
 
 
@@ -64,7 +64,7 @@ def compile_for(
       with `memory_analysis()` and `as_text()`.
 
     Raises:
-      Spills: a kernel spills registers and may not.
+      SpillError: a kernel spills registers and may not.
       jax.errors.JaxRuntimeError: XLA cannot compile it, such as for too much shared memory.
     """
     mesh = _mesh(target)
@@ -86,7 +86,7 @@ def compile_for(
             compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             if "register spilling" in str(error):
-                raise Spills(str(error)) from error
+                raise SpillError(str(error)) from error
             raise
         modules = [path.read_text() for path in sorted(Path(folder).glob("*.ptx"))]
         thunks = "".join(path.read_text() for path in Path(folder).glob("*.thunk_sequence.txt"))

@@ -8,7 +8,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 from pallas_kernels import _compat
-from tests.pallas_kernels.compiled import TENSOR_CORES, Spills, compile_for
+from tests.pallas_kernels.compiled import TENSOR_CORES, SpillError, compile_for
 
 pytestmark = pytest.mark.gpu_target
 
@@ -48,7 +48,7 @@ def test_resources_of_a_kernel(target):
 
 def test_spills_are_an_error():
     """128 x 64 sums in one warp are 256 registers per thread; there are 255."""
-    with pytest.raises(Spills, match="spilling"):
+    with pytest.raises(SpillError, match="spilling"):
         compile_for("a100-80", lambda a, b: product(a, b, warps=1), A, B)
     kernels, _ = compile_for("a100-80", lambda a, b: product(a, b, warps=1), A, B, spills=True)
     assert "product" in kernels
