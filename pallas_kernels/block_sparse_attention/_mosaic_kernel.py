@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import _compat
+from pallas_kernels.block_sparse_attention._triton_tiles import MASKED
 
 QUERY_TILE = 128
 """Rows of a CTA: two warpgroups of 64."""
@@ -23,8 +24,6 @@ GRANULE = 16
 _GRANULE_BITS = 4
 _COMPUTE_REGISTERS, _MEMORY_REGISTERS = 232, 40  # of 3 * 168
 _SHARED_BYTES = 220 * 1024  # of 227 KiB; barriers, segments and log-sum-exps take the rest
-NO_KEYS = 1e30
-"""The log-sum-exp of a row without keys: 2 ** (score - it) is 0."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,7 +311,7 @@ def _write(
     empty = total == 0.0
     total = jnp.where(empty, 1.0, total)
     acc = acc * lax.broadcast_in_dim(1.0 / total, acc.shape, [0])
-    lse[...] = jnp.where(empty, NO_KEYS, top + jnp.log(total) * (1 / math.log(2)))
+    lse[...] = jnp.where(empty, -MASKED, top + jnp.log(total) * (1 / math.log(2)))
 
     def result() -> None:
         rows = pl.ds(first_row, ROWS)

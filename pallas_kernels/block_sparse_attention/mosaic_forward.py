@@ -64,7 +64,7 @@ def forward(
 
     Returns:
       `(out, lse)`, or `(out, lse, part_out, part_lse)` where rows are cut into parts: out like q;
-      the log-sum-exp, base 2, float32 `[batch, heads, seq]`, which is `NO_KEYS` where a row has
+      the log-sum-exp, base 2, float32 `[batch, heads, seq]`, which is `-MASKED` where a row has
       none; the same of each part, `[batch, heads, parts, 128, dim]` and `[batch, heads, parts,
       128]` in float32. Of a cut row of tiles only the parts are written.
     """

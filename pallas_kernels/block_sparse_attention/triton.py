@@ -67,12 +67,14 @@ def attend(
         tiles = choose_tiles(
             _compat.gpu_kind(), dim=shape.columns, dtype=q.dtype, block=layout.block
         )
-    walks, lists = _plan(layout, tiles, causal, shape.group)
-    names = _names(segment_ids, key_valid)
+    walks, lists = plan(layout, tiles, causal, shape.group)
+    names = names_of(segment_ids, key_valid)
     return _jitted(shape, walks, lists, names, q, k, v)
 
 
-def _names(segment_ids: jax.Array | None, key_valid: jax.Array | None) -> Any:
+def names_of(segment_ids: jax.Array | None, key_valid: jax.Array | None) -> Any:
+    """Of queries and of keys, int32 `[batch, sequence]` each, of which only equal ones meet; None
+    where all do."""
     if segment_ids is None and key_valid is None:
         return None
     of = jnp.zeros(key_valid.shape, jnp.int32) if segment_ids is None else segment_ids
@@ -81,7 +83,7 @@ def _names(segment_ids: jax.Array | None, key_valid: jax.Array | None) -> Any:
 
 
 @functools.lru_cache(maxsize=64)
-def _plan(
+def plan(
     layout: BlockLayout, tiles: Tiles, causal: bool, group: int
 ) -> tuple[tuple[Walk, ...], tuple[Lists, ...]]:
     """How to walk and the lists, of the forward kernel, of dq, and of dk and dv."""
@@ -115,7 +117,7 @@ def _forward(shape: Shape, walks: tuple[Walk, ...], lists, names, q, k, v):
     return out, (lists, names, q, k, v, out, sums)
 
 
-def _backward(shape: Shape, walks: tuple[Walk, ...], saved, grad):
+def backward(shape: Shape, walks: tuple[Walk, ...], saved, grad):
     lists, names, q, k, v, out, sums = saved
     products = grad.astype(jnp.float32) * out.astype(jnp.float32)
     delta = jnp.sum(products, axis=-1).transpose(0, 2, 1)
@@ -125,6 +127,6 @@ def _backward(shape: Shape, walks: tuple[Walk, ...], saved, grad):
     return None, None, dq, dk, dv
 
 
-_attend.defvjp(_forward, _backward)
+_attend.defvjp(_forward, backward)
 _jitted = jax.jit(_attend, static_argnums=(0, 1))
 """With the lists as arguments: layouts of like size share a program."""

@@ -5,16 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import _dispatch
 from pallas_kernels.block_sparse_attention import BlockLayout, mosaic
+from pallas_kernels.block_sparse_attention.api import block_sparse_attention
 from tests.pallas_kernels.block_sparse_attention.cases import (
-    TOLERANCE,
-    Case,
-    expected,
+    assert_matches,
     make_case,
 )
 
@@ -23,33 +21,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def assert_forward_matches(case: Case) -> None:
-    arrays, _, others = case.arguments()
-    valid = others.pop("key_padding_mask", None)
-    if valid is not None:
-        arrays = [jnp.where(valid[:, :, None, None], one, 0) for one in arrays]
-    scale = others.pop("scale") or case.q.shape[3] ** -0.5
-    segments = others.pop("segment_ids", None)
-    missing = case.layout.query_blocks * case.layout.block - case.q.shape[1]
-    assert not missing
-    out, _ = mosaic.forward(
-        *arrays,
-        segments,
-        valid,
-        layout=case.layout,
-        scale=scale,
-        interpret=True,
-        **others,
-    )
-    assert out.dtype == case.dtype
-    right = expected(case)[0]
-    mine = np.asarray(out, np.float64)
-    if valid is not None:
-        mine = np.where(np.asarray(valid)[:, :, None, None], mine, 0)
-    assert np.isfinite(mine).all()
-    empty = ~right.any(-1)
-    assert (mine[empty] == 0).all()
-    assert np.linalg.norm(mine - right) < TOLERANCE[case.dtype] * np.linalg.norm(right)
+attend = functools.partial(block_sparse_attention, implementation="mosaic", interpret=True)
 
 
 def layout_of(seed: int, block: int, blocks: int, *, density: float, heads: int = 1) -> BlockLayout:
@@ -73,24 +45,23 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_forward(name):
+def test_values_and_gradients(name):
     layout, options = CASES[name]
     options = {"dtype": "bfloat16", **options}
     seq = layout.query_blocks * layout.block
-    assert_forward_matches(make_case(np.random.default_rng(7), layout, seq, **options))
+    assert_matches(make_case(np.random.default_rng(7), layout, seq, **options), attend)
 
 
 def test_rows_cut_into_parts(monkeypatch):
     """One row of 8 tiles among rows of one is cut in two, one of which has nothing for itself."""
-    query_lists = functools.partial(mosaic.query_lists, long_row=1)
-    monkeypatch.setattr(mosaic, "query_lists", query_lists)
+    monkeypatch.setattr(mosaic, "_LONG_ROW", 1)
     mask = np.eye(8, dtype=bool)[None].copy()
     mask[:, 3] = True
     layout = BlockLayout(128, mask)
-    lists = query_lists(layout, resident=128, streamed=128, causal=False)
+    lists = mosaic.query_lists(layout, resident=128, streamed=128, causal=False, long_row=1)
     assert lists.cuts[0, 0].tolist() == [3, 0, 2]
     case = make_case(np.random.default_rng(8), layout, 1024, heads=1, kv_heads=1, dtype="bfloat16")
-    assert_forward_matches(dataclasses.replace(case, segment_ids=np.arange(1024)[None] // 512))
+    assert_matches(dataclasses.replace(case, segment_ids=np.arange(1024)[None] // 512), attend)
 
 
 @pytest.mark.parametrize(
@@ -105,4 +76,4 @@ def test_what_it_does_not_take(options, text):
     options = {"dtype": "bfloat16", **options}
     case = make_case(np.random.default_rng(0), layout, 128, **options)
     with pytest.raises(ValueError, match=text):
-        assert_forward_matches(case)
+        assert_matches(case, attend)

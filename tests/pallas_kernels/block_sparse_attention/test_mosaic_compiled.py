@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import _compat, _dispatch
-from pallas_kernels.block_sparse_attention import BlockLayout, mosaic
+from pallas_kernels.block_sparse_attention import BlockLayout
+from pallas_kernels.block_sparse_attention.api import block_sparse_attention
 from tests.pallas_kernels.compiled import compile_for
 
 pytestmark = pytest.mark.skipif(
@@ -28,15 +29,14 @@ def program(*, dim, block, causal, dtype="bfloat16", named=False, seq=1024, row=
         mask = np.eye(seq // block, dtype=bool)[None].copy()
         mask[:, 0] = True
     forward = functools.partial(
-        mosaic.forward,
+        block_sparse_attention,
         layout=BlockLayout(block, mask),
         causal=causal,
-        scale=dim**-0.5,
-        interpret=False,
+        implementation="mosaic",
     )
     q, k = (jax.ShapeDtypeStruct((2, seq, heads, dim), dtype) for heads in (4, 2))
     names = jax.ShapeDtypeStruct((2, seq), jnp.int32) if named else None
-    return lambda q, k, v, names: forward(q, k, v, names, None), (q, k, k, names)
+    return lambda q, k, v, names: forward(q, k, v, segment_ids=names), (q, k, k, names)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
