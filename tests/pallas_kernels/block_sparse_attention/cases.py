@@ -9,6 +9,7 @@ A case is a function of its seed, which stands in the test's name:
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -240,11 +241,12 @@ def _token_mask(case: Case) -> np.ndarray:
     return mask
 
 
-def computed(case: Case, attend: Callable[..., jax.Array]) -> list[jax.Array]:
-    """The result and the gradients of q, k and v of a function like `block_sparse_attention`."""
+def computed(case: Case, attend: Callable[..., jax.Array], **jit: Any) -> list[jax.Array]:
+    """The result and the gradients of q, k and v of a function like `block_sparse_attention`;
+    `jit` are more arguments of `jax.jit`."""
     arrays, out_gradient, others = case.arguments()
 
-    @jax.jit
+    @functools.partial(jax.jit, **jit)
     def forward_and_backward(q, k, v, out_gradient):
         out, backward = jax.vjp(lambda *qkv: attend(*qkv, case.layout, **others), q, k, v)
         return [out, *backward(out_gradient)]
@@ -252,9 +254,9 @@ def computed(case: Case, attend: Callable[..., jax.Array]) -> list[jax.Array]:
     return forward_and_backward(*arrays, out_gradient)
 
 
-def assert_matches(case: Case, attend: Callable[..., jax.Array]) -> None:
+def assert_matches(case: Case, attend: Callable[..., jax.Array], **jit: Any) -> None:
     """Asserts that values and gradients are those expected, exact zeros among them."""
-    got = computed(case, attend)
+    got = computed(case, attend, **jit)
     for name, mine, right in zip(("out", "dq", "dk", "dv"), got, expected(case), strict=True):
         about = f"{name} of {case.name} ({case.dtype} {list(case.q.shape)})"
         assert mine.dtype == case.dtype, about
