@@ -24,12 +24,8 @@ from tests.pallas_kernels.block_sparse_attention.cases import make_case, random_
 
 interpreted = functools.partial(block_sparse_attention, implementation="triton", interpret=True)
 
-QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-"""Interpreted kernels are small programs that run once."""
-
-
 def assert_matches(case):
-    cases.assert_matches(case, interpreted, compiler_options=QUICK_TO_COMPILE)
+    cases.assert_matches(case, interpreted)
 
 
 def tiles_of(resident, streamed, long_row=64):
