@@ -23,11 +23,17 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """The tiles of the three kernels."""
+    """The tiles of the three kernels.
+
+    Attributes:
+      forward, dq, dkv: of these kernels.
+      long_row: streamed tiles; rows up to this long are never cut into parts.
+    """
 
     forward: Tile
     dq: Tile
     dkv: Tile
+    long_row: int = 64
 
 
 def choose_tiles(gpu: str, *, dim: int, dtype: Any, block: int) -> Tiles:

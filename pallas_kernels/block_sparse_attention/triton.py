@@ -46,7 +46,8 @@ def attend(
       k, v: `[batch, sequence, key heads, dim]`; the key heads divide the heads.
       segment_ids: int32 `[batch, sequence]`; queries attend to keys of their own segment. Above
         the least int32.
-      key_valid: bool `[batch, sequence]`; no query attends to the other keys, whatever is in them.
+      key_valid: bool `[batch, sequence]`; no query attends to the other keys. What stands in for
+        them is finite.
       layout: of all heads or of each.
       causal: no query attends to keys after it.
       scale: of the scores.
@@ -56,11 +57,6 @@ def attend(
     Returns:
       As `q`; zeros for queries that attend to nothing.
     """
-    if key_valid is not None:
-        # Zero weights do not undo NaN: 0 * NaN is NaN. Queries there are computed, as others.
-        valid = key_valid[:, :, None, None]
-        k, v = (jnp.where(valid, one, jnp.zeros((), one.dtype)) for one in (k, v))
-        q = jnp.where(valid | jnp.isfinite(q), q, jnp.zeros((), q.dtype))
     _, sequence, heads, dim = q.shape
     shape = Shape(sequence, heads, k.shape[2], dim, float(scale), causal, interpret)
     if tiles is None:
@@ -89,7 +85,12 @@ def plan(
     """How to walk and the lists, of the forward kernel, of dq, and of dk and dv."""
 
     def sides(tile: Tile) -> dict[str, Any]:
-        return {"resident": tile.resident, "streamed": tile.streamed, "causal": causal}
+        return {
+            "resident": tile.resident,
+            "streamed": tile.streamed,
+            "causal": causal,
+            "long_row": tiles.long_row,
+        }
 
     made = (
         work_lists.query_lists(layout, **sides(tiles.forward)),

@@ -21,9 +21,6 @@ from typing import Protocol
 
 import numpy as np
 
-LONG_ROW = 64
-"""Tiles; rows up to this long are never cut."""
-
 
 class BlockMask(Protocol):
     """What is needed of a layout; hashable, so that lists are made once for each."""
@@ -66,9 +63,17 @@ class WorkLists:
 
 @functools.lru_cache(maxsize=64)
 def query_lists(
-    layout: BlockMask, *, resident: int, streamed: int, causal: bool, long_row: int = LONG_ROW
+    layout: BlockMask, *, resident: int, streamed: int, causal: bool, long_row: int
 ) -> WorkLists:
-    """For each tile of `resident` queries the keys that it attends to, in tiles of `streamed`."""
+    """For each tile of `resident` queries the keys that it attends to, in tiles of `streamed`.
+
+    Args:
+      layout: of the query heads.
+      resident: queries per tile.
+      streamed: keys per tile.
+      causal: keys after a query are not attended to.
+      long_row: tiles; rows up to this long are never cut.
+    """
     mask = layout.mask
     head, row, column = np.nonzero(mask)
     coordinates = (head, row, np.zeros_like(head), column)
@@ -85,7 +90,7 @@ def key_lists(
     streamed: int,
     causal: bool,
     group: int,
-    long_row: int = LONG_ROW,
+    long_row: int,
 ) -> WorkLists:
     """For each tile of `resident` keys the queries that attend to it, of all heads of a group.
 
@@ -95,7 +100,7 @@ def key_lists(
       streamed: queries per tile.
       causal: keys after a query are not attended to.
       group: query heads that share a key head; each is walked in turn.
-      long_row: tiles.
+      long_row: tiles; rows up to this long are never cut.
     """
     mask = layout.mask
     head, row, column = np.nonzero(mask)
@@ -265,6 +270,6 @@ def _starts(counts: np.ndarray) -> np.ndarray:
 
 
 def bucket(count: int) -> int:
-    """The next number of three significant bits: programs are shared by layouts of like size."""
-    step = 1 << max(0, count.bit_length() - 3)
+    """The next number of four significant bits: programs are shared by layouts of like size."""
+    step = 1 << max(0, count.bit_length() - 4)
     return -(-count // step) * step

@@ -14,6 +14,7 @@ from pallas_kernels.block_sparse_attention.api import block_sparse_attention
 from tests.pallas_kernels.block_sparse_attention.cases import (
     assert_matches,
     make_case,
+    random_case,
 )
 
 pytestmark = pytest.mark.skipif(
@@ -44,12 +45,24 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("pieces of 16, causal, a layout per head", "padding")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in CASES]
+)
 def test_values_and_gradients(name):
     layout, options = CASES[name]
     options = {"dtype": "bfloat16", **options}
     seq = layout.query_blocks * layout.block
     assert_matches(make_case(np.random.default_rng(7), layout, seq, **options), attend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8))
+def test_random_cases(seed):
+    case = random_case(seed, dtypes=("bfloat16", "float16"))
+    assert_matches(case, attend)
 
 
 def test_rows_cut_into_parts(monkeypatch):

@@ -58,8 +58,14 @@ PROGRAMS = {
 }
 
 
+QUICK = ("dim 128", "dim 256, pieces of 16, segments")
+
+
 @pytest.mark.gpu_target
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in PROGRAMS],
+)
 def test_compiles_without_spills(name, tmp_path, monkeypatch):
     for what in ("PTX", "PTXAS", "MLIR_PASSES"):
         monkeypatch.setenv(f"MOSAIC_GPU_DUMP_{what}", "1")
