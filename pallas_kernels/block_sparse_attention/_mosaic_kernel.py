@@ -219,6 +219,8 @@ def _step(
         scores, factor = scores * factor, 1.0
     if masked:
         scores = _masked(problem, at, warpgroup, first_row, step, slot, scores)
+        if problem.segments:
+            plgpu.commit_smem()  # Ordinary reads of the ring are over before TMA writes there.
     plgpu.barrier_arrive(shared["k_free"].at[slot])
 
     new_top = jnp.maximum(top, scores.max(axis=1) * factor)

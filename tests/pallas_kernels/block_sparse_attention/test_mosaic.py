@@ -37,7 +37,10 @@ CASES = {
         layout_of(1, 16, 16, density=0.5, heads=2),
         {"causal": True, "kv_heads": 1},
     ),
-    "segments": (layout_of(2, 64, 4, density=0.7), {"segments": True, "dtype": "float16"}),
+    "segments, more tiles than the ring holds": (
+        layout_of(2, 64, 4, density=0.95),
+        {"segments": True, "dtype": "float16", "dim": 256, "heads": 1, "kv_heads": 1},
+    ),
     "padding": (layout_of(3, 32, 8, density=0.7), {"padding": True, "causal": True, "batch": 2}),
     "dim 256": (layout_of(4, 64, 4, density=0.6), {"dim": 256, "heads": 1, "kv_heads": 1}),
     "dim 80 and rows that fill no tile": (layout_of(5, 32, 5, density=0.6), {"dim": 80}),
@@ -45,7 +48,7 @@ CASES = {
 }
 
 
-QUICK = ("pieces of 16, causal, a layout per head", "padding")
+QUICK = ("pieces of 16, causal, a layout per head", "segments, more tiles than the ring holds")
 
 
 @pytest.mark.parametrize(
@@ -61,10 +64,11 @@ def test_values_and_gradients(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 def test_random_cases(seed):
-    case = random_case(seed, dtypes=("bfloat16", "float16"))
+    case = random_case(seed, dtypes=("bfloat16", "float16"), longest=384)
     assert_matches(case, attend)
 
 
+@pytest.mark.slow
 def test_rows_cut_into_parts(monkeypatch):
     """One row of 8 tiles among rows of one is cut in two, one of which has nothing for itself."""
     monkeypatch.setattr(mosaic, "_LONG_ROW", 1)
