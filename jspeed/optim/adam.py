@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ from jspeed.optim.rates import (
     unzip,
     zeros,
 )
+from pallas_kernels._dispatch import Implementation
+from pallas_kernels.fused_adamw import AdamWScalars, InPlaceTransformation, fused_adamw_update
 
 
 class MomentState(NamedTuple):
@@ -39,6 +41,7 @@ def adam(
     weight_decay: float = 0.0,
     decoupled: bool = True,
     bias_corrected: bool = True,
+    in_place: Implementation | Literal["auto"] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam (Kingma & Ba, arXiv:1412.6980) with decoupled (AdamW, arXiv:1711.05101) or L2 weight
     decay.
@@ -79,7 +82,49 @@ def adam(
         steps, mu, nu = unzip(updates, rows, 3)
         return steps, MomentState(count, mu, nu)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    def apply(
+        gradients: Any,
+        state: Any,
+        params: Any,
+        *,
+        gradient_factor: Any = 1.0,
+        skip: Any = None,
+        copy_dtypes: Any = None,
+        shardings: Any = None,
+        **extra: Any,
+    ) -> tuple[Any, Any]:
+        position, count = position_of(state.count, extra), state.count + 1
+        b1, b2 = betas_at(betas, position)
+        skipped = jnp.asarray(False if skip is None else skip)
+        scalars = AdamWScalars(
+            learning_rate=rate_at(learning_rate, position),
+            beta1=b1,
+            beta2=b2,
+            rest1=1 - b1,
+            rest2=1 - b2,
+            correction1=bias_correction(b1, count) if bias_corrected else 1.0,
+            correction2=bias_correction(b2, count) if bias_corrected else 1.0,
+            eps=eps,
+            weight_decay=weight_decay,
+            gradient_factor=gradient_factor,
+            skip=skipped,
+        )
+        new = fused_adamw_update(
+            gradients,
+            state.mu,
+            state.nu,
+            params,
+            scalars,
+            decay="decoupled" if decoupled else "l2",
+            copy_dtypes=copy_dtypes,
+            shardings=shardings,
+            implementation=None if in_place == "auto" else in_place,
+        )
+        return new, MomentState(jnp.where(skipped, state.count, count), new.mu, new.nu)
+
+    if in_place is None:
+        return optax.GradientTransformationExtraArgs(init, update)
+    return InPlaceTransformation(init, update, apply)
 
 
 def adam_leaf(

@@ -7,8 +7,9 @@ on global arrays.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from jspeed.optim import LossScale, clipping_factor, gradient_norm
 from jspeed.training.gradients import GradientSettings, local_evaluation, local_gradients
 from jspeed.training.program import LossFn, Program
 from jspeed.training.state import TrainState
+from pallas_kernels.fused_adamw import InPlaceTransformation
 
 Metrics = dict[str, jax.Array]
 
@@ -66,16 +68,34 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         scale = state.loss_scale.scale if state.loss_scale is not None else jnp.float32(1.0)
-        grads, loss, weight, mutable = compute(state, scale, batch)
+        reduced, unscale, loss, weight, mutable = compute(state, scale, batch)
+        grads = jax.tree.map(lambda g: g * unscale, reduced)
         norm, finite, first_nonfinite = gradient_norm(grads)
-        if settings.gradient_clipping:
-            factor = clipping_factor(norm, settings.gradient_clipping)
-            grads = jax.tree.map(lambda g: g * factor, grads)
+        clip = clipping_factor(norm, settings.gradient_clipping)
+        position = state.updates
         master = _constrain(state.master, layout, Role.MOMENTS)
-        updates, opt_state = optimizer.update(
-            grads, state.opt_state, master, schedule_position=state.updates
-        )
-        master = _constrain(optax.apply_updates(master, updates), layout, Role.MOMENTS)
+        casts: Mapping[str, jax.Array] = {}
+        if isinstance(optimizer, InPlaceTransformation):
+            skip = ~finite if settings.skip_nonfinite else None
+            applied, opt_state = optimizer.apply(
+                reduced,
+                state.opt_state,
+                master,
+                gradient_factor=unscale * clip,
+                skip=skip,
+                copy_dtypes=_copy_dtypes(master, layout),
+                shardings=map_named(lambda p, _: layout.sharding(p, Role.MOMENTS), master),
+                schedule_position=position,
+            )
+            master, casts = applied.params, dict(named_leaves(applied.copies))
+        else:
+            if settings.gradient_clipping:
+                grads = jax.tree.map(lambda g: g * clip, grads)
+            updates, opt_state = optimizer.update(
+                grads, state.opt_state, master, schedule_position=position
+            )
+            master = optax.apply_updates(master, updates)
+        master = _constrain(master, layout, Role.MOMENTS)
         new = TrainState(
             step=state.step + 1,
             updates=state.updates + 1,
@@ -103,7 +123,7 @@ def make_train_step(
             metrics["loss_scale_exhausted"] = settings.loss_scale.is_exhausted(loss_scale, finite)
             loss_scale = settings.loss_scale.update(loss_scale, finite)
             metrics["next_loss_scale"] = loss_scale.scale
-        master, copies = publish(new.master, layout)
+        master, copies = publish(new.master, layout, casts)
         return _replace(new, master=master, copies=copies, loss_scale=loss_scale), metrics
 
     return train_step
@@ -147,7 +167,16 @@ def _keep_if(finite: jax.Array, new: TrainState, old: TrainState, layout: Layout
     )
 
 
-def publish(master: Any, layout: Layout) -> tuple[Any, dict[str, jax.Array]]:
+def _copy_dtypes(master: Any, layout: Layout) -> Any:
+    """The compute dtype for each parameter that has a copy in it, otherwise None."""
+    return map_named(
+        lambda path, _: layout.compute_dtype if layout.has_copy(path) else None, master
+    )
+
+
+def publish(
+    master: Any, layout: Layout, casts: Mapping[str, jax.Array] = MappingProxyType({})
+) -> tuple[Any, dict[str, jax.Array]]:
     """Brings updated parameters from their shards to where the next step reads them.
 
     Returns the master in its own placement and the whole copies in the compute dtype. What must be
@@ -159,7 +188,7 @@ def publish(master: Any, layout: Layout) -> tuple[Any, dict[str, jax.Array]]:
     for path, leaf in named_leaves(master):
         in_shards = layout.role_spec(path, Role.MOMENTS) != layout.leaves[path].base
         if layout.has_copy(path):
-            cast = leaf.astype(layout.compute_dtype)
+            cast = casts[path] if path in casts else leaf.astype(layout.compute_dtype)
             (gathering if in_shards else copies)[path] = cast
         elif layout.role_spec(path, Role.MASTER) != layout.role_spec(path, Role.MOMENTS):
             gathering[path] = leaf
