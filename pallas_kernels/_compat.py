@@ -7,6 +7,7 @@ passed, and what is not there is found out here and nowhere else.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import warnings
 from collections.abc import Callable, Sequence
@@ -68,6 +69,13 @@ def triton_call(
         input_output_aliases=input_output_aliases or {},
         **options,
     )
+
+
+def mosaic_interpreter() -> Any:
+    """Parameters of Mosaic's interpreter. Races are errors from JAX 0.12, printed before it."""
+    names = [field.name for field in dataclasses.fields(mosaic.InterpretGPUParams)]
+    raising = {"on_race": "raise"} if "on_race" in names else {}
+    return mosaic.InterpretGPUParams(detect_races=True, **raising)
 
 
 def described_gpu(kind: str = "NVIDIA H200", cores: int = 132) -> AbstractContextManager[Any]:

@@ -127,9 +127,6 @@ def forward(
         causal=shape.causal,
         long_row=_LONG_ROW,
     )
-    interpret = None
-    if shape.interpret:
-        interpret = _compat.mosaic.InterpretGPUParams(detect_races=True, on_race="raise")
     out, sums, *parts = mosaic_forward.forward(
         q,
         k,
@@ -138,7 +135,7 @@ def forward(
         lists,
         causal=shape.causal,
         scale=shape.scale,
-        interpret=interpret,
+        interpret=_compat.mosaic_interpreter() if shape.interpret else None,
     )
     if parts:
         whole = dataclasses.replace(shape, sequence=shape.sequence + rows, dim=dim)

@@ -25,6 +25,13 @@ pytestmark = pytest.mark.skipif(
 attend = functools.partial(block_sparse_attention, implementation="mosaic", interpret=True)
 
 
+@pytest.fixture(autouse=True)
+def no_races(capfd, caplog):
+    """JAX 0.11 only prints them."""
+    yield
+    assert "RACE DETECTED" not in "".join([*capfd.readouterr(), caplog.text])
+
+
 def layout_of(seed: int, block: int, blocks: int, *, density: float, heads: int = 1) -> BlockLayout:
     mask = np.random.default_rng(seed).random((heads, blocks, blocks)) < density
     mask[:, blocks // 2] = False  # rows with nothing to attend
