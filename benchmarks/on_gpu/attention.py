@@ -40,9 +40,9 @@ def _run_problem(plan: Plan, clock: Clock, problem: Attention, backward: bool) -
     for contestant in (*OURS, "cudnn"):
         if clock.over(SECTION, contestant, name):
             continue
-        missing = _missing(contestant, plan)
-        if missing:
-            clock.emit(Row(SECTION, contestant, name, "skipped", note=missing))
+        reason = missing(contestant, plan)
+        if reason:
+            clock.emit(Row(SECTION, contestant, name, "skipped", note=reason))
             continue
         try:
             attend = _function(contestant, problem, layout, plan)
@@ -72,9 +72,14 @@ def _dense_layout(problem: Attention) -> Any:
     return layout_of(dataclasses.replace(problem, random=0, window=0))
 
 
-def _missing(contestant: str, plan: Plan) -> str:
+def missing(contestant: str, plan: Plan) -> str:
+    """Why a contestant cannot run on this device with this JAX, or nothing."""
     if contestant == "cudnn":
         return "no GPU" if plan.smoke else ""
+    if contestant == "mosaic" and not plan.smoke:
+        capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+        if capability != "9.0":
+            return f"it is for Hopper, compute capability 9.0, and this is {capability}"
     return _dispatch.unavailable("mosaic" if contestant == "mosaic" else "triton") or ""
 
 

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.on_gpu.attention import missing
 from benchmarks.on_gpu.rows import Clock, Plan, Row, checked, reason_of
-from pallas_kernels import _dispatch
 from pallas_kernels.block_sparse_attention import (
     BigBird,
     BSLongformer,
@@ -68,7 +68,7 @@ def _check_attention(plan: Plan, clock: Clock, name: Any, number: int) -> None:
     problem = ", ".join(words)
     if clock.over(SECTION, name, problem):
         return
-    reason = _dispatch.unavailable(name)
+    reason = missing(name, plan)
     if name == "mosaic" and dtype == "float32":
         reason = reason or "float32 is not for Mosaic"
     if reason:

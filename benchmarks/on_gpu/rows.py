@@ -142,8 +142,8 @@ def plan(seed: int, *, quick: bool = False, smoke: bool = False) -> Plan:
         problems = (Attention("smoke", 256, 64, 1, 1, heads=2, dim=64, backward=True),)
         return Plan(True, seed, 2, 2**16, 64, problems, ((64, 32), (48,)), 1, l2_bytes=2**18)
     problems = (
-        Attention("64k, 10%", 65536, 128, 24, 25),
-        Attention("16k, 10%", 16384, 128, 5, 5, backward=True),
+        Attention("64k, 10%", 65536, 128, 26, 25),
+        Attention("16k, 10%", 16384, 128, 6, 5, backward=True),
         Attention("16k, all", 16384, 128, backward=True),
         Attention("16k, causal", 16384, 128, causal=True),
         Attention("4k, block 16", 4096, 16, 8, 9, backward=True),
