@@ -18,11 +18,12 @@ from pallas_kernels.block_sparse_attention import (
     triton,
 )
 from pallas_kernels.block_sparse_attention.api import block_sparse_attention
-from pallas_kernels.block_sparse_attention.tiles import Tile, Tiles
+from pallas_kernels.block_sparse_attention.tiles import Tile, Tiles, choose_tiles
 from tests.pallas_kernels.block_sparse_attention import cases
 from tests.pallas_kernels.block_sparse_attention.cases import make_case, random_case
 
 interpreted = functools.partial(block_sparse_attention, implementation="triton", interpret=True)
+
 
 def assert_matches(case):
     cases.assert_matches(case, interpreted)
@@ -127,3 +128,13 @@ def test_under_vmap():
     q = jax.random.normal(jax.random.key(0), (3, 1, 64, 2, 64))
     one = lambda q: interpreted(q, q, q, layout, causal=True)  # noqa: E731
     np.testing.assert_allclose(jax.vmap(one)(q), jnp.stack([one(x) for x in q]), atol=1e-6)
+
+
+def test_tiles_by_gpu_and_block():
+    choose = functools.partial(choose_tiles, dim=96, dtype="bfloat16")
+    assert choose("NVIDIA H200", block=128).forward == Tile(128, 64, 8, 3)
+    assert choose("NVIDIA H100 80GB HBM3", block=16) == choose("NVIDIA GH200 480GB", block=64)
+    assert choose("NVIDIA A100-SXM4-80GB", block=64) == choose("", block=64)
+    assert choose("NVIDIA A100-SXM4-80GB", block=64) != choose("NVIDIA H200", block=64)
+    with pytest.raises(ValueError, match=r'head dim 512.*at most 256.*implementation="xla"'):
+        choose_tiles("NVIDIA H200", dim=512, dtype="float32", block=16)
