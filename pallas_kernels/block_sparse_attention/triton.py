@@ -69,13 +69,11 @@ def attend(
 
 
 def names_of(segment_ids: jax.Array | None, key_valid: jax.Array | None) -> Any:
-    """Of queries and of keys, int32 `[batch, sequence]` each, of which only equal ones meet; None
-    where all do."""
-    if segment_ids is None and key_valid is None:
-        return None
-    of = jnp.zeros(key_valid.shape, jnp.int32) if segment_ids is None else segment_ids
-    of = of.astype(jnp.int32)
-    return of, of if key_valid is None else jnp.where(key_valid, of, _NOBODY)
+    """Numbers of queries and of keys, of which only equal ones meet; None if all meet."""
+    if key_valid is None:
+        return None if segment_ids is None else (segment_ids, segment_ids)
+    names = jnp.zeros(key_valid.shape, jnp.int32) if segment_ids is None else segment_ids
+    return names, jnp.where(key_valid, names, _NOBODY)
 
 
 @functools.lru_cache(maxsize=64)
@@ -102,9 +100,7 @@ def plan(
         for tile, one in zip((tiles.forward, tiles.dq, tiles.dkv), made, strict=True)
     )
     # NumPy arrays: what is made in one trace must not be used in another.
-    lists: Any = tuple(
-        Lists(one.items, one.blocks, one.bits, one.cuts, one.members) for one in made
-    )
+    lists = tuple(Lists(one.items, one.blocks, one.bits, one.cuts, one.members) for one in made)
     return walks, lists
 
 

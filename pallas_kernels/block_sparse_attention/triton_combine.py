@@ -21,7 +21,7 @@ ROWS = 16
 
 
 def combine_attention(
-    cuts: jax.Array,
+    cuts: tiles.ArrayLike,
     parts: jax.Array,
     part_sums: jax.Array,
     out: jax.Array,
@@ -62,7 +62,7 @@ def combine_attention(
 
 
 def add_parts(
-    cuts: jax.Array, parts: jax.Array, out: jax.Array, *, shape: Shape, by: tiles.Head
+    cuts: tiles.ArrayLike, parts: jax.Array, out: jax.Array, *, shape: Shape, by: tiles.Head
 ) -> jax.Array:
     """`out`, `[batch, sequence, heads of by, dim]`, with the sums of its cut rows filled in."""
     chunks = parts.shape[3] // ROWS
@@ -114,7 +114,7 @@ def _combine(cuts, parts, part_sums, _out, _sums, out, sums, *, chunks: int, sha
     acc, total = jax.lax.fori_loop(start, end, add, (zeros, jnp.zeros(ROWS, jnp.float32)))
     # Rows that only fill up have no parts; they do not exist, but a division by 0 would be seen.
     total = jnp.maximum(total, 1.0)
-    exists = tiles.both(keep_row[:, None], keep)
+    exists = tiles.both(keep, keep_row[:, None])
     tiles.store(out, row[:, None], column, value=acc / total[:, None], keep=exists)
     some = top > MASKED / 2
     tiles.store(sums, row, value=jnp.where(some, top + jnp.log2(total), -MASKED), keep=keep_row)
@@ -128,5 +128,5 @@ def _add(cuts, parts, _out, out, *, chunks: int, shape: Shape) -> None:
         return acc + tiles.load(parts, part, own[:, None], column, keep=keep)
 
     acc = jax.lax.fori_loop(start, end, add, jnp.zeros((ROWS, shape.columns), jnp.float32))
-    exists = tiles.both(keep_row[:, None], keep)
+    exists = tiles.both(keep, keep_row[:, None])
     tiles.store(out, row[:, None], column, value=acc, keep=exists)

@@ -42,17 +42,15 @@ def forward(
       The output, as `q`, and float32 `[batch, heads, sequence]`: -`MASKED` where a row attends to
       nothing.
     """
-    batch, rows = q.shape[0], (walk.parts, walk.tile.resident)
-    results = [
+    batch, parts = q.shape[0], (walk.parts, walk.tile.resident)
+    results: list[tuple[tiles.Kind, jax.ShapeDtypeStruct]] = [
         ("query", jax.ShapeDtypeStruct(q.shape, q.dtype)),
         ("query sums", _float32(batch, shape.heads, shape.sequence)),
     ]
     if walk.parts:
-        results += [
-            ("parts", _float32(batch, shape.heads, *rows, shape.dim)),
-            ("part sums", _float32(batch, shape.heads, *rows)),
-        ]
-    out, sums, *parts = tiles.call(
+        results.append(("parts", _float32(batch, shape.heads, *parts, shape.dim)))
+        results.append(("part sums", _float32(batch, shape.heads, *parts)))
+    out, sums, *cut = tiles.call(
         functools.partial(_kernel, shape=shape, walk=walk, named=names is not None),
         [
             *(("list", array) for array in (lists.items, lists.blocks, lists.bits)),
@@ -70,7 +68,7 @@ def forward(
         stages=walk.tile.stages,
     )
     if walk.parts:
-        out, sums = combine_attention(lists.cuts, *parts, out, sums, shape=shape)
+        out, sums = combine_attention(lists.cuts, cut[0], cut[1], out, sums, shape=shape)
     return out, sums
 
 
@@ -82,14 +80,14 @@ def _kernel(items, blocks, bits, *refs, shape: Shape, walk: Walk, named: bool) -
     names, (q, k, v, out, sums, *parts) = refs[: 2 * named], refs[2 * named :]
     column, keep = tiles.columns_of(shape)
     row, keep_row = tiles.rows_of(items[pl.program_id(0), 0], walk, shape)
-    queries = tiles.load(q, row[:, None], column, keep=tiles.both(keep_row[:, None], keep))
+    queries = tiles.load(q, row[:, None], column, keep=tiles.both(keep, keep_row[:, None]))
     name = tiles.load(names[0], row, keep=keep_row)[:, None] if named else None
 
     def step(tile, carry, masked: bool):
         acc, top, total = carry
         token, entry = tiles.tokens_of(blocks, tile, walk)
         keys = tiles.load(k, token[:, None], column, keep=keep)
-        scores = tiles.dot(queries, keys, (1, 1), shape)
+        scores = tiles.dot(queries, keys, (1, 1))
         scores = scores if shape.scale >= 0 else -scores
         mask = tiles.attended(bits, entry, walk) if masked else None
         if masked and shape.causal:
@@ -106,7 +104,7 @@ def _kernel(items, blocks, bits, *refs, shape: Shape, walk: Walk, named: bool) -
             weights = jnp.where(mask, weights, 0.0)
         total = total * shrink + jnp.sum(weights, axis=1)
         values = tiles.load(v, token[:, None], column, keep=keep)
-        new = tiles.dot(weights.astype(values.dtype), values, (1, 0), shape)
+        new = tiles.dot(weights.astype(values.dtype), values, (1, 0))
         return acc * shrink[:, None] + new, new_top, total
 
     carry = (
