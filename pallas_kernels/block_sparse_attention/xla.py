@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.block_sparse_attention.block_layout import BlockLayout
-from pallas_kernels.block_sparse_attention.xla_plan import make_plan
+from pallas_kernels.block_sparse_attention.xla_plan import Plan, make_plan
 from pallas_kernels.block_sparse_attention.xla_walk import Items, Walker
 
 
@@ -34,7 +34,7 @@ def attend(
     scale: float,
 ) -> jax.Array:
     """Attention of whole blocks; see `api.Attend`."""
-    if not make_plan(layout, causal, q.shape[2], k.shape[2], q.shape[3]).by_query.groups:
+    if not _plan(layout, causal, q, k).by_query.groups:
         return jnp.zeros_like(q)
     return _attend(q, k, v, segment_ids, key_valid, layout, causal, scale)
 
@@ -162,7 +162,7 @@ def _by_query(
     layout: BlockLayout,
     causal: bool,
 ) -> Walker:
-    plan = make_plan(layout, causal, q.shape[2], k.shape[2], q.shape[3])
+    plan = _plan(layout, causal, q, k)
     return Walker(
         plan.by_query,
         outer=q.shape[0] * (k.shape[2] if plan.shared else 1),
@@ -185,11 +185,15 @@ def _by_key(
     layout: BlockLayout,
     causal: bool,
 ) -> Walker:
-    plan = make_plan(layout, causal, q.shape[2], k.shape[2], q.shape[3])
+    plan = _plan(layout, causal, q, k)
     walker = _by_query(q, k, segment_ids, key_valid, layout, causal)
     return dataclasses.replace(
         walker, walk=plan.by_key, own_group=1, other_group=plan.group, own_is_query=False
     )
+
+
+def _plan(layout: BlockLayout, causal: bool, q: jax.Array, k: jax.Array) -> Plan:
+    return make_plan(layout, causal, q.shape[2], k.shape[2], q.shape[3], q.dtype.itemsize)
 
 
 def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
