@@ -31,8 +31,17 @@ def _optional(module: str) -> Any:
 triton: Any = _optional("jax.experimental.pallas.triton")
 """`jax.experimental.pallas.triton`, or None where this JAX has it no more."""
 
-mosaic: Any = _optional("jax.experimental.pallas.mosaic_gpu")
-"""`jax.experimental.pallas.mosaic_gpu`, or None where this JAX lacks it."""
+mosaic: Any
+"""`jax.experimental.pallas.mosaic_gpu`, or None where this JAX lacks it; imported when first asked
+for, since that takes half a second."""
+
+
+def __getattr__(name: str) -> Any:
+    if name == "mosaic":
+        globals()[name] = _optional("jax.experimental.pallas.mosaic_gpu")
+        return globals()[name]
+    raise AttributeError(f"module {__name__} has no attribute {name}")
+
 
 JAX_VERSION: tuple[int, ...] = tuple(int(part) for part in jax.__version__.split(".")[:3])
 TRITON_CALL = "__gpu$xla.gpu.triton"

@@ -21,8 +21,11 @@ from jspeed.optim.rates import (
     unzip,
     zeros,
 )
-from pallas_kernels._dispatch import Implementation
-from pallas_kernels.fused_adamw import AdamWScalars, InPlaceTransformation, fused_adamw_update
+from pallas_kernels.fused_adamw import AdamWScalars, InPlaceTransformation, adamw_in_place
+
+Applied = Literal["by_the_step", "in_place"]
+"""Whether the step adds an optimizer's updates to the parameters, or the optimizer writes state and
+parameters itself, in one kernel on NVIDIA GPUs."""
 
 
 class MomentState(NamedTuple):
@@ -41,7 +44,7 @@ def adam(
     weight_decay: float = 0.0,
     decoupled: bool = True,
     bias_corrected: bool = True,
-    in_place: Implementation | Literal["auto"] | None = None,
+    applied: Applied = "by_the_step",
 ) -> optax.GradientTransformationExtraArgs:
     """Adam (Kingma & Ba, arXiv:1412.6980) with decoupled (AdamW, arXiv:1711.05101) or L2 weight
     decay.
@@ -56,6 +59,7 @@ def adam(
         weight_decay: decoupled from the gradient, or added to it (L2) when `decoupled` is false.
         decoupled: AdamW's decay rather than L2.
         bias_corrected: divide the moments by `1 - beta^t`.
+        applied: see `Applied`; with `in_place` the result is an `InPlaceTransformation`.
     """
 
     def init(params: Any) -> MomentState:
@@ -82,21 +86,10 @@ def adam(
         steps, mu, nu = unzip(updates, rows, 3)
         return steps, MomentState(count, mu, nu)
 
-    def apply(
-        gradients: Any,
-        state: Any,
-        params: Any,
-        *,
-        gradient_factor: Any = 1.0,
-        skip: Any = None,
-        copy_dtypes: Any = None,
-        shardings: Any = None,
-        **extra: Any,
-    ) -> tuple[Any, Any]:
+    def scalars(state: Any, extra: Any) -> AdamWScalars:
         position, count = position_of(state.count, extra), state.count + 1
         b1, b2 = betas_at(betas, position)
-        skipped = jnp.asarray(False if skip is None else skip)
-        scalars = AdamWScalars(
+        return AdamWScalars(
             learning_rate=rate_at(learning_rate, position),
             beta1=b1,
             beta2=b2,
@@ -106,24 +99,11 @@ def adam(
             correction2=bias_correction(b2, count) if bias_corrected else 1.0,
             eps=eps,
             weight_decay=weight_decay,
-            gradient_factor=gradient_factor,
-            skip=skipped,
         )
-        new = fused_adamw_update(
-            gradients,
-            state.mu,
-            state.nu,
-            params,
-            scalars,
-            decay="decoupled" if decoupled else "l2",
-            copy_dtypes=copy_dtypes,
-            shardings=shardings,
-            implementation=None if in_place == "auto" else in_place,
-        )
-        return new, MomentState(jnp.where(skipped, state.count, count), new.mu, new.nu)
 
-    if in_place is None:
+    if applied == "by_the_step":
         return optax.GradientTransformationExtraArgs(init, update)
+    apply = adamw_in_place(scalars, decay="decoupled" if decoupled else "l2")
     return InPlaceTransformation(init, update, apply)
 
 

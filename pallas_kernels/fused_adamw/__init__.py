@@ -5,6 +5,7 @@ from pallas_kernels.fused_adamw.reference import AdamWScalars, WeightDecay
 from pallas_kernels.fused_adamw.transformation import (
     FusedAdamWState,
     InPlaceTransformation,
+    adamw_in_place,
     fused_adamw,
 )
 
@@ -14,6 +15,7 @@ __all__ = [
     "FusedAdamWState",
     "InPlaceTransformation",
     "WeightDecay",
+    "adamw_in_place",
     "fused_adamw",
     "fused_adamw_update",
 ]

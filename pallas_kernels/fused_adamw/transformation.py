@@ -26,11 +26,14 @@ class FusedAdamWState(NamedTuple):
 class InPlaceTransformation(optax.GradientTransformationExtraArgs):
     """An optax transformation with a third function, which applies the step where the state lies.
 
-    `update` returns what to add to the parameters, as optax wants it, so that state and parameters
-    cannot be written in the same pass. `apply` returns the new parameters themselves:
+    `update` returns what to add to the parameters, as optax wants it; a kernel that wrote that
+    would have the parameters read and written once more. `apply` returns the new parameters:
 
         apply(gradients, state, params, *, gradient_factor=1.0, skip=None, copy_dtypes=None,
               shardings=None, **extra) -> (AdamWUpdate, state)
+
+    with `gradient_factor` a float32 scalar that multiplies all gradients first, `skip` a bool
+    scalar that leaves everything as it was, and the others as for `fused_adamw_update`.
     """
 
     apply: Callable[..., tuple[AdamWUpdate, Any]]
@@ -39,6 +42,57 @@ class InPlaceTransformation(optax.GradientTransformationExtraArgs):
         self = super().__new__(cls, init, update)
         self.apply = apply
         return self
+
+
+def adamw_in_place(
+    scalars: Callable[[Any, dict[str, Any]], AdamWScalars],
+    *,
+    decay: WeightDecay,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
+) -> Callable[..., tuple[AdamWUpdate, Any]]:
+    """The `apply` of an `InPlaceTransformation` that computes AdamW.
+
+    Args:
+      scalars: `(state, extra) -> AdamWScalars` of the step that follows `state`; the factor and
+        `skip` are put in here.
+      decay: see `WeightDecay`.
+      implementation: see `fused_adamw_update`.
+      interpret: run the kernel without a GPU.
+
+    Returns:
+      A function of states that are named tuples with `count`, `mu` and `nu`.
+    """
+
+    def apply(
+        gradients: Any,
+        state: Any,
+        params: Any,
+        *,
+        gradient_factor: Any = 1.0,
+        skip: Any = None,
+        copy_dtypes: Any = None,
+        shardings: Any = None,
+        **extra: Any,
+    ) -> tuple[AdamWUpdate, Any]:
+        skipped = jnp.asarray(False if skip is None else skip)
+        step = scalars(state, extra)._replace(gradient_factor=gradient_factor, skip=skipped)
+        new = fused_adamw_update(
+            gradients,
+            state.mu,
+            state.nu,
+            params,
+            step,
+            decay=decay,
+            copy_dtypes=copy_dtypes,
+            shardings=shardings,
+            implementation=implementation,
+            interpret=interpret,
+        )
+        count = jnp.where(skipped, state.count, state.count + 1)
+        return new, state._replace(count=count, mu=new.mu, nu=new.nu)
+
+    return apply
 
 
 def fused_adamw(
@@ -82,7 +136,8 @@ def fused_adamw(
 
         return FusedAdamWState(jnp.zeros((), jnp.int32), zeros(), zeros())
 
-    def scalars(state: FusedAdamWState) -> AdamWScalars:
+    def scalars(state: FusedAdamWState, extra: Any) -> AdamWScalars:
+        del extra
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         steps = state.count + 1
         return AdamWScalars(
@@ -97,44 +152,18 @@ def fused_adamw(
             weight_decay=weight_decay,
         )
 
-    def apply(
-        gradients: Any,
-        state: FusedAdamWState,
-        params: Any,
-        *,
-        gradient_factor: Any = 1.0,
-        skip: Any = None,
-        copy_dtypes: Any = None,
-        shardings: Any = None,
-        **extra: Any,
-    ) -> tuple[AdamWUpdate, FusedAdamWState]:
-        del extra
-        skipped = jnp.asarray(False if skip is None else skip)
-        new = fused_adamw_update(
-            gradients,
-            state.mu,
-            state.nu,
-            params,
-            scalars(state)._replace(gradient_factor=gradient_factor, skip=skipped),
-            decay=decay,
-            copy_dtypes=copy_dtypes,
-            shardings=shardings,
-            implementation=implementation,
-            interpret=interpret,
-        )
-        count = jnp.where(skipped, state.count, state.count + 1)
-        return new, FusedAdamWState(count, new.mu, new.nu)
-
     def update(
         updates: Any, state: FusedAdamWState, params: Any = None, **extra: Any
     ) -> tuple[Any, FusedAdamWState]:
-        del extra
         if params is None:
-            raise ValueError("fused_adamw: update(gradients, state, params) needs params.")
-        step = functools.partial(adamw_step, s=scalars(state), l2=decay == "l2")
+            raise ValueError(
+                "fused_adamw: update(gradients, state, params) needs params; they were left out."
+            )
+        step = functools.partial(adamw_step, s=scalars(state, extra), l2=decay == "l2")
         rows = jax.tree.map(step, updates, state.mu, state.nu, params)
         outer = jax.tree.structure(updates)
         steps, mu, nu = jax.tree.transpose(outer, None, rows)
         return jax.tree.map(jnp.negative, steps), FusedAdamWState(state.count + 1, mu, nu)
 
+    apply = adamw_in_place(scalars, decay=decay, implementation=implementation, interpret=interpret)
     return InPlaceTransformation(init, update, apply)

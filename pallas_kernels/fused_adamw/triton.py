@@ -104,10 +104,11 @@ def _kernel(size: int, decay: WeightDecay) -> Any:
             new = adamw(gradient, mu, nu, param, s, decay == "l2")
             for ref, value in zip(out_refs, (*new, new[0]), strict=False):  # the copy, if any, last
                 store(ref.at[at], value.astype(ref.dtype), mask=mask)
-            # Each thread for itself: no reduction, and where all is finite no memory traffic.
-            bad = ~jnp.isfinite(gradient)
-            one = jnp.ones(BLOCK, jnp.int32)
-            store(flag_ref.at[jnp.zeros(BLOCK, jnp.int32)], one, mask=bad)
+            bad = jnp.max((~jnp.isfinite(gradient)).astype(jnp.int32)) > 0
+
+            @pl.when(bad)
+            def _() -> None:
+                flag_ref[0] = jnp.int32(1)  # any program may write it: it is the same value
 
         # Only the last block is masked, so that all others move vectors.
         if full:
