@@ -73,7 +73,7 @@ def test_rows_and_columns_cut_into_parts(use_tiles, causal):
     mask = np.repeat(mask, 4, axis=0)
     mask[1, 7] = mask[2, 0] = mask[2, :, 0] = False
     layout = BlockLayout(32, mask)
-    walks, _ = triton._plan(layout, tiles_of(32, 32, 2), causal, 2)
+    walks, _ = triton.plan(layout, tiles_of(32, 32, 2), causal, 2)
     assert walks[0].parts == (0 if causal else 2)
     assert walks[2].parts >= 2
     case = make_case(np.random.default_rng(0), layout, 512, heads=4, causal=causal, name="cuts")
