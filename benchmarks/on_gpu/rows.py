@@ -140,7 +140,7 @@ def plan(seed: int, *, quick: bool = False, smoke: bool = False) -> Plan:
     """The sizes of a run; a quick one takes about a third of the time."""
     if smoke:
         problems = (Attention("smoke", 256, 64, 1, 1, heads=2, dim=64, backward=True),)
-        return Plan(True, seed, 2, 2**16, 64, problems, ((64, 32), (48,)), 1, l2_bytes=2**18)
+        return Plan(True, seed, 2, 2**16, 64, problems, ((64, 32), (48,)), 1, l2_bytes=1)
     problems = (
         Attention("64k, 10%", 65536, 128, 26, 25),
         Attention("16k, 10%", 16384, 128, 6, 5, backward=True),

@@ -51,7 +51,9 @@ def attend(
       layout: of all heads or of each.
       causal: no query attends to keys after it.
       scale: of the scores.
-      interpret: on any device, slowly; an error where accesses of shared memory race.
+      interpret: on any device, slowly; an error where accesses of shared memory race. On machines
+        of few cores it waits for ever unless XLA has threads enough, as with
+        `XLA_FLAGS=--xla_force_host_platform_device_count=8`.
 
     Returns:
       As `q`; zeros for queries that attend to nothing.
