@@ -109,7 +109,7 @@ def _block_mask(torch: Any, problem: Attention, mask: Any) -> Any:
 
     def lists(which: Any) -> tuple[Any, Any]:
         counts = which.sum(-1, dtype=torch.int32)
-        order = torch.argsort(which.to(torch.int8), dim=-1, descending=True, stable=True)
+        order = torch.argsort(which.to(torch.int32), dim=-1, descending=True, stable=True)
         return counts[None, None], order.to(torch.int32)[None, None].contiguous()
 
     options = {"mask_mod": lambda b, h, q, k: q >= k} if problem.causal else {}

@@ -48,6 +48,26 @@ def test_lowers(dim, dtype):
     assert lowered.as_text().count("mosaic_gpu_v2") == 1
 
 
+@pytest.mark.parametrize("order", ["vmap of grad", "grad of vmap"])
+def test_lowers_under_transformations(order):
+    """One kernel forward and Triton's two backward, whatever the number of examples."""
+    function, (q, k, _, _) = program(dim=64, block=64, causal=True)
+
+    def total(q, k, v):
+        return function(q, k, v, None).astype(jnp.float32).sum()
+
+    if order == "vmap of grad":
+        transformed = jax.vmap(jax.grad(total, (0, 1, 2)))
+    else:
+        transformed = jax.grad(lambda *qkv: jax.vmap(total)(*qkv).sum(), (0, 1, 2))
+    stacked = (jax.ShapeDtypeStruct((3, *one.shape), one.dtype) for one in (q, k, k))
+    with _compat.described_gpu():
+        lowered = jax.jit(transformed).trace(*stacked).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    assert text.count("mosaic_gpu_v2") == 1
+    assert text.count(_compat.TRITON_CALL) == 2
+
+
 PROGRAMS = {
     "dim 64": {"dim": 64, "block": 128, "causal": False},
     "dim 128": {"dim": 128, "block": 128, "causal": True},
