@@ -54,6 +54,14 @@ class Problem:
     def pieces(self) -> int:
         return self.key_tile // self.piece
 
+    @property
+    def segment_copies(self) -> int:
+        """Copies that bring a tile's segments of keys: TMA writes to multiples of 128 bytes, so
+        those of smaller pieces lie beside each other already when the kernel starts."""
+        if not self.segments:
+            return 0
+        return self.pieces if self.piece * 4 % 128 == 0 else 1
+
 
 class _Refs:
     """A CTA's operands, results and shared memory, and what its item of work says."""
@@ -66,9 +74,9 @@ class _Refs:
         self.shared = shared
         self.batch, self.head = lax.axis_index("batch"), lax.axis_index("head")
         self.kv_head = lax.div(self.head, jnp.int32(problem.group))
-        layout_head = self.head if problem.layout_heads > 1 else 0
-        self.blocks, self.words = blocks.at[layout_head], words.at[layout_head]
-        item = (layout_head, lax.axis_index("item"))
+        self.layout_head = self.head if problem.layout_heads > 1 else 0
+        self.blocks, self.words = blocks.at[self.layout_head], words.at[self.layout_head]
+        item = (self.layout_head, lax.axis_index("item"))
         self.tile, self.start, self.full, partial, self.part = (items[(*item, i)] for i in range(5))
         self.count = self.full + partial
 
@@ -77,14 +85,15 @@ def scratch(problem: Problem) -> dict[str, Any]:
     """Shared memory and barriers of a CTA. What TMA copies and wgmma reads is swizzled."""
     plgpu, tile, ring = _compat.mosaic, problem.key_tile, problem.stages
     swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    named = int(problem.segments)
     of = {
         "q": plgpu.SMEM((2, ROWS, problem.dim), problem.dtype, transforms=swizzled),
         "k": plgpu.SMEM((ring, tile, problem.dim), problem.dtype, transforms=swizzled),
         "v": plgpu.SMEM((ring, tile, problem.dim), problem.dtype, transforms=swizzled),
         "lse": plgpu.SMEM((2, ROWS), jnp.float32),
-        "q_ready": plgpu.Barrier(num_barriers=2, num_arrivals=1 + named),
-        "k_ready": plgpu.Barrier(num_barriers=ring, num_arrivals=problem.pieces * (1 + named)),
+        "q_ready": plgpu.Barrier(num_barriers=2, num_arrivals=1 + problem.segments),
+        "k_ready": plgpu.Barrier(
+            num_barriers=ring, num_arrivals=problem.pieces + problem.segment_copies
+        ),
         "v_ready": plgpu.Barrier(num_barriers=ring, num_arrivals=problem.pieces),
         "k_free": plgpu.Barrier(num_barriers=ring, num_arrivals=2),
         "v_free": plgpu.Barrier(num_barriers=ring, num_arrivals=2),
@@ -127,6 +136,11 @@ def _copy_tiles(problem: Problem, at: _Refs) -> None:
             place = shared[target].at[slot, pl.ds(number * size, size)]
             plgpu.copy_gmem_to_smem(keys, place, shared[ready].at[slot])
 
+    def copy_segments(step: Any) -> None:
+        slot = lax.rem(step, jnp.int32(ring))
+        names = at.segments[1].at[at.batch, at.layout_head, at.start + step]
+        plgpu.copy_gmem_to_smem(names, shared["key_segments"].at[slot], shared["k_ready"].at[slot])
+
     def wait_until_free(which: str, step: Any) -> None:
         @pl.when(step >= ring)
         def _() -> None:
@@ -135,7 +149,9 @@ def _copy_tiles(problem: Problem, at: _Refs) -> None:
     @pl.loop(0, at.count)
     def _(step: Any) -> None:
         wait_until_free("k_free", step)
-        if problem.segments:
+        if problem.segment_copies == 1:
+            copy_segments(step)
+        elif problem.segments:
             copy(at.segments[1], "key_segments", "k_ready", step)
         copy(at.k, "k", "k_ready", step, at.kv_head)
         wait_until_free("v_free", step)

@@ -92,7 +92,12 @@ def forward(
     if lists.parts:
         rows = (batch, heads, lists.parts, QUERY_TILE)
         out_type += [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((*rows, dim), rows)]
-    operands = [q, k, v, lists.items, lists.blocks, _words(lists, problem), *(segments or ())]
+    operands = [q, k, v, lists.items, lists.blocks, _words(lists, problem)]
+    if segments is not None:
+        of_queries, of_keys = segments
+        if problem.segment_copies == 1:
+            of_keys = of_keys[:, _tokens(lists, problem)]
+        operands += [of_queries, of_keys]
     return plgpu.kernel(
         functools.partial(kernel, problem, len(operands)),
         out_type=tuple(out_type),
@@ -105,6 +110,12 @@ def forward(
         kernel_name="block_sparse_attention_forward",
         interpret=interpret,
     )(*operands)
+
+
+def _tokens(lists: WorkLists, problem: Problem) -> np.ndarray:
+    """Where the keys of all tiles are, `[layout_heads, tiles, key_tile]`."""
+    tokens = lists.blocks[..., None] * lists.unit + np.arange(lists.unit)
+    return tokens.reshape(problem.layout_heads, -1, problem.key_tile)
 
 
 def _words(lists: WorkLists, problem: Problem) -> np.ndarray:

@@ -48,9 +48,15 @@ CASES = {
         layout_of(2, 64, 4, density=0.95),
         {"segments": True, "dtype": "float16", "dim": 256, "heads": 1, "kv_heads": 1},
     ),
-    "padding": (layout_of(3, 32, 8, density=0.7), {"padding": True, "causal": True, "batch": 2}),
+    "pieces of 16, padding": (
+        layout_of(3, 16, 16, density=0.7),
+        {"padding": True, "causal": True, "batch": 2},
+    ),
     "dim 256": (layout_of(4, 64, 4, density=0.6), {"dim": 256, "heads": 1, "kv_heads": 1}),
-    "dim 80 and rows that fill no tile": (layout_of(5, 32, 5, density=0.6), {"dim": 80}),
+    "dim 80, rows that fill no tile, pieces of 32, segments": (
+        layout_of(5, 32, 5, density=0.6),
+        {"dim": 80, "segments": True},
+    ),
     "a negative scale": (layout_of(6, 128, 2, density=0.9), {"scale": -0.1}),
 }
 
@@ -69,7 +75,7 @@ def test_values_and_gradients(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [*range(6), 21, 27])
 def test_random_cases(seed):
     case = random_case(seed, dtypes=("bfloat16", "float16"), longest=384)
     assert_matches(case, attend)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import _compat, _dispatch
-from pallas_kernels.block_sparse_attention import BlockLayout
+from pallas_kernels.block_sparse_attention import BlockLayout, mosaic_forward
 from pallas_kernels.block_sparse_attention.api import block_sparse_attention
 from tests.pallas_kernels.compiled import compile_for
 
@@ -102,5 +102,11 @@ def test_compiles_without_spills(name, tmp_path, monkeypatch):
     assert "wgmma.mma_async" in ptx
     assert "cp.async.bulk.tensor" in ptx
     assert ptx.count("setmaxnreg") == 2  # more registers for those that compute, fewer for copying
+    if "segments" in name:
+        # K and V by pieces of 16, beside Q and its segments. Keys' segments come whole: 16 of them
+        # are 64 bytes, and TMA writes to multiples of 128.
+        pieces = mosaic_forward.key_tile_of(PROGRAMS[name]["dim"]) // 16
+        loads = re.findall(r"cp\.async\.bulk\.tensor\.\dd\.shared::cta\.global", ptx)
+        assert len(loads) == 2 * pieces + 3
     shared = re.findall(r"dynamic_shared_memory_size %c(\d+)", dumped(".mlir-passes.log"))
     assert 0 < max(map(int, shared)) <= SHARED_BYTES
