@@ -87,6 +87,16 @@ def mosaic_interpreter() -> Any:
     return mosaic.InterpretGPUParams(detect_races=True, **raising)
 
 
+def cuda_version() -> int | None:
+    """Of the CUDA that this JAX compiles with, such as 12090 for 12.9; None without one."""
+    from jax._src.lib import cuda_versions
+
+    try:
+        return None if cuda_versions is None else cuda_versions.cuda_runtime_get_version()
+    except Exception:
+        return None
+
+
 def described_gpu(kind: str = "NVIDIA H200", cores: int = 132) -> AbstractContextManager[Any]:
     """A context in which kernels are lowered for a GPU that need not be there.
 

@@ -22,6 +22,9 @@ from pallas_kernels.block_sparse_attention.triton_combine import combine_attenti
 from pallas_kernels.block_sparse_attention.work_lists import query_lists
 
 _DIMS = (64, 128, 256)
+_HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+_MISCOMPILING = (12080, 12091)
+"""CUDA versions, the last one exclusive, with which JAX's own Mosaic attention refuses to mask."""
 _LONG_ROW = 64
 """Tiles of keys; rows up to this long are not cut into parts."""
 
@@ -59,9 +62,10 @@ def attend(
       As `q`; zeros for queries that attend to nothing.
 
     Raises:
-      ValueError: another dtype, a larger head, or this JAX has no Triton for the backward pass.
+      ValueError: another dtype, a larger head, another GPU than Hopper, CUDA 12.8 or 12.9.0, or
+        this JAX has no Triton for the backward pass.
     """
-    _check(q)
+    _check(q, interpret)
     _, sequence, heads, dim = q.shape
     shape = Shape(sequence, heads, k.shape[2], dim, float(scale), causal, interpret)
     tiles = choose_tiles(_compat.gpu_kind(), dim=shape.columns, dtype=q.dtype, block=layout.block)
@@ -70,7 +74,7 @@ def attend(
     return _attend(shape, walks, layout, lists, names, q, k, v)
 
 
-def _check(q: jax.Array) -> None:
+def _check(q: jax.Array, interpret: bool) -> None:
     about = 'block_sparse_attention: implementation "mosaic"'
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise ValueError(
@@ -79,6 +83,16 @@ def _check(q: jax.Array) -> None:
     if q.shape[3] > _DIMS[-1]:
         raise ValueError(
             f'{about} is for heads of at most {_DIMS[-1]}, q has {q.shape[3]}. Ask for "xla".'
+        )
+    gpu = _compat.gpu_kind()
+    named = gpu.upper().replace("-", " ").split()
+    if gpu and not interpret and not any(one in named for one in _HOPPER):
+        raise ValueError(f'{about} is for Hopper GPUs, this is {gpu}. Ask for "triton".')
+    cuda = _compat.cuda_version()
+    if cuda is not None and _MISCOMPILING[0] <= cuda < _MISCOMPILING[1] and not interpret:
+        raise ValueError(
+            f"{about}: the compiler of CUDA 12.8 and 12.9.0 is known to make wrong code of masked "
+            f'kernels like this one, and this JAX has {cuda}. Use CUDA 13, or ask for "triton".'
         )
     reason = _dispatch.unavailable("triton")
     if reason is not None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import _dispatch
+from pallas_kernels import _compat, _dispatch
 from pallas_kernels.block_sparse_attention import BlockLayout, mosaic
 from pallas_kernels.block_sparse_attention.api import block_sparse_attention
 from tests.pallas_kernels.block_sparse_attention.cases import (
@@ -92,6 +93,21 @@ def test_rows_cut_into_parts(monkeypatch):
     assert lists.cuts[0, 0].tolist() == [3, 0, 2]
     case = make_case(np.random.default_rng(8), layout, 1024, heads=1, kv_heads=1, dtype="bfloat16")
     assert_matches(dataclasses.replace(case, segment_ids=np.arange(1024)[None] // 512), attend)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("gpu_kind", "NVIDIA A100-SXM4-80GB", "is for Hopper GPUs, this is NVIDIA A100"),
+        ("cuda_version", 12080, "CUDA 12.8 and 12.9.0 is known .* this JAX has 12080"),
+    ],
+)
+def test_where_it_does_not_run(monkeypatch, name, value, text):
+    monkeypatch.setattr(_compat, name, lambda: value)
+    q = jnp.zeros((1, 128, 1, 64), jnp.bfloat16)
+    layout = layout_of(0, 128, 1, density=1)
+    with pytest.raises(ValueError, match=text):
+        block_sparse_attention(q, q, q, layout, causal=False, implementation="mosaic")
 
 
 @pytest.mark.parametrize(
