@@ -173,3 +173,9 @@ def test_mask_free_layouts_have_one_loop():
         kernels, _ = compiled("h200", run, q, k, v, grad, None, None)
         length[causal] = len(kernels[KERNELS[0]].ptx)
     assert length[False] < 0.7 * length[True]
+
+
+def test_the_gpu_lowered_for_chooses_the_tiles():
+    assert _compat.gpu_kind() == ""
+    with _compat.described_gpu("NVIDIA A100-SXM4-80GB"):
+        assert _compat.gpu_kind() == "NVIDIA A100-SXM4-80GB"

@@ -42,7 +42,7 @@ def test_xla_matches_the_formulas(seed):
 
 @pytest.mark.parametrize(
     "seed",
-    [1000, 1001, 1002, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1003, 1020))],
+    [1000, 1001, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1002, 1020))],
 )
 def test_many_groups_and_parts_match_too(seed, monkeypatch):
     """As long sequences have them: lists of several lengths, walked a few tiles at a time."""

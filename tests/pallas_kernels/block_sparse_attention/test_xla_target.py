@@ -77,19 +77,17 @@ def moved_bytes(program: Compiled) -> int:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "pattern",
     [
         BigBird(block=64, num_random_blocks=4, num_sliding_window_blocks=7),
-        pytest.param(
-            Fixed(block=64, num_local_blocks=16, attention="unidirectional"),
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(BSLongformer(block=16, num_sliding_window_blocks=41), marks=pytest.mark.slow),
+        Fixed(block=64, num_local_blocks=16, attention="unidirectional"),
+        BSLongformer(block=16, num_sliding_window_blocks=41),
     ],
     ids=lambda p: f"{type(p).__name__} {p.block}",
 )
-@pytest.mark.parametrize("backward", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backward", [False, True])
 def test_bytes_at_8k_tokens_are_a_quarter_of_dense_attention(pattern, backward):
     layout = pattern.layout(2, 8192)
     assert 0.08 < layout.density < 0.11
