@@ -40,7 +40,7 @@ def add_rms_norm(
       scale: float32 `[features]`.
       epsilon: added to the mean of squares.
       implementation: `triton`, `xla` or `reference`; None for the kernel on NVIDIA GPUs and XLA
-        elsewhere, and for rows of more than 16,384 features.
+        elsewhere, and for rows of more than 8,192 features.
       interpret: run the kernel without a GPU.
       batch_axes: mesh axes that may split the batch.
       sequence_axes: mesh axes that may split the sequence.
