@@ -97,8 +97,9 @@ def _kernels(
 
 
 def _forward(epsilon: float, interpret: bool, x: Any, delta: Any, scale: Any) -> Any:
-    flat = (None if one is None else one.reshape(-1, x.shape[-1]) for one in (x, delta))
-    total, normed, rstd = triton.forward(*flat, scale, epsilon=epsilon, interpret=interpret)
+    rows = x.reshape(-1, x.shape[-1])
+    added = None if delta is None else delta.reshape(rows.shape)
+    total, normed, rstd = triton.forward(rows, added, scale, epsilon=epsilon, interpret=interpret)
     results = total.reshape(x.shape), normed.reshape(x.shape)
     return results, (total, rstd, scale, delta is not None)
 

@@ -8,6 +8,7 @@ backward 8 (the sum and the two gradients read, one written), 6 without the grad
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -42,7 +43,7 @@ def forward(
         at, mask = _row(row, width, padded)
         parts = [load(ref.at[at], **mask).astype(jnp.float32) for ref in reads]
         # The sum is rounded as it is stored, so that both passes see the same numbers.
-        total = sum(parts[1:], parts[0]).astype(x.dtype)
+        total = functools.reduce(jnp.add, parts).astype(x.dtype)
         for ref in sum_ref:
             store(ref.at[at], total, mask=mask.get("mask"))
         wide = total.astype(jnp.float32)
@@ -102,7 +103,7 @@ def backward(
             rstd = rstd_ref[row]
             normed, scaled = wide * rstd, gradient * scale
             along = jnp.sum(scaled * normed) / width
-            dx = sum(rest, rstd * (scaled - normed * along))
+            dx = functools.reduce(jnp.add, rest, rstd * (scaled - normed * along))
             store(dx_ref.at[at], dx.astype(total.dtype), mask=mask.get("mask"))
             return d_scale + gradient * normed
 
