@@ -19,12 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import typer
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.report import markdown_table
 from jspeed.layout.mesh import resolve_mesh
 from jspeed.models.gpt2.config import GPT2Config
 from jspeed.models.gpt2.model import GPT2
+from jspeed.models.llama.config import LlamaConfig
+from jspeed.models.llama.model import Llama
 from jspeed.nn import language_model_loss
 from jspeed.optim.adam import Applied, adam
 from jspeed.planner.compiled import compile_lowered
@@ -100,7 +103,8 @@ def _bytes(costs: Costs, computation: Computation, instruction: Instruction) -> 
 def adam_rows(target: str) -> list[list[str]]:
     """One row per layout of a GPT-2 with 124M parameters in bf16, two microbatches a step."""
     program = make_program(lambda rngs: GPT2(_MODEL, rngs=rngs))
-    batch = dict.fromkeys(("input_ids", "labels"), ((1, _MODEL.sequence_length), "int32"))
+    tokens = ((1, _MODEL.sequence_length), "int32")
+    batch: dict[str, tuple[tuple[int, ...], str]] = {"input_ids": tokens, "labels": tokens}
     rows = []
     for stage, devices in _LAYOUTS:
         steps = [
@@ -168,6 +172,41 @@ def rms_norm_rows(target: str) -> list[list[str]]:
     return rows
 
 
+def llama_row(target: str) -> list[str]:
+    """Of a training step of Llama's blocks, per element of the residual stream and layer."""
+    layers, batch, length, width = 4, 2, 2048, 2048
+    moved = []
+    for norm in ("xla", "kernel"):
+        config = LlamaConfig(
+            vocab_size=4096,
+            layers=layers,
+            hidden_size=width,
+            heads=16,
+            kv_heads=4,
+            intermediate_size=5632,
+            head_dim=128,
+            attention="blockwise",
+            recompute=("activation", "norm"),
+            sequence_sharding=False,
+            norm=norm,
+        )
+        tokens = ((batch, length), "int32")
+        step = compile_step(
+            make_program(functools.partial(_llama, config)),
+            language_model_loss,
+            {"input_ids": tokens, "labels": tokens},
+            shape=resolve_mesh(devices=1),
+            stage=0,
+            target=target,
+        )
+        moved.append(traffic(step.module).all / (layers * batch * length * width))
+    return ["Llama's layer, both, difference", "0", f"{moved[1] - moved[0]:+.1f}"]
+
+
+def _llama(config: LlamaConfig, rngs: nnx.Rngs) -> Llama:
+    return Llama(config, rngs=rngs)
+
+
 def _compile(target: str, function: Callable[..., Any], *shapes: Any) -> str:
     mesh = Mesh(np.array(described_devices(target, 1)), ("_",))
     whole = NamedSharding(mesh, PartitionSpec())
@@ -182,7 +221,7 @@ def main(
     """Prints both tables as Markdown."""
     typer.echo(f"Compiled for {target} with JAX {jax.__version__}; bytes per element.\n")
     head = ["pass", "XLA", "kernels"]
-    typer.echo(markdown_table(head, rms_norm_rows(target)) + "\n")
+    typer.echo(markdown_table(head, [*rms_norm_rows(target), llama_row(target)]) + "\n")
     head = [
         "stage",
         "GPUs",
