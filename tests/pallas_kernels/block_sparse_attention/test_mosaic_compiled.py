@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jspeed.planner.targets import described_devices
 from pallas_kernels import _compat, _dispatch
 from pallas_kernels.block_sparse_attention import BlockLayout, mosaic_forward
 from pallas_kernels.block_sparse_attention.api import block_sparse_attention
@@ -110,3 +112,32 @@ def test_compiles_without_spills(name, tmp_path, monkeypatch):
         assert len(loads) == 2 * pieces + 3
     shared = re.findall(r"dynamic_shared_memory_size %c(\d+)", dumped(".mlir-passes.log"))
     assert 0 < max(map(int, shared)) <= SHARED_BYTES
+
+
+@pytest.mark.gpu_target
+@pytest.mark.slow
+def test_no_collectives_under_a_mesh():
+    """Forward and backward on 2 x 4 GPUs, batch and heads split: each has what it needs."""
+    mesh = Mesh(
+        np.array(described_devices("h200", 8)).reshape(2, 4),
+        ("data", "tensor"),
+        axis_types=(AxisType.Auto,) * 2,
+    )
+    split = NamedSharding(mesh, PartitionSpec("data", None, "tensor", None))
+    x = jax.ShapeDtypeStruct((4, 1024, 8, 64), jnp.bfloat16, sharding=split)
+    attend = functools.partial(
+        block_sparse_attention,
+        layout=BlockLayout(64, np.ones((1, 16, 16), bool)),
+        causal=True,
+        implementation="mosaic",
+    )
+
+    def forward_and_backward(q, k, v, grad):
+        out, backward = jax.vjp(lambda *qkv: attend(*qkv), q, k, v)
+        return out, *backward(grad)
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(forward_and_backward, out_shardings=(split,) * 4).lower(x, x, x, x)
+        text = lowered.compile().as_text()
+    assert "mosaic_gpu" in text
+    assert not re.search(r"all-gather|all-reduce|all-to-all|collective-permute", text)
