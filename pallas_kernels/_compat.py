@@ -7,6 +7,7 @@ passed, and what is not there is found out here and nowhere else.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import warnings
 from collections.abc import Callable, Sequence
@@ -30,8 +31,17 @@ def _optional(module: str) -> Any:
 triton: Any = _optional("jax.experimental.pallas.triton")
 """`jax.experimental.pallas.triton`, or None where this JAX has it no more."""
 
-mosaic: Any = _optional("jax.experimental.pallas.mosaic_gpu")
-"""`jax.experimental.pallas.mosaic_gpu`, or None where this JAX lacks it."""
+mosaic: Any
+"""`jax.experimental.pallas.mosaic_gpu`, or None where this JAX lacks it; imported when first asked
+for, since that takes half a second."""
+
+
+def __getattr__(name: str) -> Any:
+    if name == "mosaic":
+        globals()[name] = _optional("jax.experimental.pallas.mosaic_gpu")
+        return globals()[name]
+    raise AttributeError(f"module {__name__} has no attribute {name}")
+
 
 JAX_VERSION: tuple[int, ...] = tuple(int(part) for part in jax.__version__.split(".")[:3])
 TRITON_CALL = "__gpu$xla.gpu.triton"
@@ -68,6 +78,23 @@ def triton_call(
         input_output_aliases=input_output_aliases or {},
         **options,
     )
+
+
+def mosaic_interpreter() -> Any:
+    """Parameters of Mosaic's interpreter. Races are errors from JAX 0.12, printed before it."""
+    names = [field.name for field in dataclasses.fields(mosaic.InterpretGPUParams)]
+    raising = {"on_race": "raise"} if "on_race" in names else {}
+    return mosaic.InterpretGPUParams(detect_races=True, **raising)
+
+
+def cuda_version() -> int | None:
+    """Of the CUDA that this JAX compiles with, such as 12090 for 12.9; None without one."""
+    from jax._src.lib import cuda_versions
+
+    try:
+        return None if cuda_versions is None else cuda_versions.cuda_runtime_get_version()
+    except Exception:
+        return None
 
 
 def described_gpu(kind: str = "NVIDIA H200", cores: int = 132) -> AbstractContextManager[Any]:
@@ -110,3 +137,11 @@ def shard_map(
         axis_names=axis_names,
         check_vma=False,
     )
+
+
+def gpu_kind() -> str:
+    """The kind of GPU that is being lowered for, such as "NVIDIA H200"; "" where there is none."""
+    described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if described is not None:
+        return described.device_kind
+    return jax.devices()[0].device_kind if jax.default_backend() == "gpu" else ""

@@ -19,6 +19,7 @@ from jspeed.layout.rules import Rule
 from jspeed.layout.tensor import tensor_splits
 from jspeed.layout.zero import Layout, ZeroSettings, place
 from jspeed.optim import (
+    Applied,
     LossScale,
     base_learning_rate,
     make_betas_schedule,
@@ -123,7 +124,7 @@ def plan_run(
         order=stage_order(config, program, params, mesh.shape[PIPE]),
     )
     batch = resolve_batch(config, layout.batch_shards)
-    optimizer, schedule, momentum = _optimizer(config, program, optimizer, schedule)
+    optimizer, schedule, momentum = _optimizer(config, program, layout, optimizer, schedule)
     scaling = _loss_scale(config)
     gradients = GradientSettings(
         accumulation=batch.accumulation,
@@ -189,6 +190,7 @@ def _loss_scale(config: Config) -> LossScale | None:
 def _optimizer(
     config: Config,
     program: Program,
+    layout: Layout,
     optimizer: optax.GradientTransformation | None,
     schedule: ScheduleFn | None,
 ) -> tuple[optax.GradientTransformation, ScheduleFn | None, ScheduleFn | None]:
@@ -228,7 +230,21 @@ def _optimizer(
         learning_rate=base if schedule is None else schedule,
         betas_schedule=betas,
         stack_fn=stacked_dimensions,
+        applied=_applied(section.type, layout),
     )
     constant = section.params.get("betas", section.params.get("momentum"))
     momentum = betas if betas is not None else lambda _: constant
     return made, schedule if schedule is not None else optax.constant_schedule(base), momentum
+
+
+def _applied(optimizer: str, layout: Layout) -> Applied:
+    """Who applies Adam: a kernel of our own on GPUs, where it was asked for or moves fewer bytes.
+
+    In stages 1 and 2 XLA lays the state out as the reduce-scatter leaves the gradients, and copies
+    it back; elsewhere its kernels move as much as ours (docs/decisions/0007-who-applies-adam.md).
+    """
+    mesh = layout.mesh
+    if not isinstance(mesh, Mesh) or mesh.devices.flat[0].platform not in ("gpu", "cuda"):
+        return "by_the_step"
+    scattered = layout.stage in (1, 2) and layout.zero_ways > 1
+    return "in_place" if scattered or optimizer == "FusedAdam" else "by_the_step"

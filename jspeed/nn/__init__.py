@@ -5,6 +5,7 @@ from jspeed.nn.attention import causal_attention, choose_implementation
 from jspeed.nn.blocks import (
     LayerNorm,
     Linear,
+    NormImplementation,
     RMSNorm,
     language_model_loss,
     scan_layers,
@@ -22,6 +23,7 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "LogicalAxes",
+    "NormImplementation",
     "RMSNorm",
     "causal_attention",
     "choose_implementation",

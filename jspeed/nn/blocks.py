@@ -4,8 +4,8 @@ with its loss."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,10 @@ from jspeed.nn.logical_axes import LogicalAxes
 from jspeed.nn.losses import default_chunk_size, linear_cross_entropy
 from jspeed.nn.recompute import keeping_only_inputs
 from jspeed.nn.sequence import SequenceOrder, in_zigzag_order
+from pallas_kernels.rms_norm import add_rms_norm
 
 Layer = TypeVar("Layer", bound=nnx.Module)
+NormImplementation = Literal["xla", "kernel"]
 
 # How stacking and slicing change the metadata of a Variable: its first dimension is named "layers".
 _STACKED = {nnx.PARTITION_NAME: "layers", "logical_axes": "layers"}
@@ -54,17 +56,47 @@ class RMSNorm(nnx.Module):
     """Root-mean-square normalisation over the last axis, in fp32 (Zhang and Sennrich, 2019).
 
     With `recompute` only the inputs are kept for the backward pass; see `keeping_only_inputs`.
+    With `implementation` `kernel`, `add` is one kernel on NVIDIA GPUs; see
+    `pallas_kernels.rms_norm`.
     """
 
-    def __init__(self, features: int, *, epsilon: float, recompute: bool = False) -> None:
+    def __init__(
+        self,
+        features: int,
+        *,
+        epsilon: float,
+        recompute: bool = False,
+        implementation: NormImplementation = "xla",
+    ) -> None:
         self.scale = nnx.Param(jnp.ones((features,), jnp.float32), logical_axes=("norm",))
         self.epsilon = epsilon
         self.recompute = recompute
+        self.implementation: NormImplementation = implementation
 
     def __call__(self, x: Float[Array, "*tokens features"]) -> Float[Array, "*tokens features"]:
         normalise = functools.partial(_rms_norm, epsilon=self.epsilon)
         call = keeping_only_inputs(normalise) if self.recompute else normalise
         return call(x, self.scale[...])
+
+    def add(
+        self,
+        x: Float[Array, "*tokens features"],
+        delta: Float[Array, "*tokens features"] | None,
+        *,
+        sequence_axes: Sequence[str] = ("seq",),
+    ) -> tuple[Float[Array, "*tokens features"], Float[Array, "*tokens features"]]:
+        """`(x + delta, norm(x + delta))`, or `(x, norm(x))` without a delta.
+
+        Args:
+          x: the residual stream.
+          delta: what is added to it.
+          sequence_axes: mesh axes that the sequence is split over.
+        """
+        if self.implementation == "kernel":
+            scale = self.scale[...].astype(jnp.float32)
+            return add_rms_norm(x, delta, scale, epsilon=self.epsilon, sequence_axes=sequence_axes)
+        total = x if delta is None else x + delta
+        return total, self(total)
 
 
 def _rms_norm(x: jax.Array, scale: jax.Array, *, epsilon: float) -> jax.Array:

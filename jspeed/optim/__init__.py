@@ -1,5 +1,6 @@
 """Optimizers, learning-rate schedules, loss scaling and clipping by DeepSpeed's names and rules."""
 
+from jspeed.optim.adam import Applied
 from jspeed.optim.build import (
     base_learning_rate,
     make_betas_schedule,
@@ -10,6 +11,7 @@ from jspeed.optim.norms import GradientNorm, clipping_factor, gradient_norm
 from jspeed.optim.schedules import Schedule, make_schedule
 
 __all__ = [
+    "Applied",
     "GradientNorm",
     "LossScale",
     "LossScaleState",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,11 @@ from jspeed.optim.rates import (
     unzip,
     zeros,
 )
+from pallas_kernels.fused_adamw import AdamWScalars, InPlaceTransformation, adamw_in_place
+
+Applied = Literal["by_the_step", "in_place"]
+"""Whether the step adds an optimizer's updates to the parameters, or the optimizer writes state and
+parameters itself, in one kernel on NVIDIA GPUs."""
 
 
 class MomentState(NamedTuple):
@@ -39,6 +44,7 @@ def adam(
     weight_decay: float = 0.0,
     decoupled: bool = True,
     bias_corrected: bool = True,
+    applied: Applied = "by_the_step",
 ) -> optax.GradientTransformationExtraArgs:
     """Adam (Kingma & Ba, arXiv:1412.6980) with decoupled (AdamW, arXiv:1711.05101) or L2 weight
     decay.
@@ -53,6 +59,7 @@ def adam(
         weight_decay: decoupled from the gradient, or added to it (L2) when `decoupled` is false.
         decoupled: AdamW's decay rather than L2.
         bias_corrected: divide the moments by `1 - beta^t`.
+        applied: see `Applied`; with `in_place` the result is an `InPlaceTransformation`.
     """
 
     def init(params: Any) -> MomentState:
@@ -79,7 +86,25 @@ def adam(
         steps, mu, nu = unzip(updates, rows, 3)
         return steps, MomentState(count, mu, nu)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    def scalars(state: Any, extra: Any) -> AdamWScalars:
+        position, count = position_of(state.count, extra), state.count + 1
+        b1, b2 = betas_at(betas, position)
+        return AdamWScalars(
+            learning_rate=rate_at(learning_rate, position),
+            beta1=b1,
+            beta2=b2,
+            rest1=1 - b1,
+            rest2=1 - b2,
+            correction1=bias_correction(b1, count) if bias_corrected else 1.0,
+            correction2=bias_correction(b2, count) if bias_corrected else 1.0,
+            eps=eps,
+            weight_decay=weight_decay,
+        )
+
+    if applied == "by_the_step":
+        return optax.GradientTransformationExtraArgs(init, update)
+    apply = adamw_in_place(scalars, decay="decoupled" if decoupled else "l2")
+    return InPlaceTransformation(init, update, apply)
 
 
 def adam_leaf(

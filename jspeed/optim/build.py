@@ -10,7 +10,7 @@ import optax
 from jspeed.config import OptimizerConfig, resolve_optimizer, resolve_scheduler
 from jspeed.core.errors import ConfigError
 from jspeed.optim import one_cycle
-from jspeed.optim.adam import adam
+from jspeed.optim.adam import Applied, adam
 from jspeed.optim.elementwise import adagrad, lion, sgd
 from jspeed.optim.lamb import lamb
 from jspeed.optim.muon import LabelFn, StackFn, muon
@@ -28,6 +28,7 @@ def make_optimizer(
     betas_schedule: BetasSchedule | None = None,
     label_fn: LabelFn | None = None,
     stack_fn: StackFn | None = None,
+    applied: Applied = "by_the_step",
 ) -> optax.GradientTransformation:
     """Returns the optimizer of a DeepSpeed `optimizer` section as an optax transformation.
 
@@ -49,6 +50,7 @@ def make_optimizer(
         label_fn: Muon only, see `muon`.
         stack_fn: Lamb and Muon: how many leading axes of a leaf stack layers, which are then
             treated each by itself.
+        applied: Adam only, see `Applied`; the others are applied by the step.
 
     Raises:
         ConfigError: a type or parameter that is unknown or not built yet, a value that does not
@@ -72,6 +74,7 @@ def make_optimizer(
                 betas=betas_schedule or values["betas"],
                 decoupled=values["adam_w_mode"],
                 bias_corrected=values["bias_correction"],
+                applied=applied,
                 **own("eps", "weight_decay"),
             )
         case "Lamb":

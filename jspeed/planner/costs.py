@@ -34,6 +34,8 @@ FREE = frozenset(
 )
 """Opcodes that no kernel runs for, or none worth counting."""
 _READS_A_PART = frozenset({"dynamic-slice", "slice", "gather"})
+_KERNEL = "xla.gpu.triton"
+"""Part of the target of a kernel that is written in Pallas."""
 _DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64"}
 _HIGHEST = re.compile(r'operand_precision=?"?:?[\[{]"?(?:highest|HIGHEST)')
 _LIST = re.compile(r"\d+")
@@ -151,10 +153,12 @@ def _convolution_flops(computation: Computation, instruction: Instruction) -> di
 
 
 def _custom_call_bytes(computation: Computation, instruction: Instruction) -> int:
-    """Operands and the first result; the others of a product are its workspace."""
+    """Operands and results; of a library's call the first result, the others are its workspace."""
     read = sum(_size(computation.by_name[name]) for name in instruction.operands)
     arrays = instruction.arrays()
-    return read + (arrays[0].bytes if arrays else 0)
+    if _KERNEL not in (instruction.attribute("custom_call_target") or ""):
+        arrays = arrays[:1]
+    return read + sum(array.bytes for array in arrays)
 
 
 def _plain_bytes(computation: Computation, instruction: Instruction) -> int:

@@ -77,12 +77,13 @@ def bound_loss(
 
 def local_gradients(
     program: Program, loss_fn: LossFn, layout: Layout, settings: GradientSettings
-) -> Callable[[TrainState, jax.Array, Any], tuple[Any, jax.Array, jax.Array, Any]]:
-    """The function `(state, loss scale, batch) -> (gradients, loss, weight, mutable)` on global
-    arrays.
+) -> Callable[[TrainState, jax.Array, Any], tuple[Any, jax.Array, jax.Array, jax.Array, Any]]:
+    """The function `(state, loss scale, batch) -> (gradients, unscale, loss, weight, mutable)` on
+    global arrays.
 
-    Gradients are fp32, of the mean loss over the global batch, unscaled, and live where the moments
-    live.
+    Gradients are as they were reduced, and live where the moments live; times `unscale`, a float32
+    scalar, they are those of the mean loss over the global batch. Left to the caller, so that it
+    can be one pass with the update.
     """
     run = bound_loss(program, loss_fn, layout, settings, train=True)
 
@@ -105,11 +106,11 @@ def local_gradients(
             sums = _one_after_another(run, shard, settings)
         else:
             sums = pipelined_sums(run, shard, settings.schedule, settings.accumulation_dtype)
-        grads, loss, weight = _mean(sums, shard, settings)
+        grads, unscale, loss, weight = _mean(sums, shard, settings)
         tree = jax.tree.unflatten(
             jax.tree.structure(master_tree), [grads[path] for path in shard.master]
         )
-        return tree, loss, weight, _average(sums.mutable)
+        return tree, unscale, loss, weight, _average(sums.mutable)
 
     def compute(state: TrainState, scale: jax.Array, batch: Any):
         master_specs, copy_specs, mutable_specs = state_specs(layout, state)
@@ -128,7 +129,7 @@ def local_gradients(
                 scalar,
                 jax.tree.map(lambda _: layout.batch_spec(1), batch),
             ),
-            out_specs=(grad_specs, scalar, scalar, mutable_specs),
+            out_specs=(grad_specs, scalar, scalar, scalar, mutable_specs),
             axis_names=frozenset(layout.mesh.axis_names) - frozenset(layout.automatic_axes),
         )
         rng = jax.random.key_data(
@@ -173,8 +174,9 @@ def _one_after_another(run: BoundLoss, shard: Shard, settings: GradientSettings)
 
 def _mean(
     sums: Sums, shard: Shard, settings: GradientSettings
-) -> tuple[Arrays, jax.Array, jax.Array]:
-    """Reduced gradients of the mean loss, that loss and its weight, from all devices' sums."""
+) -> tuple[Arrays, jax.Array, jax.Array, jax.Array]:
+    """Reduced gradients, what makes them those of the mean loss, that loss and its weight, from all
+    devices' sums."""
     local = shard.local
     grads = local.reduce_once(sums.gradients)
     total, weight = jax.lax.psum(jnp.stack([sums.total, sums.weight]), LOSS_AXES)
@@ -183,7 +185,7 @@ def _mean(
     unscale = 1.0 / (shard.factor * counted)
     if settings.sum_over_shards:
         unscale = unscale * local.layout.batch_shards
-    return jax.tree.map(lambda g: g * unscale, grads), total / counted, weight
+    return grads, jnp.asarray(unscale, jnp.float32), total / counted, weight
 
 
 def _sum_over(

@@ -87,8 +87,8 @@ class LocalParameters:
         return homes
 
     def reduce_once(self, grads: Arrays) -> Arrays:
-        """The reductions that are made once per step; afterwards each gradient lives as the layout
-        says."""
+        """The reductions that are made once per step; each gradient then lives as the layout says,
+        in the dtype that it was reduced in."""
         reduced = {}
         for path, grad in grads.items():
             if self.layout.stages > 1 and not self.layout.leaves[path].in_stages:
@@ -97,7 +97,7 @@ class LocalParameters:
                 grad = self._all_reduce(path, self._over_data(path, grad), (PIPE,), "float32")
             else:
                 grad = self._over_data(path, grad)
-            reduced[path] = grad.astype(jnp.float32)
+            reduced[path] = grad
         return reduced
 
     def _over_data(self, path: str, grad: jax.Array) -> jax.Array:

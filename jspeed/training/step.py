@@ -7,8 +7,9 @@ on global arrays.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -20,10 +21,11 @@ from jspeed.core._compat import shard_map
 from jspeed.core.tree import map_named, named_leaves
 from jspeed.layout.gather import all_gather
 from jspeed.layout.zero import Layout, Role
-from jspeed.optim import LossScale, clipping_factor, gradient_norm
+from jspeed.optim import LossScale
 from jspeed.training.gradients import GradientSettings, local_evaluation, local_gradients
 from jspeed.training.program import LossFn, Program
 from jspeed.training.state import TrainState
+from jspeed.training.update import keep_unless, make_update
 
 Metrics = dict[str, jax.Array]
 
@@ -62,49 +64,50 @@ def make_train_step(
     and `loss_scale` where there are such.
     """
     compute = local_gradients(program, loss_fn, layout, settings.gradients)
-    optimizer = optax.with_extra_args_support(optimizer)
+    update = make_update(
+        optimizer,
+        layout,
+        gradient_clipping=settings.gradient_clipping,
+        skip_nonfinite=settings.skip_nonfinite,
+    )
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         scale = state.loss_scale.scale if state.loss_scale is not None else jnp.float32(1.0)
-        grads, loss, weight, mutable = compute(state, scale, batch)
-        norm, finite, first_nonfinite = gradient_norm(grads)
-        if settings.gradient_clipping:
-            factor = clipping_factor(norm, settings.gradient_clipping)
-            grads = jax.tree.map(lambda g: g * factor, grads)
-        master = _constrain(state.master, layout, Role.MOMENTS)
-        updates, opt_state = optimizer.update(
-            grads, state.opt_state, master, schedule_position=state.updates
-        )
-        master = _constrain(optax.apply_updates(master, updates), layout, Role.MOMENTS)
-        new = TrainState(
-            step=state.step + 1,
-            updates=state.updates + 1,
-            master=master,
-            copies=state.copies,
-            opt_state=opt_state,
-            mutable=mutable,
-            rng=state.rng,
-            loss_scale=state.loss_scale,
-        )
+        reduced, unscale, loss, weight, mutable = compute(state, scale, batch)
+        new_master, opt_state, casts, seen = update(state, reduced, unscale)
+        updates = state.updates + 1
         if settings.skip_nonfinite:
-            new = _keep_if(finite, new, state, layout)
+            updates = keep_unless(seen.finite, updates, state.updates)
+            mutable = keep_unless(seen.finite, mutable, state.mutable)
         metrics = {
             "loss": loss,
             "weight": weight,
-            "grad_norm": norm,
-            "finite": finite,
-            "first_nonfinite": first_nonfinite,
+            "grad_norm": seen.norm,
+            "finite": seen.finite,
+            "first_nonfinite": seen.first_nonfinite,
         }
         if schedule is not None:
             metrics["learning_rate"] = jnp.asarray(schedule(state.updates), jnp.float32)
         loss_scale = state.loss_scale
         if settings.loss_scale is not None and loss_scale is not None:
             metrics["loss_scale"] = loss_scale.scale
-            metrics["loss_scale_exhausted"] = settings.loss_scale.is_exhausted(loss_scale, finite)
-            loss_scale = settings.loss_scale.update(loss_scale, finite)
+            metrics["loss_scale_exhausted"] = settings.loss_scale.is_exhausted(
+                loss_scale, seen.finite
+            )
+            loss_scale = settings.loss_scale.update(loss_scale, seen.finite)
             metrics["next_loss_scale"] = loss_scale.scale
-        master, copies = publish(new.master, layout)
-        return _replace(new, master=master, copies=copies, loss_scale=loss_scale), metrics
+        master, copies = publish(new_master, layout, casts)
+        new = TrainState(
+            step=state.step + 1,
+            updates=updates,
+            master=master,
+            copies=copies,
+            opt_state=opt_state,
+            mutable=mutable,
+            rng=state.rng,
+            loss_scale=loss_scale,
+        )
+        return new, metrics
 
     return train_step
 
@@ -117,41 +120,14 @@ def make_eval_step(
     return local_evaluation(program, loss_fn, layout, settings)
 
 
-def _replace(state: TrainState, **changes: Any) -> TrainState:
-    fields = {name: getattr(state, name) for name in TrainState.__dataclass_fields__}
-    return TrainState(**{**fields, **changes})
-
-
-def _constrain(tree: Any, layout: Layout, role: Role) -> Any:
-    """Pins each leaf to where a role lives; from a whole array this is a local slice."""
-    return map_named(
-        lambda path, leaf: jax.lax.with_sharding_constraint(leaf, layout.sharding(path, role)), tree
-    )
-
-
-def _keep_if(finite: jax.Array, new: TrainState, old: TrainState, layout: Layout) -> TrainState:
-    """The new state where gradients were finite, otherwise the old one with only the step
-    counted."""
-
-    def choose(n: Any, o: Any) -> Any:
-        if jnp.issubdtype(n.dtype, jax.dtypes.prng_key):
-            return n
-        return jnp.where(finite, n, o)
-
-    return _replace(
-        new,
-        updates=choose(new.updates, old.updates),
-        master=jax.tree.map(choose, new.master, _constrain(old.master, layout, Role.MOMENTS)),
-        opt_state=jax.tree.map(choose, new.opt_state, old.opt_state),
-        mutable=jax.tree.map(choose, new.mutable, old.mutable),
-    )
-
-
-def publish(master: Any, layout: Layout) -> tuple[Any, dict[str, jax.Array]]:
+def publish(
+    master: Any, layout: Layout, casts: Mapping[str, jax.Array] = MappingProxyType({})
+) -> tuple[Any, dict[str, jax.Array]]:
     """Brings updated parameters from their shards to where the next step reads them.
 
-    Returns the master in its own placement and the whole copies in the compute dtype. What must be
-    gathered is cast first and gathered explicitly, so that the compute dtype is what travels.
+    `casts` has those that were cast already, by path. Returns the master in its own placement and
+    the whole copies in the compute dtype. What must be gathered is cast first and gathered
+    explicitly, so that the compute dtype is what travels.
     """
     stored: dict[str, jax.Array] = {}
     copies: dict[str, jax.Array] = {}
@@ -159,7 +135,7 @@ def publish(master: Any, layout: Layout) -> tuple[Any, dict[str, jax.Array]]:
     for path, leaf in named_leaves(master):
         in_shards = layout.role_spec(path, Role.MOMENTS) != layout.leaves[path].base
         if layout.has_copy(path):
-            cast = leaf.astype(layout.compute_dtype)
+            cast = casts[path] if path in casts else leaf.astype(layout.compute_dtype)
             (gathering if in_shards else copies)[path] = cast
         elif layout.role_spec(path, Role.MASTER) != layout.role_spec(path, Role.MOMENTS):
             gathering[path] = leaf

@@ -41,6 +41,16 @@ def test_rms_norm():
     np.testing.assert_allclose(norm(jnp.asarray(x)), expected, atol=2e-5)
 
 
+def test_adding_and_normalising_in_one_is_the_same():
+    x, delta = np.random.default_rng(0).normal(3, 2, size=(2, 2, 4, 6)).astype(np.float32)
+    kernel, plain = (RMSNorm(6, epsilon=1e-3, implementation=one) for one in ("kernel", "xla"))
+    for added in (None, jnp.asarray(delta)):
+        ours, theirs = kernel.add(jnp.asarray(x), added), plain.add(jnp.asarray(x), added)
+        for got, want in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(got, want, atol=1e-6)
+    np.testing.assert_allclose(ours[0], x + delta)
+
+
 @pytest.mark.parametrize("make", [LayerNorm, RMSNorm])
 def test_norms_compute_in_fp32_and_keep_the_dtype(make):
     """In bf16 itself the mean of squares of 300 would be off in the third digit."""

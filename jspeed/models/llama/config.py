@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jspeed.nn.attention import Implementation
+from jspeed.nn.blocks import NormImplementation
 from jspeed.nn.recompute import Recomputed
 from jspeed.nn.rope import RopeScaling
 from jspeed.nn.sequence import SequenceParallel
@@ -15,6 +16,7 @@ class LlamaConfig:
     """Llama 2 and 3 (Touvron et al., 2023; Dubey et al., 2024).
 
     `recompute` names what the backward pass computes again from its inputs: SwiGLU, the norms.
+    `norm` is how blocks add to the residual stream and normalise it, see `jspeed.nn.RMSNorm`.
     """
 
     vocab_size: int
@@ -35,3 +37,4 @@ class LlamaConfig:
     loss_chunk_size: int | None = None
     recompute: tuple[Recomputed, ...] = ()
     sequence_sharding: bool = True
+    norm: NormImplementation = "xla"

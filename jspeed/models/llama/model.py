@@ -109,13 +109,15 @@ class Block(nnx.Module):
     """One pre-norm transformer block."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
-        self.attention_norm = RMSNorm(
-            config.hidden_size, epsilon=config.norm_epsilon, recompute="norm" in config.recompute
+        norm = functools.partial(
+            RMSNorm,
+            epsilon=config.norm_epsilon,
+            recompute="norm" in config.recompute,
+            implementation=config.norm,
         )
+        self.attention_norm = norm(config.hidden_size)
         self.attn = Attention(config, rngs=rngs)
-        self.mlp_norm = RMSNorm(
-            config.hidden_size, epsilon=config.norm_epsilon, recompute="norm" in config.recompute
-        )
+        self.mlp_norm = norm(config.hidden_size)
         self.mlp = MLP(config, rngs=rngs)
         self.mlp_chunk_size = config.mlp_chunk_size
         self.sequence_sharding = config.sequence_sharding
@@ -128,9 +130,11 @@ class Block(nnx.Module):
         order: SequenceOrder = "natural",
     ) -> jax.Array:
         split = functools.partial(split_sequence, over_tensor=self.sequence_sharding)
-        x = split(x)
-        x = x + split(self.attn(split(self.attention_norm(x)), positions, segment_ids, order))
-        inner = in_chunks(self.mlp, split(self.mlp_norm(x)), chunk_size=self.mlp_chunk_size)
+        axes = ("seq", "tensor") if self.sequence_sharding else ("seq",)
+        x, normed = self.attention_norm.add(split(x), None, sequence_axes=axes)
+        attended = split(self.attn(split(normed), positions, segment_ids, order))
+        x, normed = self.mlp_norm.add(x, attended, sequence_axes=axes)
+        inner = in_chunks(self.mlp, split(normed), chunk_size=self.mlp_chunk_size)
         return split(x + split(inner))
 
 

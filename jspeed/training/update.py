@@ -1,0 +1,121 @@
+"""From reduced gradients to updated parameters: unscale, clip, update, or keep what there was.
+
+All of it is written on global arrays and elementwise, so that every device updates what it holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jspeed.core.tree import map_named, named_leaves
+from jspeed.layout.zero import Layout, Role
+from jspeed.optim import GradientNorm, clipping_factor, gradient_norm
+from jspeed.training.state import TrainState
+from pallas_kernels.fused_adamw import InPlaceTransformation
+
+
+class Updated(NamedTuple):
+    """What an update gives.
+
+    Attributes:
+      master: the parameters, fp32, where the moments live.
+      opt_state: of the optimizer.
+      casts: path -> parameter in the compute dtype, of those that were cast on the way.
+      gradients: what is known of the gradients, unscaled.
+    """
+
+    master: Any
+    opt_state: Any
+    casts: Mapping[str, jax.Array]
+    gradients: GradientNorm
+
+
+Update = Callable[[TrainState, Any, jax.Array], Updated]
+"""`(state, reduced gradients, unscale) -> Updated`; see `local_gradients`."""
+
+
+def make_update(
+    optimizer: optax.GradientTransformation,
+    layout: Layout,
+    *,
+    gradient_clipping: float,
+    skip_nonfinite: bool,
+) -> Update:
+    """The update of an optimizer.
+
+    Args:
+      optimizer: an optax transformation; an `InPlaceTransformation` unscales, clips, updates and
+        casts in its own pass over the state.
+      layout: where everything lives.
+      gradient_clipping: the largest global norm; 0 for none.
+      skip_nonfinite: leave parameters and the optimizer as they were when a gradient is not finite.
+    """
+    if isinstance(optimizer, InPlaceTransformation):
+        return _in_place(optimizer, layout, gradient_clipping, skip_nonfinite)
+    supported = optax.with_extra_args_support(optimizer)
+
+    def update(state: TrainState, reduced: Any, unscale: jax.Array) -> Updated:
+        grads = jax.tree.map(lambda g: g * unscale, reduced)
+        seen = gradient_norm(grads)
+        if gradient_clipping:
+            factor = clipping_factor(seen.norm, gradient_clipping)
+            grads = jax.tree.map(lambda g: g * factor, grads)
+        old = constrain(state.master, layout, Role.MOMENTS)
+        updates, opt_state = supported.update(
+            grads, state.opt_state, old, schedule_position=state.updates
+        )
+        master = constrain(optax.apply_updates(old, updates), layout, Role.MOMENTS)
+        if skip_nonfinite:
+            master = keep_unless(seen.finite, master, old)
+            opt_state = keep_unless(seen.finite, opt_state, state.opt_state)
+        return Updated(master, opt_state, {}, seen)
+
+    return update
+
+
+def _in_place(
+    optimizer: InPlaceTransformation,
+    layout: Layout,
+    gradient_clipping: float,
+    skip_nonfinite: bool,
+) -> Update:
+    def update(state: TrainState, reduced: Any, unscale: jax.Array) -> Updated:
+        seen = gradient_norm(jax.tree.map(lambda g: g * unscale, reduced))
+        old = constrain(state.master, layout, Role.MOMENTS)
+        new, opt_state = optimizer.apply(
+            reduced,
+            state.opt_state,
+            old,
+            gradient_factor=unscale * clipping_factor(seen.norm, gradient_clipping),
+            skip=~seen.finite if skip_nonfinite else None,
+            copy_dtypes=map_named(
+                lambda path, _: layout.compute_dtype if layout.has_copy(path) else None, old
+            ),
+            shardings=map_named(lambda path, _: layout.sharding(path, Role.MOMENTS), old),
+            schedule_position=state.updates,
+        )
+        master = constrain(new.params, layout, Role.MOMENTS)
+        return Updated(master, opt_state, dict(named_leaves(new.copies)), seen)
+
+    return update
+
+
+def constrain(tree: Any, layout: Layout, role: Role) -> Any:
+    """Pins each leaf to where a role lives; from a whole array this is a local slice."""
+    return map_named(
+        lambda path, leaf: jax.lax.with_sharding_constraint(leaf, layout.sharding(path, role)), tree
+    )
+
+
+def keep_unless(finite: jax.Array, new: Any, old: Any) -> Any:
+    """The new tree where gradients were finite, otherwise the old one; random keys always move."""
+
+    def choose(n: Any, o: Any) -> Any:
+        return n if jnp.issubdtype(n.dtype, jax.dtypes.prng_key) else jnp.where(finite, n, o)
+
+    return jax.tree.map(choose, new, old)
