@@ -61,6 +61,13 @@ def on_each_device(
     )(*given)
 
 
+def parts(axes: Sequence[str], *sizes: int) -> int:
+    """Into how many parts those axes split dimensions of these sizes: axes of the mesh being traced
+    under that are automatic, as many, from the first, as divide all sizes."""
+    there = _compat.automatic_axes()
+    return math.prod(there[axis] for axis in _dividing_all(axes, there, sizes))
+
+
 def _dividing(
     name: str,
     axes: Sequence[str],
@@ -73,6 +80,12 @@ def _dividing(
         for one, of in zip(operands, dims, strict=True)
         if one is not None and name in of
     ]
+    return _dividing_all(axes, there, sizes)
+
+
+def _dividing_all(
+    axes: Sequence[str], there: Mapping[str, int], sizes: Sequence[int]
+) -> tuple[str, ...]:
     chosen: tuple[str, ...] = ()
     for axis in axes:
         more = (*chosen, axis) if axis in there else chosen

@@ -1,5 +1,6 @@
 """Attention over the blocks of tokens that a layout names, forward and backward."""
 
+from pallas_kernels.block_sparse_attention.api import block_sparse_attention
 from pallas_kernels.block_sparse_attention.block_layout import BlockLayout
 from pallas_kernels.block_sparse_attention.layouts import (
     BigBird,
@@ -10,6 +11,7 @@ from pallas_kernels.block_sparse_attention.layouts import (
     LocalSlidingWindow,
     Variable,
 )
+from pallas_kernels.block_sparse_attention.reference import reference_attention
 
 __all__ = [
     "BSLongformer",
@@ -20,4 +22,6 @@ __all__ = [
     "Fixed",
     "LocalSlidingWindow",
     "Variable",
+    "block_sparse_attention",
+    "reference_attention",
 ]

@@ -1,0 +1,146 @@
+"""Checks of the arguments, choice of the implementation, and calls under a mesh."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from pallas_kernels.block_sparse_attention import (
+    BigBird,
+    Custom,
+    Dense,
+    Fixed,
+    block_sparse_attention,
+)
+from tests.pallas_kernels.block_sparse_attention.cases import Case, assert_matches, make_case
+
+X = jnp.zeros((2, 64, 4, 64))
+LAYOUT = Dense().layout(4, 64)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"q": X[0]}, r"q: \[64, 4, 64\]: expected \[batch, seq, heads, dim\]"),
+        ({"q": X.astype(jnp.int32)}, "q: int32: expected bfloat16, float16 or float32"),
+        ({"k": X.astype(jnp.bfloat16)}, "k: bfloat16: expected the dtype of q, float32"),
+        ({"k": X[:, :32]}, r"k: \[2, 32, 4, 64\]: expected \[2, 64, kv_heads, 64\]"),
+        ({"v": X[:, :, :2]}, r"v: \[2, 64, 2, 64\]: expected the shape of k, \[2, 64, 4, 64\]"),
+        ({"q": X[:, :, :3]}, "k: 4 heads: expected a divisor of the heads of q, 3"),
+        ({"layout": LAYOUT.mask}, "layout: ndarray: expected a BlockLayout"),
+        (
+            {"layout": BigBird(different_layout_per_head=True).layout(3, 64)},
+            "layout: 3 layout heads: expected 1 or 4",
+        ),
+        (
+            {"layout": Dense().layout(4, 65)},
+            "layout: 5 x 5 blocks of 16: 64 tokens have 4 x 4; .* sequence_length=64",
+        ),
+        (
+            {"segment_ids": jnp.zeros((2, 63), jnp.int32)},
+            r"segment_ids: int32 \[2, 63\]: expected integers \[2, 64\]",
+        ),
+        (
+            {"key_padding_mask": jnp.ones((2, 64))},
+            r"key_padding_mask: float32 \[2, 64\]: expected bool \[2, 64\]",
+        ),
+        ({"implementation": "cudnn"}, "implementation 'cudnn' is not there"),
+    ],
+)
+def test_what_does_not_fit_is_named(changed, message):
+    arguments = {"q": X, "k": X, "v": X, "layout": LAYOUT, "causal": False} | changed
+    with pytest.raises(ValueError, match=f"block_sparse_attention: {message}"):
+        block_sparse_attention(**arguments)
+
+
+MESHES = {
+    "data 2, tensor 4": ((2, 4), ("data", "tensor")),
+    "tensor 2, seq 4": ((2, 4), ("tensor", "seq")),
+}
+PER_HEAD = Fixed(different_layout_per_head=True, num_different_global_patterns=4)
+
+
+def on_mesh(case: Case, shape: tuple[int, ...], names: tuple[str, ...]):
+    """Attention of a case whose arrays lie split over a mesh, and its compiled program's text."""
+    devices = np.array(jax.devices()).reshape(shape)
+    mesh = Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
+    batch = "data" if "data" in names else None
+
+    def attend(q, k, v, layout, **others):
+        specs = [
+            PartitionSpec(
+                batch, None, "tensor" if one.shape[2] % mesh.shape["tensor"] == 0 else None
+            )
+            for one in (q, k, v)
+        ]
+        q, k, v = (
+            jax.lax.with_sharding_constraint(one, NamedSharding(mesh, spec))
+            for one, spec in zip((q, k, v), specs, strict=True)
+        )
+        return block_sparse_attention(q, k, v, layout, implementation="xla", **others)
+
+    return mesh, attend
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", MESHES)
+@pytest.mark.parametrize(
+    ("pattern", "heads", "kv_heads"),
+    [
+        (Fixed(), 8, 4),
+        # More devices than heads of keys: each takes the one that its queries share.
+        (Fixed(), 8, 2),
+        (Fixed(), 8, 1),
+        # A layout per head, of which devices have different parts, or the same.
+        (PER_HEAD, 8, 8),
+        (PER_HEAD, 16, 4),
+        # Heads that no axis divides.
+        (BigBird(different_layout_per_head=True), 3, 3),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, int) else None,
+)
+def test_a_mesh_changes_nothing(where, pattern, heads, kv_heads):
+    random = np.random.default_rng(0)
+    case = make_case(
+        random,
+        pattern.layout(heads, 100),
+        100,
+        batch=2,
+        heads=heads,
+        kv_heads=kv_heads,
+        causal=True,
+        segments=True,
+        padding=True,
+        name=f"{where}, {pattern}",
+    )
+    mesh, attend = on_mesh(case, *MESHES[where])
+    with jax.set_mesh(mesh):
+        assert_matches(case, attend)
+
+
+def test_devices_get_the_layouts_of_their_heads():
+    """Heads whose layouts have nothing in common, so that a wrong part cannot pass unnoticed."""
+    mask = np.zeros((8, 8, 8), bool)
+    for head in range(8):
+        mask[head, :, head] = True
+    random = np.random.default_rng(1)
+    case = make_case(random, Custom(mask).layout(8, 128), 128, batch=2, heads=8, kv_heads=4)
+    mesh, attend = on_mesh(case, *MESHES["data 2, tensor 4"])
+    with jax.set_mesh(mesh):
+        assert_matches(case, attend)
+
+
+def test_a_layout_is_a_static_argument():
+    attend = jax.jit(
+        functools.partial(block_sparse_attention, causal=False), static_argnames="layout"
+    )
+    first = attend(X, X, X, layout=LAYOUT)
+    # Equal contents, another object: no second program.
+    attend(X, X, X, layout=Custom(np.array(LAYOUT.mask)).layout(4, 64))
+    assert first.shape == X.shape
+    assert attend._cache_size() == 1
