@@ -1,4 +1,4 @@
-"""Which tokens see which: DeepSpeed's `sparse_attention`, and the same keys in `model.attention`."""
+"""Which tokens see which: DeepSpeed's `sparse_attention`, and its keys in `model.attention`."""
 
 from jspeed.config.key import mapped, section
 from jspeed.config.kinds import Bool, Int, ListOf, Object, choice

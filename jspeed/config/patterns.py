@@ -11,6 +11,7 @@ from jspeed.config.values import Values
 
 SECTION, OF_MODEL = "sparse_attention", "model.attention"
 DECODERS = ("gpt2", "llama")
+_BLOCKS = (16, 32, 64, 128)
 _NAMES = (*(key.path for key in PATTERN_KEYS), "seed")
 
 
@@ -41,12 +42,12 @@ def undecided_attention(values: Values) -> Iterator[str]:
 
 
 def _read(values: Values, prefix: str, mode: str) -> SparseAttentionConfig:
-    fields: dict[str, Any] = {
+    fields: dict[str, Any] = {"mode": mode} | {
         name: values.get(f"{prefix}.{name}") for name in _NAMES if f"{prefix}.{name}" in KEYS
     }
     for name, value in fields.items():
         fields[name] = tuple(value) if isinstance(value, list) else value
-    return SparseAttentionConfig(mode=mode, **fields)
+    return SparseAttentionConfig(**fields)
 
 
 def rules(values: Values) -> Iterator[Problem]:
@@ -74,12 +75,13 @@ def _modes(values: Values) -> dict[str, str | None]:
 def _computed_elsewhere(values: Values) -> Iterator[Problem]:
     """What computes causal attention of all tokens only, and what is asked to compute more."""
     pattern = of_model(values) if values.has_section("model") else None
-    sparse = pattern is not None and pattern.mode != "dense"
+    mode = "dense" if pattern is None else pattern.mode
+    sparse = mode != "dense"
     path = f"{OF_MODEL}.implementation"
     if sparse and values.get(path) == "cudnn":
         yield Problem(
             path,
-            f'"cudnn" has no block-sparse attention, which the pattern "{pattern.mode}" asks for. '
+            f'"cudnn" has no block-sparse attention, which the pattern "{mode}" asks for. '
             'Use "auto".',
             values.line(path),
         )
@@ -124,6 +126,8 @@ def _numbers(values: Values, prefix: str, mode: str) -> Iterator[Problem]:
             f"{prefix}.{name}", f"{shown(get(name))} {text}", values.line(f"{prefix}.{name}")
         )
 
+    if get("block") not in _BLOCKS:
+        yield problem("block", "is no size of blocks; expected 16, 32, 64 or 128.")
     if mode in ("fixed", "variable"):
         sideways = get("horizontal_global_attention")
         if sideways and get("attention") == "unidirectional":
@@ -170,11 +174,12 @@ def _ranges(values: Values, prefix: str) -> Iterator[Problem]:
 
 def _without_kind(values: Values) -> Iterator[Problem]:
     for name in _changed(values, OF_MODEL):
+        path = f"{OF_MODEL}.{name}"
         yield Problem(
-            f"{OF_MODEL}.{name}",
-            f'{shown(values.get(f"{OF_MODEL}.{name}"))} is given, but no pattern; say which with "{OF_MODEL}.kind", or move it to '
-            f'"{SECTION}".',
-            values.line(f"{OF_MODEL}.{name}"),
+            path,
+            f"{shown(values.get(path))} is given, but no pattern beside it; say which with "
+            f'"{OF_MODEL}.kind", or move it to "{SECTION}".',
+            values.line(path),
         )
 
 
@@ -191,7 +196,7 @@ def _contradiction(values: Values) -> Iterator[Problem]:
         there = SECTION
     yield Problem(
         there,
-        f'{shown(getattr(theirs, name))} contradicts "{here}": {shown(getattr(ours, name))}. Say it '
-        "in one of the two places.",
+        f'{shown(getattr(theirs, name))} contradicts "{here}": {shown(getattr(ours, name))}. Say '
+        "it in one of the two places.",
         values.line(there) or values.line(here),
     )
