@@ -1,11 +1,25 @@
-"""Block-sparse attention in XLA's own operations."""
+"""Block-sparse attention in XLA's own operations, for where no kernel runs.
+
+Tiles of queries fetch the tiles of keys that they see and take an exact softmax over them, some
+tiles at a time; the backward pass computes the weights again, for queries by the same lists and for
+keys by the transposed ones. Work and bytes are those of the active blocks, times what filling up
+lists and joining small blocks adds (`xla_plan`); beyond its operands it holds one part's scores.
+
+Matrix products, in units of 2 * dim * cells FLOPs: 2 forward, 3 for queries, 4 for keys.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.block_sparse_attention.block_layout import BlockLayout
-from pallas_kernels.block_sparse_attention.reference import reference_attention
+from pallas_kernels.block_sparse_attention.xla_plan import make_plan
+from pallas_kernels.block_sparse_attention.xla_walk import Items, Walker
 
 
 def attend(
@@ -19,13 +33,166 @@ def attend(
     causal: bool,
     scale: float,
 ) -> jax.Array:
-    return reference_attention(
-        q,
-        k,
-        v,
-        layout,
+    """Attention of whole blocks; see `api.Attend`."""
+    if not make_plan(layout, causal, q.shape[2], k.shape[2], q.shape[3]).by_query.groups:
+        return jnp.zeros_like(q)
+    return _attend(q, k, v, segment_ids, key_valid, layout, causal, scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    key_valid: jax.Array | None,
+    layout: BlockLayout,
+    causal: bool,
+    scale: float,
+) -> jax.Array:
+    return _forward(q, k, v, segment_ids, key_valid, layout, causal, scale)[0]
+
+
+def _forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    key_valid: jax.Array | None,
+    layout: BlockLayout,
+    causal: bool,
+    scale: float,
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    """The result, and what the backward pass needs: with it the log-sum-exp of queries' scores."""
+    walker = _by_query(q, k, segment_ids, key_valid, layout, causal)
+    q_tiles = walker.cut_own(q)
+    k_tiles, v_tiles = walker.cut_other(k), walker.cut_other(v)
+
+    def part(at: Items) -> tuple[jax.Array, jax.Array]:
+        scores = _dot("nqd,nkd->nqk", at.own(q_tiles), at.other(k_tiles)) * scale
+        scores = walker.hide(at, scores)
+        top = scores.max(-1)
+        top = jnp.where(top == -jnp.inf, 0, top)  # of queries that see nothing
+        weights = jnp.exp(scores - top[..., None])
+        total = weights.sum(-1)
+        total = jnp.where(total > 0, total, 1)
+        out = _dot("nqk,nkd->nqd", weights.astype(v.dtype), at.other(v_tiles))
+        return (out / total[..., None]).astype(q.dtype), top + jnp.log(total)
+
+    out, lse = (walker.join_own(one, q) for one in walker.run(part))
+    return out, (q, k, v, segment_ids, key_valid, out, lse)
+
+
+def _backward(
+    layout: BlockLayout,
+    causal: bool,
+    scale: float,
+    saved: Any,
+    dout: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, None, None]:
+    q, k, v, segment_ids, key_valid, out, lse = saved
+    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    of_queries = (dout, lse, delta)
+    by_query = _by_query(q, k, segment_ids, key_valid, layout, causal)
+    dq = _queries_gradient(by_query, q, k, v, of_queries, scale)
+    by_key = _by_key(q, k, segment_ids, key_valid, layout, causal)
+    dk, dv = _keys_gradient(by_key, q, k, v, of_queries, scale)
+    return dq, dk, dv, None, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _queries_gradient(
+    walker: Walker,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    of_queries: tuple[jax.Array, jax.Array, jax.Array],
+    scale: float,
+) -> jax.Array:
+    """dQ = scale dS K with dS = P * (dO V^T - delta), P from the scores and their log-sum-exp."""
+    q_tiles = walker.cut_own(q)
+    dout_tiles, lse_tiles, delta_tiles = map(walker.cut_own, of_queries)
+    k_tiles, v_tiles = walker.cut_other(k), walker.cut_other(v)
+
+    def part(at: Items) -> tuple[jax.Array]:
+        keys = at.other(k_tiles)
+        scores = walker.hide(at, _dot("nqd,nkd->nqk", at.own(q_tiles), keys) * scale)
+        weights = jnp.exp(scores - at.own(lse_tiles)[..., None])
+        dweights = _dot("nqd,nkd->nqk", at.own(dout_tiles), at.other(v_tiles))
+        dscores = weights * (dweights - at.own(delta_tiles)[..., None]) * scale
+        return (_dot("nqk,nkd->nqd", dscores.astype(k.dtype), keys).astype(q.dtype),)
+
+    return walker.join_own(walker.run(part)[0], q)
+
+
+def _keys_gradient(
+    walker: Walker,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    of_queries: tuple[jax.Array, jax.Array, jax.Array],
+    scale: float,
+) -> tuple[jax.Array, jax.Array]:
+    """dV = P^T dO and dK = scale dS^T Q, each tile summing over the queries that see it."""
+    q_tiles = walker.cut_other(q)
+    dout_tiles, lse_tiles, delta_tiles = map(walker.cut_other, of_queries)
+    k_tiles, v_tiles = walker.cut_own(k), walker.cut_own(v)
+
+    def part(at: Items) -> tuple[jax.Array, jax.Array]:
+        queries, douts = at.other(q_tiles), at.other(dout_tiles)
+        scores = walker.hide(at, _dot("nkd,nqd->nkq", at.own(k_tiles), queries) * scale)
+        weights = jnp.exp(scores - at.other(lse_tiles)[:, None])
+        dv = _dot("nkq,nqd->nkd", weights.astype(v.dtype), douts)
+        dweights = _dot("nkd,nqd->nkq", at.own(v_tiles), douts)
+        dscores = weights * (dweights - at.other(delta_tiles)[:, None]) * scale
+        dk = _dot("nkq,nqd->nkd", dscores.astype(q.dtype), queries)
+        return dk.astype(k.dtype), dv.astype(v.dtype)
+
+    dk, dv = walker.run(part)
+    return walker.join_own(dk, k), walker.join_own(dv, v)
+
+
+def _by_query(
+    q: jax.Array,
+    k: jax.Array,
+    segment_ids: jax.Array | None,
+    key_valid: jax.Array | None,
+    layout: BlockLayout,
+    causal: bool,
+) -> Walker:
+    plan = make_plan(layout, causal, q.shape[2], k.shape[2], q.shape[3])
+    return Walker(
+        plan.by_query,
+        outer=q.shape[0] * (k.shape[2] if plan.shared else 1),
+        batch=q.shape[0],
+        dim=q.shape[3],
+        own_group=plan.group,
+        other_group=1,
+        own_is_query=True,
         causal=causal,
         segment_ids=segment_ids,
-        scale=scale,
-        key_padding_mask=key_valid,
+        key_valid=key_valid,
     )
+
+
+def _by_key(
+    q: jax.Array,
+    k: jax.Array,
+    segment_ids: jax.Array | None,
+    key_valid: jax.Array | None,
+    layout: BlockLayout,
+    causal: bool,
+) -> Walker:
+    plan = make_plan(layout, causal, q.shape[2], k.shape[2], q.shape[3])
+    walker = _by_query(q, k, segment_ids, key_valid, layout, causal)
+    return dataclasses.replace(
+        walker, walk=plan.by_key, own_group=1, other_group=plan.group, own_is_query=False
+    )
+
+
+def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """In fp32, and of fp32 without the shortcuts that GPUs take by default."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
