@@ -110,3 +110,11 @@ def shard_map(
         axis_names=axis_names,
         check_vma=False,
     )
+
+
+def gpu_kind() -> str:
+    """The kind of GPU that is being lowered for, such as "NVIDIA H200"; "" where there is none."""
+    described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if described is not None:
+        return described.device_kind
+    return jax.devices()[0].device_kind if jax.default_backend() == "gpu" else ""

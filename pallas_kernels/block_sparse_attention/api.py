@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _dispatch, _islands
-from pallas_kernels.block_sparse_attention import xla
+from pallas_kernels.block_sparse_attention import triton, xla
 from pallas_kernels.block_sparse_attention._checks import check
 from pallas_kernels.block_sparse_attention.block_layout import BlockLayout
 from pallas_kernels.block_sparse_attention.reference import reference_attention
@@ -181,7 +181,11 @@ def _dispatched(
 
 
 def _implementations(interpret: bool) -> Mapping[_dispatch.Implementation, Attend]:
-    return {"xla": xla.attend, "reference": _reference}
+    return {
+        "triton": functools.partial(triton.attend, interpret=interpret),
+        "xla": xla.attend,
+        "reference": _reference,
+    }
 
 
 def _reference(
