@@ -26,6 +26,10 @@ from pallas_kernels.block_sparse_attention import (
     block_sparse_attention,
 )
 
+SCORES = "sparse_scores"
+"""Names the scope of block-sparse attention, followed by how many scores it computes, which its
+kernels do not tell."""
+
 _PATTERNS: dict[str, Any] = {
     "fixed": Fixed,
     "variable": Variable,
@@ -148,16 +152,18 @@ def attend_sparse(
 
     def call(layout: BlockLayout, *operands: Any) -> jax.Array:
         q, k, v, segments, valid = operands
-        return block_sparse_attention(
-            q,
-            k,
-            v,
-            layout,
-            causal=causal,
-            segment_ids=segments,
-            key_padding_mask=valid,
-            implementation=_KERNELS[implementation],
-        )
+        scores = layout.active_blocks * layout.block**2 * q.shape[2] // layout.heads
+        with jax.named_scope(f"{SCORES}_{q.shape[0] * scores}"):
+            return block_sparse_attention(
+                q,
+                k,
+                v,
+                layout,
+                causal=causal,
+                segment_ids=segments,
+                key_padding_mask=valid,
+                implementation=_KERNELS[implementation],
+            )
 
     operands = (query, key, value, segment_ids, key_valid)
     if own_heads is None or layout.heads == 1:

@@ -24,6 +24,7 @@ from tests.pallas_kernels.block_sparse_attention.cases import make_case, random_
 
 interpreted = functools.partial(block_sparse_attention, implementation="triton", interpret=True)
 
+
 def assert_matches(case):
     cases.assert_matches(case, interpreted)
 
