@@ -20,7 +20,7 @@ MATERIALISED = ("sparse_attention=null", "model.attention.implementation=xla")
 KERNELS = """
 HloModule kernels
 
-ENTRY %main {
+ENTRY %main (q: bf16[1,128,4,64]) -> bf16[1,128,4,64] {
   %q = bf16[1,128,4,64]{3,2,1,0} parameter(0)
   %out = (bf16[1,128,4,64]{3,2,1,0}, f32[1,4,128]{2,1,0}) custom-call(%q), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(step)/jvp()/sparse_scores_24576/cond/branch_0_fun/jit(_attend)/block_sparse_attention_forward/pallas_call"}
   %dq = bf16[1,128,4,64]{3,2,1,0} custom-call(%q), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(step)/transpose(jvp())/sparse_scores_24576/jit(_attend)/block_sparse_attention_dq/pallas_call"}
