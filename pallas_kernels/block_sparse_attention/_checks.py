@@ -17,9 +17,12 @@ def check(
     layout: BlockLayout,
     segment_ids: jax.Array | None,
     key_padding_mask: jax.Array | None,
+    scale: float | None,
 ) -> None:
     """Raises ValueError for the first argument that does not fit."""
     _check_arrays(q, k, v)
+    if isinstance(scale, jax.Array):
+        raise _error("scale", scale, "expected a number, not an array; scale q by an array instead")
     if segment_ids is not None:
         _check_tokens("segment_ids", segment_ids, q, jnp.integer, "integers")
     if key_padding_mask is not None:

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 
 from pallas_kernels import _compat
@@ -18,6 +19,8 @@ from pallas_kernels.block_sparse_attention.tiles import Tile
 MASKED = -1e30
 """The score of a masked pair, and minus the log-sum-exp of a row without keys: finite, so that no
 difference of two of them is NaN."""
+
+ArrayLike = jax.Array | np.ndarray
 
 LOG2_E = math.log2(math.e)
 
@@ -62,11 +65,11 @@ class Shape:
 class Lists(NamedTuple):
     """The arrays of `WorkLists`."""
 
-    items: jax.Array
-    blocks: jax.Array
-    bits: jax.Array
-    cuts: jax.Array
-    members: jax.Array | None
+    items: ArrayLike
+    blocks: ArrayLike
+    bits: ArrayLike
+    cuts: ArrayLike
+    members: ArrayLike | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +125,7 @@ def block_of(kind: Kind, array: Any, *, shape: Shape, by: Head) -> pl.BlockSpec:
 
 def call(
     kernel: Callable[..., None],
-    operands: Sequence[tuple[Kind, jax.Array]],
+    operands: Sequence[tuple[Kind, ArrayLike]],
     results: Sequence[tuple[Kind, jax.ShapeDtypeStruct]],
     *,
     name: str,
@@ -152,21 +155,17 @@ def call(
     )(*(array for _, array in operands))
 
 
-def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int], shape: Shape) -> jax.Array:
-    """The product over one axis of each, accumulated in float32; float32 keeps its precision.
+def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    """The product over one axis of each, accumulated in float32.
 
-    On GPUs float32 factors are split into TF32 parts, three products of which make up for it: the
-    tensor cores take these.
+    Of float32 factors no bit is dropped, so these do not go through tensor cores; TF32 in three
+    parts would, but needs more registers than there are from `dim` 128 on.
     """
-    precision: Any = None
-    if a.dtype == jnp.float32:
-        split = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
-        precision = jax.lax.Precision.HIGHEST if shape.interpret else split
     return jax.lax.dot_general(
         a,
         b,
         (((contract[0],), (contract[1],)), ((), ())),
-        precision=precision,
+        precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )
 
@@ -185,6 +184,11 @@ def store(ref: Any, *index: Any, value: jax.Array, keep: jax.Array) -> None:
     index = tuple(jnp.broadcast_arrays(*index))
     keep = jnp.broadcast_to(keep, index[0].shape)
     _compat.triton.store(ref.at[index], value.astype(ref.dtype), mask=keep)
+
+
+def remainder(value: jax.Array, dtype: Any) -> jax.Array:
+    """What rounding a float32 value to a dtype leaves out."""
+    return value - value.astype(dtype).astype(jnp.float32)
 
 
 def columns_of(shape: Shape) -> tuple[jax.Array, jax.Array | None]:
@@ -216,11 +220,9 @@ def at_entries(values: Any, entry: jax.Array) -> jax.Array:
     return values[entry] if entry.ndim == 0 else load(values, entry)
 
 
-def both(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
+def both(a: jax.Array | None, b: jax.Array) -> jax.Array:
     """Where both hold; None holds everywhere."""
-    if a is None or b is None:
-        return b if a is None else a
-    return a & b
+    return b if a is None else a & b
 
 
 def attended(bits: Any, entry: jax.Array, walk: Walk) -> jax.Array | None:
@@ -255,8 +257,8 @@ def store_rows(
 ) -> None:
     """Writes a resident tile's `(array, value)`: to the array, or of a cut row to its part.
 
-    Values `[resident]` or `[resident, columns]`; `parts` are of the same order, and none if the
-    lists cut no row.
+    Values `[resident]` or `[resident, columns]`; `parts` are those of the first results, which the
+    others follow from, and none if the lists cut no row.
     """
     item = pl.program_id(0)
     row, keep = rows_of(items[item, 0], walk, shape)
@@ -267,8 +269,9 @@ def store_rows(
         index, of_part, exists = (row,), (own,), keep
         if value.ndim == 2:
             index, of_part = (row[:, None], column), (own[:, None], column)
-            exists = both(keep[:, None], keep_column)
-        if parts:
+            exists = both(keep_column, keep[:, None])
+        if at < len(parts):
             store(parts[at], jnp.maximum(part, 0), *of_part, value=value, keep=exists & (part >= 0))
+        if parts:
             exists = exists & (part < 0)
         store(ref, *index, value=value, keep=exists)

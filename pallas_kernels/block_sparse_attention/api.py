@@ -43,7 +43,8 @@ def block_sparse_attention(
     Work and memory, forward and backward, are those of the active blocks: 4 * dim * block**2 FLOPs
     per head and active block forward, 2.5 times as many backward (3.5 with what is recomputed);
     nothing of seq x seq is held. Results are deterministic. Under a mesh each device computes its
-    part of the batch and of the heads, and no operand is gathered over these axes.
+    part of the batch and of the heads, and no operand is gathered over these axes; a sequence that
+    is split is gathered.
 
     Args:
       q: `[batch, seq, heads, dim]`, bf16, fp16 or fp32.
@@ -71,7 +72,7 @@ def block_sparse_attention(
       ValueError: shapes or dtypes do not fit each other or the layout, or the implementation is
         not there.
     """
-    check(q, k, v, layout, segment_ids, key_padding_mask)
+    check(q, k, v, layout, segment_ids, key_padding_mask, scale)
     if segment_ids is not None:
         segment_ids = segment_ids.astype(jnp.int32)
     heads, kv_heads = q.shape[2], k.shape[2]
@@ -85,7 +86,7 @@ def block_sparse_attention(
         _attend_padded,
         attend=functools.partial(_dispatched, implementation=implementation, interpret=interpret),
         causal=causal,
-        scale=q.shape[3] ** -0.5 if scale is None else scale,
+        scale=q.shape[3] ** -0.5 if scale is None else float(scale),
     )
     return _islands.on_each_device(
         functools.partial(

@@ -90,11 +90,11 @@ def key_gradients(
 
 def _gradients(
     kernel,
-    lists: tuple[jax.Array, ...],
+    lists: tuple[tiles.ArrayLike, ...],
     arrays: tuple[jax.Array, ...],
     names: Names,
     of: tuple[jax.Array, ...],
-    cuts: jax.Array,
+    cuts: tiles.ArrayLike,
     *,
     name: str,
     shape: Shape,
@@ -102,10 +102,12 @@ def _gradients(
     by: tiles.Head,
 ) -> list[jax.Array]:
     kinds: tuple[tiles.Kind, ...] = ("query", "key", "key", "query", "query sums", "query sums")
-    results = [(by, jax.ShapeDtypeStruct(one.shape, one.dtype)) for one in of]
+    results: list[tuple[tiles.Kind, jax.ShapeDtypeStruct]] = [
+        (by, jax.ShapeDtypeStruct(one.shape, one.dtype)) for one in of
+    ]
     if walk.parts:
         size = (of[0].shape[0], of[0].shape[2], walk.parts, walk.tile.resident, shape.dim)
-        results += [("parts", jax.ShapeDtypeStruct(size, jnp.float32)) for _ in of]
+        results.extend(("parts", jax.ShapeDtypeStruct(size, jnp.float32)) for _ in of)
     gradients = tiles.call(
         kernel,
         [
@@ -135,7 +137,7 @@ def _query_kernel(items, blocks, bits, *refs, shape: Shape, walk: Walk, named: b
     q, k, v, grad, sums, delta, out, *parts = refs[2 * named :]
     column, keep = tiles.columns_of(shape)
     row, keep_row = tiles.rows_of(items[pl.program_id(0), 0], walk, shape)
-    exists = tiles.both(keep_row[:, None], keep)
+    exists = tiles.both(keep, keep_row[:, None])
     queries = tiles.load(q, row[:, None], column, keep=exists)
     grads = tiles.load(grad, row[:, None], column, keep=exists)
     log_sum = tiles.load(sums, row, keep=keep_row)[:, None]
@@ -145,7 +147,7 @@ def _query_kernel(items, blocks, bits, *refs, shape: Shape, walk: Walk, named: b
     def step(tile, acc, masked: bool):
         token, entry = tiles.tokens_of(blocks, tile, walk)
         keys = tiles.load(k, token[:, None], column, keep=keep)
-        scores = tiles.dot(queries, keys, (1, 1), shape)
+        scores = tiles.dot(queries, keys, (1, 1))
         scores = scores if shape.scale >= 0 else -scores
         weights = jnp.exp2(scores * shape.factor - log_sum)
         mask = tiles.attended(bits, entry, walk) if masked else None
@@ -156,8 +158,8 @@ def _query_kernel(items, blocks, bits, *refs, shape: Shape, walk: Walk, named: b
         if mask is not None:
             weights = jnp.where(mask, weights, 0.0)
         values = tiles.load(v, token[:, None], column, keep=keep)
-        change = weights * (tiles.dot(grads, values, (1, 1), shape) - offset)
-        return acc + tiles.dot(change.astype(keys.dtype), keys, (1, 0), shape)
+        change = weights * (tiles.dot(grads, values, (1, 1)) - offset)
+        return acc + tiles.dot(change.astype(keys.dtype), keys, (1, 0))
 
     acc = jnp.zeros((walk.tile.resident, shape.columns), jnp.float32)
     acc = tiles.walk_tiles(step, items, acc, walk)
@@ -170,7 +172,7 @@ def _key_kernel(items, blocks, bits, *refs, shape: Shape, walk: Walk, named: boo
     q, k, v, grad, sums, delta, dk, dv, *parts = refs[2 * named :]
     column, keep = tiles.columns_of(shape)
     row, keep_row = tiles.rows_of(items[pl.program_id(0), 0], walk, shape)
-    exists = tiles.both(keep_row[:, None], keep)
+    exists = tiles.both(keep, keep_row[:, None])
     keys = tiles.load(k, row[:, None], column, keep=exists)
     values = tiles.load(v, row[:, None], column, keep=exists)
     name = tiles.load(names[1], row, keep=keep_row)[:, None] if named else None
@@ -182,7 +184,7 @@ def _key_kernel(items, blocks, bits, *refs, shape: Shape, walk: Walk, named: boo
         member = jnp.zeros((), jnp.int32) if members is None else tiles.at_entries(members, entry)
         of_row = member if member.ndim == 0 else member[:, None]
         queries = tiles.load(q, token[:, None], of_row, column, keep=keep)
-        scores = tiles.dot(keys, queries, (1, 1), shape)
+        scores = tiles.dot(keys, queries, (1, 1))
         scores = scores if shape.scale >= 0 else -scores
         weights = jnp.exp2(scores * shape.factor - tiles.load(sums, member, token)[None, :])
         mask = tiles.attended(bits, entry, walk) if masked else None
@@ -193,10 +195,10 @@ def _key_kernel(items, blocks, bits, *refs, shape: Shape, walk: Walk, named: boo
         if mask is not None:
             weights = jnp.where(mask, weights, 0.0)
         grads = tiles.load(grad, token[:, None], of_row, column, keep=keep)
-        acc_v = acc_v + tiles.dot(weights.astype(grads.dtype), grads, (1, 0), shape)
-        change = tiles.dot(values, grads, (1, 1), shape)
+        acc_v = acc_v + tiles.dot(weights.astype(grads.dtype), grads, (1, 0))
+        change = tiles.dot(values, grads, (1, 1))
         change = weights * (change - tiles.load(delta, member, token)[None, :])
-        acc_k = acc_k + tiles.dot(change.astype(queries.dtype), queries, (1, 0), shape)
+        acc_k = acc_k + tiles.dot(change.astype(queries.dtype), queries, (1, 0))
         return acc_k, acc_v
 
     zeros = jnp.zeros((walk.tile.resident, shape.columns), jnp.float32)

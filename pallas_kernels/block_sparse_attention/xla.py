@@ -5,7 +5,10 @@ tiles at a time; the backward pass computes the weights again, for queries by th
 keys by the transposed ones. Work and bytes are those of the active blocks, times what filling up
 lists and joining small blocks adds (`xla_plan`); beyond its operands it holds one part's scores.
 
-Matrix products, in units of 2 * dim * cells FLOPs: 2 forward, 3 for queries, 4 for keys.
+Matrix products, in units of 2 * dim * cells FLOPs: 2 forward, 3 for queries, 4 for keys. Bytes: the
+fp32 scores of each cell are read or written 5 times forward and 16 times backward; and each fetched
+tile costs 6 times its keys (backward: and 6 times its queries), which is most of it for blocks of
+16 that neighbours do not share.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.block_sparse_attention.block_layout import BlockLayout
-from pallas_kernels.block_sparse_attention.xla_plan import make_plan
+from pallas_kernels.block_sparse_attention.xla_plan import Plan, make_plan
 from pallas_kernels.block_sparse_attention.xla_walk import Items, Walker
 
 
@@ -34,7 +37,7 @@ def attend(
     scale: float,
 ) -> jax.Array:
     """Attention of whole blocks; see `api.Attend`."""
-    if not make_plan(layout, causal, q.shape[2], k.shape[2], q.shape[3]).by_query.groups:
+    if not _plan(layout, causal, q, k).by_query.groups:
         return jnp.zeros_like(q)
     return _attend(q, k, v, segment_ids, key_valid, layout, causal, scale)
 
@@ -80,7 +83,7 @@ def _forward(
         return (out / total[..., None]).astype(q.dtype), top + jnp.log(total)
 
     out, lse = (walker.join_own(one, q) for one in walker.run(part))
-    return out, (q, k, v, segment_ids, key_valid, out, lse)
+    return out, (q, k, v, segment_ids, key_valid, lse)
 
 
 def _backward(
@@ -90,13 +93,11 @@ def _backward(
     saved: Any,
     dout: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, None, None]:
-    q, k, v, segment_ids, key_valid, out, lse = saved
-    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    of_queries = (dout, lse, delta)
+    q, k, v, segment_ids, key_valid, lse = saved
     by_query = _by_query(q, k, segment_ids, key_valid, layout, causal)
-    dq = _queries_gradient(by_query, q, k, v, of_queries, scale)
+    dq, delta = _queries_gradient(by_query, q, k, v, (dout, lse), scale)
     by_key = _by_key(q, k, segment_ids, key_valid, layout, causal)
-    dk, dv = _keys_gradient(by_key, q, k, v, of_queries, scale)
+    dk, dv = _keys_gradient(by_key, q, k, v, (dout, lse, delta), scale)
     return dq, dk, dv, None, None
 
 
@@ -108,23 +109,29 @@ def _queries_gradient(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    of_queries: tuple[jax.Array, jax.Array, jax.Array],
+    of_queries: tuple[jax.Array, jax.Array],
     scale: float,
-) -> jax.Array:
-    """dQ = scale dS K with dS = P * (dO V^T - delta), P from the scores and their log-sum-exp."""
+) -> tuple[jax.Array, jax.Array]:
+    """dQ = scale dS K with dS = P * (dO V^T - delta), P from the scores and their log-sum-exp.
+
+    And delta, the sum of P * dO V^T over the keys. It is that of dO * O, too, but O is rounded, and
+    where few keys have all the weight dO V^T and delta nearly cancel.
+    """
     q_tiles = walker.cut_own(q)
-    dout_tiles, lse_tiles, delta_tiles = map(walker.cut_own, of_queries)
+    dout_tiles, lse_tiles = map(walker.cut_own, of_queries)
     k_tiles, v_tiles = walker.cut_other(k), walker.cut_other(v)
 
-    def part(at: Items) -> tuple[jax.Array]:
+    def part(at: Items) -> tuple[jax.Array, jax.Array]:
         keys = at.other(k_tiles)
         scores = walker.hide(at, _dot("nqd,nkd->nqk", at.own(q_tiles), keys) * scale)
         weights = jnp.exp(scores - at.own(lse_tiles)[..., None])
         dweights = _dot("nqd,nkd->nqk", at.own(dout_tiles), at.other(v_tiles))
-        dscores = weights * (dweights - at.own(delta_tiles)[..., None]) * scale
-        return (_dot("nqk,nkd->nqd", dscores.astype(k.dtype), keys).astype(q.dtype),)
+        delta = (weights * dweights).sum(-1)
+        dscores = weights * (dweights - delta[..., None]) * scale
+        return _dot("nqk,nkd->nqd", dscores.astype(k.dtype), keys).astype(q.dtype), delta
 
-    return walker.join_own(walker.run(part)[0], q)
+    dq, delta = walker.run(part)
+    return walker.join_own(dq, q), walker.join_own(delta, q)
 
 
 def _keys_gradient(
@@ -162,7 +169,7 @@ def _by_query(
     layout: BlockLayout,
     causal: bool,
 ) -> Walker:
-    plan = make_plan(layout, causal, q.shape[2], k.shape[2], q.shape[3])
+    plan = _plan(layout, causal, q, k)
     return Walker(
         plan.by_query,
         outer=q.shape[0] * (k.shape[2] if plan.shared else 1),
@@ -185,11 +192,15 @@ def _by_key(
     layout: BlockLayout,
     causal: bool,
 ) -> Walker:
-    plan = make_plan(layout, causal, q.shape[2], k.shape[2], q.shape[3])
+    plan = _plan(layout, causal, q, k)
     walker = _by_query(q, k, segment_ids, key_valid, layout, causal)
     return dataclasses.replace(
         walker, walk=plan.by_key, own_group=1, other_group=plan.group, own_is_query=False
     )
+
+
+def _plan(layout: BlockLayout, causal: bool, q: jax.Array, k: jax.Array) -> Plan:
+    return make_plan(layout, causal, q.shape[2], k.shape[2], q.shape[3], q.dtype.itemsize)
 
 
 def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:

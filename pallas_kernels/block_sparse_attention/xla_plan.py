@@ -14,12 +14,12 @@ import numpy as np
 
 from pallas_kernels.block_sparse_attention.block_layout import BlockLayout
 
-_LARGEST_TILE = 128
+_LARGEST_TILE = 256
 _MOST_CELLS = 1.5  # computed, per active one, for the sake of larger tiles
 
 # A group is a loop of its own to compile, so groups are added only while filling up wastes more
 # than this share of all cells, and more than so many cells.
-_MOST_GROUPS = 6
+_MOST_GROUPS = 4
 _WASTE = 0.08
 _SMALL = 1 << 20
 
@@ -79,7 +79,9 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=64)
-def make_plan(layout: BlockLayout, causal: bool, heads: int, kv_heads: int, dim: int) -> Plan:
+def make_plan(
+    layout: BlockLayout, causal: bool, heads: int, kv_heads: int, dim: int, itemsize: int
+) -> Plan:
     """The plan of a layout.
 
     Args:
@@ -87,7 +89,8 @@ def make_plan(layout: BlockLayout, causal: bool, heads: int, kv_heads: int, dim:
       causal: blocks above the diagonal are left out.
       heads: query heads.
       kv_heads: heads of keys.
-      dim: elements of a head, which weigh what is fetched against what is computed.
+      dim, itemsize: elements of a head and bytes of each, which weigh what is fetched against what
+        is computed.
     """
     mask = np.tril(layout.mask) if causal else layout.mask
     size = heads // kv_heads
@@ -98,9 +101,9 @@ def make_plan(layout: BlockLayout, causal: bool, heads: int, kv_heads: int, dim:
     group = size if len(mask) in (1, kv_heads) else 1
     block = layout.block
     counts = _tile_counts(mask, _LARGEST_TILE // block)
-    rows, columns = _choose_tile(counts, block, group, dim, fetched=1)
+    rows, columns = _choose_tile(counts, block, group, dim, itemsize, fetched=1)
     by_query = _walk(mask, block, rows, columns, group=size // group)
-    rows, columns = _choose_tile(counts, block, group, dim, fetched=0)
+    rows, columns = _choose_tile(counts, block, group, dim, itemsize, fetched=0)
     mask = _pad_blocks(mask, rows, 1)
     if group < size:  # a head of keys has one list of all its queries' heads
         mask = mask.reshape(kv_heads, size * mask.shape[1], mask.shape[2])
@@ -180,19 +183,24 @@ def _halve(mask: np.ndarray, axis: int) -> np.ndarray:
 
 
 def _choose_tile(
-    counts: dict[tuple[int, int], int], block: int, group: int, dim: int, fetched: int
+    counts: dict[tuple[int, int], int],
+    block: int,
+    group: int,
+    dim: int,
+    itemsize: int,
+    fetched: int,
 ) -> tuple[int, int]:
     """Blocks of queries and of keys of the tiles that cost least.
 
-    A cell of the scores is passed over some 8 times and takes 4 * dim FLOPs (40 FLOPs weighing as
-    much as moving 4 bytes); what a list names (`fetched`: 0 queries, 1 keys), two arrays, is read
-    where it lies, written side by side and read again.
+    A cell of the scores, in fp32, is read or written 5 times and takes 4 * dim FLOPs (56 FLOPs
+    weighing as much as moving 4 bytes); what a list names (`fetched`: 0 queries, 1 keys), two
+    arrays, is read where it lies, written side by side and read again.
     """
 
     def cost(tile: tuple[int, int]) -> float:
         cells = group * tile[0] * tile[1] * block**2
-        fetch = 6 * dim * tile[fetched] * block * (1 if fetched else group)
-        return counts[tile] * (cells * (8 + dim / 10) + fetch)
+        fetch = 6 * itemsize / 4 * dim * tile[fetched] * block * (1 if fetched else group)
+        return counts[tile] * (cells * (5 + dim / 14) + fetch)
 
     most = _MOST_CELLS * counts[1, 1]
     return min((tile for tile in counts if counts[tile] * tile[0] * tile[1] <= most), key=cost)

@@ -53,3 +53,19 @@ def test_what_does_not_divide_stays_whole(mesh):
 def test_without_a_mesh_it_is_a_plain_call():
     x = jnp.ones((4, 3, 8))
     assert _islands.on_each_device(lambda x: x.shape, (x,), (DIMS,), DIMS, AXES) == (4, 3, 8)
+
+
+def test_parts_are_what_the_axes_divide(mesh):
+    with jax.set_mesh(mesh):
+        found = jax.eval_shape(
+            lambda: tuple(
+                jnp.zeros(_islands.parts(axes, *sizes))
+                for axes, sizes in [
+                    (("tensor",), (8,)),
+                    (("data", "tensor"), (16, 2)),
+                    (("pipe",), (4,)),
+                ]
+            )
+        )
+    assert [one.size for one in found] == [4, 2, 1]
+    assert _islands.parts(("tensor",), 8) == 1

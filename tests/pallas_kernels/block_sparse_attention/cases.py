@@ -138,6 +138,7 @@ def random_case(
     kv_heads = int(random.choice((1, 2)))
     heads = kv_heads * int(random.choice((1, 1, 2, 3)))
     pattern = _random_pattern(random, block, -(-seq // block), heads)
+    dim = int(random.choice(dims))
     return make_case(
         random,
         pattern.layout(heads, seq),
@@ -145,12 +146,12 @@ def random_case(
         batch=int(random.choice((1, 2))),
         heads=heads,
         kv_heads=kv_heads,
-        dim=int(random.choice(dims)),
+        dim=dim,
         dtype=str(random.choice(dtypes)),
         causal=bool(random.random() < 0.5),
         segments=bool(random.random() < 0.35),
         padding=bool(random.random() < 0.35),
-        scale=None if random.random() < 0.7 else 0.2,
+        scale=None if random.random() < 0.7 else 1.25 * dim**-0.5,
         name=f"seed {seed}: {pattern}",
     )
 
@@ -275,5 +276,8 @@ def assert_matches(case: Case, attend: Callable[..., jax.Array]) -> None:
         assert np.isfinite(mine).all(), about
         # Tokens that see nothing, or that nothing sees, have no value and no gradient.
         assert (mine[~any_pair] == 0).all(), about
-        error = np.linalg.norm(mine - right) / max(np.linalg.norm(right), 1e-30)
+        # Where each token sees one key, dq and dk are differences of equal numbers: 0 but for
+        # rounding. Relative to dout, gradients are 0.06 or more for up to 256 keys otherwise.
+        least = 0.05 * np.linalg.norm(case.out_gradient)
+        error = np.linalg.norm(mine - right) / max(np.linalg.norm(right), least)
         assert error < TOLERANCE[case.dtype], f"{about}: relative error {error:.2e}"

@@ -49,6 +49,7 @@ LAYOUT = Dense().layout(4, 64)
             {"key_padding_mask": jnp.ones((2, 64))},
             r"key_padding_mask: float32 \[2, 64\]: expected bool \[2, 64\]",
         ),
+        ({"scale": jnp.ones(())}, "scale: .*: expected a number, not an array"),
         ({"implementation": "cudnn"}, "implementation 'cudnn' is not there"),
     ],
 )

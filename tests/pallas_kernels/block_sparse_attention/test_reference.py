@@ -14,7 +14,7 @@ from tests.pallas_kernels.block_sparse_attention.cases import (
 )
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_reference_matches_the_formulas(seed):
     assert_matches(random_case(seed, dtypes=("float32",)), reference_attention)
 
