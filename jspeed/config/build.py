@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from jspeed.config import patterns
 from jspeed.config import sections as types
 from jspeed.config.batch import ACCUMULATION, MICRO, TRAIN
 from jspeed.config.check import Entry, Source
@@ -32,6 +33,8 @@ def derive(values: Values) -> Values:
     put("mesh.pipe", stages, "from pipeline.stages", only_if=stages != "auto")
     path, tensor = autotp_size(values)
     put("mesh.tensor", tensor, f'from "{path}"', only_if=tensor > 1)
+    for name in patterns.undecided_attention(values):
+        put(name, "unidirectional", f"{values.get('model.family')} is a decoder")
     longest = values.get("model.sequence_length")
     put("data.sequence_length", longest, "from model.sequence_length",
         only_if=values.has_section("data") and longest is not None)  # fmt: skip
@@ -213,7 +216,10 @@ def model(values: Values) -> types.ModelConfig | None:
         scaling = types.RopeScalingConfig(
             **_fields(values, "model.rope_scaling", types.RopeScalingConfig)
         )
-    attention = types.AttentionConfig(**_fields(values, "model.attention", types.AttentionConfig))
+    attention = types.AttentionConfig(
+        **_fields(values, "model.attention", types.AttentionConfig, leave_out=("pattern",)),
+        pattern=patterns.of_model(values),
+    )
     fields = _fields(values, "model", types.ModelConfig, leave_out=("rope_scaling", "attention"))
     return types.ModelConfig(**fields, rope_scaling=scaling, attention=attention)
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from jspeed.config import build
+from jspeed.config import build, patterns
 from jspeed.config.auto import AutoFacts, resolve, unresolved
 from jspeed.config.batch import resolve_batch
 from jspeed.config.dump import KeyReport, dump, key_reports
@@ -25,6 +25,7 @@ from jspeed.config.sections import (
     PrecisionConfig,
     RunConfig,
     SchedulerConfig,
+    SparseAttentionConfig,
     SweepConfig,
     TensorParallelConfig,
     ZeroConfig,
@@ -55,6 +56,7 @@ class Config:
     mesh: MeshConfig
     pipeline: PipelineConfig
     tensor_parallel: TensorParallelConfig
+    sparse_attention: SparseAttentionConfig | None
     model: ModelConfig | None
     data: DataConfig | None
     run: RunConfig | None
@@ -156,6 +158,7 @@ def from_values(values: Values, given: Values) -> Config:
         mesh=build.mesh(values),
         pipeline=build.pipeline(values),
         tensor_parallel=build.tensor_parallel(values),
+        sparse_attention=patterns.of_section(values),
         model=build.model(values),
         data=build.data(values),
         run=build.run(values),

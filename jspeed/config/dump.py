@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from jspeed.config import patterns
 from jspeed.config.check import AUTO, Source
 from jspeed.config.key import MAPPED, Key, Treatment
 from jspeed.config.keys import FREE_SECTIONS, KEYS
+from jspeed.config.keys_attention import MODEL_ATTENTION_KEYS
 from jspeed.config.keys_optimizer import OPTIMIZERS, SCHEDULERS, find_family
 from jspeed.config.sections import OptimizerConfig, SchedulerConfig
 from jspeed.config.values import Values
@@ -19,12 +21,17 @@ if TYPE_CHECKING:
 _OPTIONAL = (
     "optimizer",
     "scheduler",
+    patterns.SECTION,
     "model.rope_scaling",
     "model",
     "data",
     "run",
     "cluster",
     "sweep",
+)
+# Keys that mean nothing unless there is a pattern.
+_WITH_KIND = frozenset(
+    f"{patterns.OF_MODEL}.{key.path}" for key in MODEL_ATTENTION_KEYS if key.path != "kind"
 )
 
 
@@ -68,8 +75,12 @@ def key_reports(
 def _rows(values: Values) -> Iterator[tuple[str, Key]]:
     """The concrete keys of the table whose section counts, then those that patterns cover."""
     active = {name: values.has_section(name) for name in _OPTIONAL}
+    active[patterns.SECTION] = patterns.is_asked(values)
+    kind = values.is_given(f"{patterns.OF_MODEL}.kind")
     for path, key in KEYS.items():
         if key.alias_of is not None or "*" in path or "[]" in path:
+            continue
+        if (path == patterns.SECTION and not active[path]) or (path in _WITH_KIND and not kind):
             continue
         section = next((name for name in _OPTIONAL if path.startswith(f"{name}.")), None)
         params = path in FREE_SECTIONS or path.rpartition(".")[0] in FREE_SECTIONS

@@ -1,6 +1,7 @@
 """DeepSpeed's parallelism and model-side sections."""
 
 from jspeed.config.key import Auto, automatic, later, mapped, passive, refused, section
+from jspeed.config.keys_attention import SPARSE_ATTENTION_KEYS
 from jspeed.config.kinds import (
     Anything,
     Bool,
@@ -8,7 +9,6 @@ from jspeed.config.kinds import (
     Int,
     ListOf,
     Number,
-    Object,
     Text,
     choice,
     either,
@@ -18,7 +18,6 @@ _AUTOTP = (
     'AutoTP is not built yet; write sharding rules by hand: "mesh": {"tensor": N, "rules": []}'
 )
 _EXPERTS = "expert parallelism is not built yet"
-_SPARSE = "block-sparse attention is not built yet"
 _HYBRID = "the hybrid (train and generate) engine is not built yet"
 _COMPILE = "XLA compiles every jspeed step, so this is a DeepSpeed compiler setting without object"
 _REMAT = 'activation checkpointing by this section is not built yet; use "model": {"remat": "full"}'
@@ -134,29 +133,6 @@ EXPERT_PARALLEL_KEYS = section(
         later("comm_max_tokens_per_rank", _COUNT, 0, _EXPERTS),
     ),
 )
-
-_BLOCKS = ListOf(_COUNT)
-
-SPARSE_ATTENTION_KEYS = section(
-    "sparse_attention",
-    later("", Object(), None, _SPARSE, on="set"),
-    passive(
-        later("mode", choice("fixed", "dense", "variable", "bigbird", "bslongformer"), "fixed",
-              _SPARSE),
-        later("block", Int(1), 16, _SPARSE),
-        later("different_layout_per_head", Bool(), False, _SPARSE),
-        later("num_local_blocks", Int(1), 4, _SPARSE),
-        later("num_global_blocks", _COUNT, 1, _SPARSE),
-        later("attention", choice("bidirectional", "unidirectional"), "bidirectional", _SPARSE),
-        later("horizontal_global_attention", Bool(), False, _SPARSE),
-        later("num_different_global_patterns", Int(1), 1, _SPARSE),
-        later("num_random_blocks", _COUNT, 0, _SPARSE),
-        later("local_window_blocks", _BLOCKS, [4], _SPARSE),
-        later("global_block_indices", _BLOCKS, [0], _SPARSE),
-        later("global_block_end_indices", _BLOCKS, None, _SPARSE),
-        later("num_sliding_window_blocks", Int(1), 3, _SPARSE),
-    ),
-)  # fmt: skip
 
 HYBRID_ENGINE_KEYS = section(
     "hybrid_engine",

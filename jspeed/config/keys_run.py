@@ -2,6 +2,7 @@
 and the aliases that lead into them."""
 
 from jspeed.config.key import later, mapped, section
+from jspeed.config.keys_attention import MODEL_ATTENTION_KEYS
 from jspeed.config.keys_sweep import SWEEP_KEYS
 from jspeed.config.kinds import Bool, Int, Number, ShardingRules, Text, choice
 
@@ -32,7 +33,7 @@ ALIAS_KEYS = (
 
 MODEL_KEYS = section(
     "model",
-    mapped("family", choice("gpt2", "llama"), None, "the architecture", required=True),
+    mapped("family", choice("gpt2", "llama", "bert"), None, "the architecture", required=True),
     mapped("layers", _COUNT, None, "the number of blocks", required=True),
     mapped("hidden_size", _COUNT, None, "the width of the residual stream", required=True),
     mapped("heads", _COUNT, None, "the number of query heads", required=True),
@@ -58,6 +59,7 @@ MODEL_KEYS = section(
            "which attention computes the same; auto picks by platform"),
     mapped("attention.sequence_parallel", choice("auto", "ulysses", "ring", "allgather"), "auto",
            "how attention sees a sequence that mesh.seq splits; auto is ulysses where heads allow"),
+    section("attention", *MODEL_ATTENTION_KEYS),
     mapped("mlp_chunk_size", _COUNT, None,
            "tokens of a row whose MLP exists at once on a device; null: all"),
     mapped("sequence_sharding", Bool(), True,

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from jspeed.config import patterns
 from jspeed.config.batch import ACCUMULATION, MICRO, TRAIN, check
 from jspeed.config.build import BYTE_VOCABULARY
 from jspeed.config.key import REFUSED
@@ -211,20 +212,21 @@ def model(values: Values) -> Iterator[Problem]:
             "same number of query heads.",
             values.line("model.kv_heads"),
         )
-    if family == "gpt2" and heads and kv_heads and kv_heads != heads:
+    learned = family in ("gpt2", "bert")
+    if learned and heads and kv_heads and kv_heads != heads:
         yield Problem(
             "model.kv_heads",
-            f"{kv_heads} differs from heads {heads}, but gpt2 has no grouped-query attention; "
+            f"{kv_heads} differs from heads {heads}, but {family} has no grouped-query attention; "
             'use "family": "llama".',
             values.line("model.kv_heads"),
         )
     scaled = values.has_section("model.rope_scaling")
     theta = values.get("model.rope_theta") != KEYS["model.rope_theta"].default
-    if family == "gpt2" and (scaled or theta):
+    if learned and (scaled or theta):
         name = "model.rope_scaling" if scaled else "model.rope_theta"
         yield Problem(
             name,
-            'gpt2 has learned positions; remove it, or use "family": "llama".',
+            f'{family} has learned positions; remove it, or use "family": "llama".',
             values.line(name),
         )
     if family == "llama" and values.get("model.dropout"):
@@ -365,6 +367,7 @@ RULES: tuple[Rule, ...] = (
     tensor_sizes,
     batch_triangle,
     model,
+    patterns.rules,
     data,
     sweep,
 )

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from jspeed.config.keys_attention import KEYS_OF_MODE
+
 DType = Literal["float32", "bfloat16", "float16"]
 
 
@@ -136,20 +138,51 @@ class RopeScalingConfig:
     original_max_position_embeddings: int
 
 
+Mode = Literal["fixed", "dense", "variable", "bigbird", "bslongformer", "local_sliding_window"]
+
+
+@dataclass(frozen=True, slots=True)
+class SparseAttentionConfig:
+    """Which blocks of tokens see which, under DeepSpeed's names; lists are tuples.
+
+    `seed` is that of random blocks. What a mode has no use for is at its default.
+    """
+
+    mode: Mode
+    block: int = 16
+    different_layout_per_head: bool = False
+    num_local_blocks: int = 4
+    num_global_blocks: int = 1
+    attention: Literal["bidirectional", "unidirectional"] = "bidirectional"
+    horizontal_global_attention: bool = False
+    num_different_global_patterns: int = 1
+    num_random_blocks: int = 0
+    local_window_blocks: tuple[int, ...] = (4,)
+    global_block_indices: tuple[int, ...] = (0,)
+    global_block_end_indices: tuple[int, ...] | None = None
+    num_sliding_window_blocks: int = 3
+    seed: int = 0
+
+    def meant(self) -> dict[str, Any]:
+        """The mode and the parameters that mean something to it."""
+        return {name: getattr(self, name) for name in ("mode", *KEYS_OF_MODE[self.mode])}
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionConfig:
-    """Which implementation computes attention, and how it sees a sequence that is split; `auto`
-    picks by platform and heads."""
+    """Which implementation computes attention, how it sees a sequence that is split, and which
+    blocks of tokens see which; `auto` picks by platform and heads, None sees all."""
 
     implementation: Literal["auto", "xla", "cudnn", "cpu", "blockwise"]
     sequence_parallel: Literal["auto", "ulysses", "ring", "allgather"] = "auto"
+    pattern: SparseAttentionConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """A model of jspeed's own families; None leaves a value to the family or the tokenizer."""
 
-    family: Literal["gpt2", "llama"]
+    family: Literal["gpt2", "llama", "bert"]
     layers: int
     hidden_size: int
     heads: int

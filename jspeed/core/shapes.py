@@ -14,11 +14,17 @@ from typing import TYPE_CHECKING, Any
 from jax import Array
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
 else:
     try:
-        from jaxtyping import Float, Int
+        from jaxtyping import Bool, Float, Int
     except ImportError:
+
+        class Bool:
+            """An array of truth values."""
+
+            def __class_getitem__(cls, item: tuple[Any, str]) -> Any:
+                return item[0]
 
         class Float:
             """An array of floating-point numbers."""
@@ -33,4 +39,4 @@ else:
                 return item[0]
 
 
-__all__ = ["Array", "Float", "Int"]
+__all__ = ["Array", "Bool", "Float", "Int"]

@@ -32,6 +32,7 @@ def build_dataset(
     shuffle: bool = True,
     seed: int = 0,
     token_dtype: TokenDtype = "uint16",
+    masked: bool = False,
     cache_dir: str | Path,
 ) -> TextDataset:
     """Returns the data set that a run file's `data` section describes.
@@ -60,6 +61,8 @@ def build_dataset(
       shuffle: whether training sequences come in random order, anew in each epoch.
       seed: of the random order.
       token_dtype: the type of the ids on disk, both in the cache and in raw token files.
+      masked: whether tokens are masked that are to be told, as BERT is trained, in place of next
+        tokens.
       cache_dir: the folder for cached files; made when missing.
 
     Raises:
@@ -89,6 +92,7 @@ def build_dataset(
         document_mask=document_mask,
         shuffle=shuffle,
         seed=seed,
+        masked=masked,
     )
 
 

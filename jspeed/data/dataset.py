@@ -1,12 +1,14 @@
 """A data set of packed sequences: its training iterator and its validation batches."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
 from jspeed.core.errors import DataError
+from jspeed.data.masking import Masking
 from jspeed.data.packing import IGNORED_LABEL, Batch, PackedSequences, Split, make_batch
 from jspeed.data.pipeline import (
     ProcessShare,
@@ -30,6 +32,7 @@ class TextDataset:
       tokens: the number of tokens in the whole corpus, separators included.
       split: how many sequences there are, and which are for validation.
       document_mask: whether batches tell documents apart.
+      vocab_size: of a model of these data: the tokenizer's ids, and the mask where there is one.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class TextDataset:
         document_mask: bool,
         shuffle: bool,
         seed: int,
+        masked: bool = False,
     ) -> None:
         """Packs `stream`; `name` is the source's name in messages, the rest as `build_dataset`.
 
@@ -59,6 +63,12 @@ class TextDataset:
         self.sequence_length = sequence_length
         self.tokens = len(stream)
         self.document_mask = document_mask
+        separator = tokenizer.separator_id
+        self._masking = Masking(tokenizer.vocab_size, seed, separator) if masked else None
+        self._validation_masking = (
+            Masking(tokenizer.vocab_size, _VALIDATION_SEED, separator) if masked else None
+        )
+        self.vocab_size = tokenizer.vocab_size + masked
         self._sequences = PackedSequences(stream, sequence_length=sequence_length, name=name)
         self.split = Split.of(len(self._sequences), validation_fraction)
         self._identity = StreamIdentity(
@@ -84,7 +94,8 @@ class TextDataset:
           process_count: how many there are.
 
         Returns:
-          An iterator of dictionaries: `input_ids` and `labels` (the next tokens), and under
+          An iterator of dictionaries: `input_ids` and `labels` (the next tokens, or of masked data
+          the masked ones; see `Masking`), and under
           `document_mask` also `segment_ids` (from 1) and `positions`; all of them
           int32[batch_size, sequence_length]. It has `state()` and `restore(state)`.
 
@@ -99,7 +110,8 @@ class TextDataset:
             seed=self._identity.seed,
             repeat=True,
         )
-        return TrainIterator(windows, self._make_batch, share=share, identity=self._identity)
+        make = functools.partial(self._make_batch, masking=self._masking)
+        return TrainIterator(windows, make, share=share, identity=self._identity)
 
     def validation_batches(
         self, batch_size: int, limit: int | None = 8, process_index: int = 0, process_count: int = 1
@@ -140,14 +152,17 @@ class TextDataset:
         )
         for start in range(0, total, share.global_batch):
             rows = share.rows(start)
-            batch = self._make_batch(np.stack([windows[min(row, total - 1)] for row in rows]))
+            stacked = np.stack([windows[min(row, total - 1)] for row in rows])
+            batch = self._make_batch(stacked, rows, masking=self._validation_masking)
             batch["labels"][max(0, total - rows.start) :] = IGNORED_LABEL
             yield batch
 
-    def _make_batch(self, windows: NDArray[np.int32]) -> Batch:
-        return make_batch(
-            windows, separator_id=self.tokenizer.separator_id if self.document_mask else None
-        )
+    def _make_batch(
+        self, windows: NDArray[np.int32], numbers: Sequence[int], *, masking: Masking | None
+    ) -> Batch:
+        separator = self.tokenizer.separator_id if self.document_mask else None
+        batch = make_batch(windows, separator_id=separator)
+        return batch if masking is None else masking.apply(batch, numbers)
 
 
 class _Part:

@@ -6,7 +6,7 @@ takes the next `batch_size * process_count` numbers, and process `p` takes the `
 and holds for any number of processes and any batch size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -23,6 +23,9 @@ _PREFETCH_BATCHES = 4
 _STATE_VERSION = 1
 # More batches than any run takes; times the batch size it still fits 64 bits.
 _ENDLESS = 1 << 40
+
+MakeBatch = Callable[[NDArray[np.int32], Sequence[int]], Batch]
+"""Makes a batch of stacked windows and their numbers in the run."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +104,12 @@ class TrainIterator(Iterator[Batch]):
     def __init__(
         self,
         windows: Windows,
-        make_batch: Callable[[NDArray[np.int32]], Batch],
+        make_batch: MakeBatch,
         *,
         share: ProcessShare,
         identity: StreamIdentity,
     ) -> None:
-        """Reads from endless `windows`; `make_batch` makes a batch of stacked windows."""
+        """Reads from endless `windows`."""
         self._windows = windows
         self._make_batch = make_batch
         self._share = share
@@ -176,7 +179,7 @@ class _Batches:
     """Random access to the batches of one process from sequence number `start` on."""
 
     windows: Windows
-    make_batch: Callable[[NDArray[np.int32]], Batch]
+    make_batch: MakeBatch
     share: ProcessShare
     start: int
 
@@ -185,7 +188,7 @@ class _Batches:
 
     def __getitem__(self, index: int) -> Batch:
         rows = self.share.rows(self.start + index * self.share.global_batch)
-        return self.make_batch(np.stack([self.windows[row] for row in rows]))
+        return self.make_batch(np.stack([self.windows[row] for row in rows]), rows)
 
 
 def _checked_position(state: dict[str, Any], identity: StreamIdentity) -> int:

@@ -15,6 +15,7 @@ from jspeed.engine.build import RunPlan
 from jspeed.layout.rules import axes_of
 from jspeed.layout.zero import Layout
 from jspeed.models import ModelFactory, build_model
+from jspeed.nn.attention_sparse import make_pattern, share_of_scores
 
 
 def for_devices(config: Config, devices: int | None, remarks: list[str]) -> tuple[Config, int]:
@@ -61,6 +62,7 @@ def model_factory(config: Config, *, platform: str, remarks: list[str]) -> Model
     if vocabulary is None:
         vocabulary, said = _vocabulary(config)
         remarks.append(said)
+        vocabulary += model.family == "bert"  # the mask
     return build_model(model, vocab_size=vocabulary, platform=platform)
 
 
@@ -82,6 +84,29 @@ def _vocabulary(config: Config) -> tuple[int, str]:
     if given.kind == "bpe":
         said += "; a tokenizer trained on little text has fewer"
     return given.vocab_size, f"{said}."
+
+
+def attention_remark(config: Config) -> str | None:
+    """Which share of attention's scores the model of a run file computes; None for all."""
+    model = config.model
+    pattern = None if model is None else make_pattern(model.attention.pattern)
+    if model is None or pattern is None:
+        return None
+    section = model.attention.pattern
+    assert section is not None
+    length = config.data.sequence_length if config.data else model.sequence_length
+    causal = model.family != "bert"
+    share = share_of_scores(pattern, model.heads, length, causal=causal)
+    said = (
+        f"attention: {section.mode} in blocks of {section.block}, which computes {share:.2%} of "
+        f"the {length:,} x {length:,} scores"
+    )
+    if causal and section.attention == "bidirectional":
+        said += (
+            f'; "bidirectional" cannot let a token of {model.family} see what comes after it: the '
+            "lower triangle of the layout is used"
+        )
+    return f"{said}."
 
 
 def abstract_facts(config: Config, remarks: list[str]) -> AutoFacts:

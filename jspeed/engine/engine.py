@@ -31,6 +31,7 @@ from jspeed.engine.not_in_jspeed import (
     takes_names_only,
 )
 from jspeed.engine.reporting import Reporter
+from jspeed.engine.sparse_attention import sets_pattern
 from jspeed.layout.rules import Rule
 from jspeed.training.contracts import check_callable
 from jspeed.training.program import LossFn, Program, make_program
@@ -91,7 +92,7 @@ def initialize(
     arguments.check_schedule(lr_scheduler)
     arguments.check_devices(devices)
     own_rules, own_stacked = arguments.read_rules(rules), arguments.read_stacked(stacked)
-    program = make_program(model, model_parameters, own_stacked)
+    program = make_program(model, model_parameters, own_stacked, adapt=sets_pattern(loaded))
     if own_stacked:
         paths = (path for path, _ in named_leaves(abstract_parameters(program)[0]))
         arguments.check_stacked_used(own_stacked, paths)

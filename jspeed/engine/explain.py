@@ -16,6 +16,7 @@ from jspeed.config import (
 from jspeed.core.errors import ConfigError
 from jspeed.engine.abstract_run import (
     abstract_facts,
+    attention_remark,
     for_devices,
     idle_axes,
     model_factory,
@@ -26,8 +27,8 @@ from jspeed.engine.pipeline import Pipeline, pipeline_of
 from jspeed.engine.state_explanation import explain_plan, gather_notes
 from jspeed.layout.explain import Explanation
 from jspeed.layout.mesh import AnyMesh, make_abstract_mesh
-from jspeed.nn import language_model_loss
-from jspeed.training.program import Program, make_program
+from jspeed.models import ModelFactory
+from jspeed.training.program import make_program
 
 
 @dataclass(frozen=True)
@@ -67,24 +68,28 @@ def explain_run(config: Config, *, devices: int | None = None) -> RunExplanation
       ConfigError, LayoutError, ModelError: what cannot be laid out, and how it would.
     """
     remarks: list[str] = []
-    program = _program(config, remarks)
+    factory = _factory(config, remarks)
+    program = make_program(factory)
     mesh = make_abstract_mesh(mesh_shape(*for_devices(config, devices, remarks)))
     config = config.resolve_auto(abstract_facts(config, remarks))
     config = _with_fitting_batch(config, mesh, remarks)
     plan = plan_run(config, program, mesh)
     remarks += idle_axes(plan.layout)
-    notes = gather_notes(program, language_model_loss, plan.layout, token_batch(config, plan))
+    attention = attention_remark(config)
+    if attention is not None:
+        remarks.append(attention)
+    notes = gather_notes(program, factory.loss_fn, plan.layout, token_batch(config, plan))
     state = explain_plan(program, plan, notes)
     later = tuple(map(str, config.switched_on_later()))
     return RunExplanation(state, tuple(remarks), later, pipeline_of(config, plan))
 
 
-def _program(config: Config, remarks: list[str]) -> Program:
+def _factory(config: Config, remarks: list[str]) -> ModelFactory:
     # Which attention computes does not move an array, and the named one may need a device.
     if config.model is not None:
         model = dataclasses.replace(config.model, attention=AttentionConfig("xla"))
         config = dataclasses.replace(config, model=model)
-    return make_program(model_factory(config, platform="cpu", remarks=remarks))
+    return model_factory(config, platform="cpu", remarks=remarks)
 
 
 def _with_fitting_batch(config: Config, mesh: AnyMesh, remarks: list[str]) -> Config:

@@ -29,7 +29,6 @@ from jspeed.engine.status import State, Status
 from jspeed.models import ModelFactory, build_model
 from jspeed.monitor import Monitor, make_monitor
 from jspeed.monitor.monitor import ResumePoint
-from jspeed.nn import language_model_loss
 
 if TYPE_CHECKING:
     from jspeed.config import DataConfig, ModelConfig, MonitorConfig, RunConfig
@@ -75,7 +74,7 @@ def cache_directory() -> Path:
 
 def load_data(config: Config) -> TextDataset:
     """The data set of a run file."""
-    _, data, run = run_sections(config)
+    model, data, run = run_sections(config)
     return build_dataset(
         source=data.source,
         format=data.format,
@@ -89,6 +88,7 @@ def load_data(config: Config) -> TextDataset:
         shuffle=data.shuffle,
         seed=run.seed if data.seed is None else data.seed,
         token_dtype=data.dtype,
+        masked=model.family == "bert",
         cache_dir=cache_directory() / "data",
     )
 
@@ -178,10 +178,10 @@ def _make_parts(config: Config) -> _Parts:
     if run.compile_cache:
         enable_compile_cache()
     data = load_data(config)
-    factory = build_model(model, vocab_size=data.tokenizer.vocab_size, platform=platform)
+    factory = build_model(model, vocab_size=data.vocab_size, platform=platform)
     engine = initialize(
         model=factory,
-        loss_fn=language_model_loss,
+        loss_fn=factory.loss_fn,
         config=config,
         seed=run.seed,
         report=False,

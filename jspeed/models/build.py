@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 from flax import nnx
 
 from jspeed.config import ModelConfig
 from jspeed.core.errors import ConfigError
+from jspeed.core.loss import LossSum
+from jspeed.models.bert import Bert, BertConfig
 from jspeed.models.gpt2 import GPT2, GPT2Config
 from jspeed.models.llama import Llama, LlamaConfig
+from jspeed.nn import language_model_loss, masked_language_model_loss
 from jspeed.nn.attention import choose_implementation
+from jspeed.nn.attention_sparse import make_pattern, share_of_scores
 from jspeed.nn.rope import RopeScaling
 
 
@@ -26,22 +32,34 @@ class ModelFactory:
     """
 
     family: str
-    config: GPT2Config | LlamaConfig
+    config: GPT2Config | LlamaConfig | BertConfig
 
     @property
     def vocab_size(self) -> int:
         return self.config.vocab_size
 
     @property
+    def causal(self) -> bool:
+        """Whether a token sees nothing after it."""
+        return not isinstance(self.config, BertConfig)
+
+    @property
+    def loss_fn(self) -> Callable[[Any, Any, jax.Array], LossSum]:
+        """What the family is trained on."""
+        return language_model_loss if self.causal else masked_language_model_loss
+
+    @property
     def stacked_parameters(self) -> tuple[str, ...]:
-        return Llama.stacked_parameters if self.family == "llama" else GPT2.stacked_parameters
+        return _module(self.config).stacked_parameters
 
-    def flops_per_token(self, sequence_length: int) -> float:
-        """Model FLOPs of one token, forward and backward, without recomputation.
+    def share_of_scores(self, sequence_length: int) -> float:
+        """The share of the scores of all pairs of tokens that attention's pattern computes, in
+        whole blocks; 1 without a pattern."""
+        config = self.config
+        return share_of_scores(config.pattern, config.heads, sequence_length, causal=self.causal)
 
-        Six per weight of every matrix product, and attention's `12 x layers x width x sequence`
-        (PaLM, Chowdhery et al., 2022, appendix B; the causal half is not taken off).
-        """
+    def product_flops_per_token(self) -> float:
+        """`flops_per_token` without attention: six per weight of every matrix product."""
         config = self.config
         width, layers = config.hidden_size, config.layers
         if isinstance(config, LlamaConfig):
@@ -50,13 +68,32 @@ class ModelFactory:
         else:
             attention = 4 * width * width
             mlp = 2 * width * config.intermediate_size
-        weights = layers * (attention + mlp) + width * config.vocab_size
-        return 6.0 * weights + 12.0 * layers * width * sequence_length
+        head = width * config.vocab_size
+        if isinstance(config, BertConfig):
+            head += width * width
+        return 6.0 * (layers * (attention + mlp) + head)
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Model FLOPs of one token, forward and backward, without recomputation.
+
+        Six per weight of every matrix product, and attention's `12 x layers x width x sequence`
+        (PaLM, Chowdhery et al., 2022, appendix B; the causal half is not taken off). Of attention
+        with a pattern only the blocks that it computes count.
+        """
+        attention = 12.0 * self.config.layers * self.config.hidden_size * sequence_length
+        if self.config.pattern is not None:
+            attention *= self.share_of_scores(sequence_length)
+        return self.product_flops_per_token() + attention
 
     def __call__(self, rngs: nnx.Rngs) -> nnx.Module:
-        if isinstance(self.config, LlamaConfig):
-            return Llama(self.config, rngs=rngs)
-        return GPT2(self.config, rngs=rngs)
+        config: Any = self.config
+        return _module(config)(config, rngs=rngs)
+
+
+def _module(config: GPT2Config | LlamaConfig | BertConfig) -> type[GPT2 | Llama | Bert]:
+    if isinstance(config, LlamaConfig):
+        return Llama
+    return Bert if isinstance(config, BertConfig) else GPT2
 
 
 def build_model(model: ModelConfig, *, vocab_size: int, platform: str) -> ModelFactory:
@@ -85,6 +122,7 @@ def build_model(model: ModelConfig, *, vocab_size: int, platform: str) -> ModelF
         "mlp_chunk_size": model.mlp_chunk_size,
         "loss_chunk_size": model.loss_chunk_size,
         "attention": choose_implementation(model.attention.implementation, platform),
+        "pattern": make_pattern(model.attention.pattern),
         "sequence_parallel": model.attention.sequence_parallel,
         "sequence_sharding": model.sequence_sharding,
         # Scanned layers keep what each operation keeps, which is cheaper to compute again than to
@@ -93,14 +131,15 @@ def build_model(model: ModelConfig, *, vocab_size: int, platform: str) -> ModelF
     }
     if model.tie_embeddings is not None:
         common["tie_embeddings"] = model.tie_embeddings
-    if model.family == "gpt2":
-        config = GPT2Config(
+    if model.family in ("gpt2", "bert"):
+        made = GPT2Config if model.family == "gpt2" else BertConfig
+        config = made(
             **common,
             sequence_length=model.sequence_length,
             intermediate_size=model.intermediate_size or 4 * model.hidden_size,
             dropout=model.dropout,
         )
-        return ModelFactory("gpt2", config)
+        return ModelFactory(model.family, config)
     scaling = model.rope_scaling
     return ModelFactory(
         "llama",

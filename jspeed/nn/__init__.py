@@ -1,13 +1,14 @@
 """Layers and losses that the model families are built from."""
 
 from jspeed.nn.activations import gelu, swiglu
-from jspeed.nn.attention import causal_attention, choose_implementation
+from jspeed.nn.attention import causal_attention, choose_implementation, self_attention
 from jspeed.nn.blocks import (
     LayerNorm,
     Linear,
     NormImplementation,
     RMSNorm,
     language_model_loss,
+    masked_language_model_loss,
     scan_layers,
     stack_layers,
 )
@@ -16,6 +17,7 @@ from jspeed.nn.embedding import embed
 from jspeed.nn.logical_axes import LOGICAL_AXES, LogicalAxes
 from jspeed.nn.losses import IGNORED, cross_entropy, linear_cross_entropy
 from jspeed.nn.residual import split_sequence
+from jspeed.nn.sparse_self_attention import SparseSelfAttention
 
 __all__ = [
     "IGNORED",
@@ -25,6 +27,7 @@ __all__ = [
     "LogicalAxes",
     "NormImplementation",
     "RMSNorm",
+    "SparseSelfAttention",
     "causal_attention",
     "choose_implementation",
     "cross_entropy",
@@ -33,7 +36,9 @@ __all__ = [
     "gelu",
     "language_model_loss",
     "linear_cross_entropy",
+    "masked_language_model_loss",
     "scan_layers",
+    "self_attention",
     "split_sequence",
     "stack_layers",
     "swiglu",

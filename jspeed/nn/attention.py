@@ -1,4 +1,4 @@
-"""Causal self-attention: one signature, an implementation per platform.
+"""Self-attention: one signature, an implementation per platform.
 
 Shapes follow `jax.nn.dot_product_attention`: queries `[batch, seq, heads, dim]`, keys and values
 `[batch, seq, kv_heads, dim]` with `heads % kv_heads == 0` (grouped-query attention).
@@ -12,10 +12,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jspeed.core.shapes import Array, Float, Int
+from jspeed.core.shapes import Array, Bool, Float, Int
 from jspeed.nn.attention_blockwise import blockwise_attention
 from jspeed.nn.attention_cpu import cpu_attention
 from jspeed.nn.attention_island import island_axes, sharded_attention
+from jspeed.nn.attention_sparse import OwnHeads, Pattern, attend_sparse, layout_of
 from jspeed.nn.sequence import SequenceOrder, SequenceParallel
 
 Implementation = Literal[
@@ -51,7 +52,34 @@ def causal_attention(
     sequence_parallel: SequenceParallel = "auto",
     order: SequenceOrder = "natural",
 ) -> Float[Array, "batch seq heads dim"]:
-    """Softmax attention in which a token sees itself and what came before it.
+    """Softmax attention in which a token sees itself and what came before it: `self_attention` with
+    `causal=True` and no pattern."""
+    return self_attention(
+        query,
+        key,
+        value,
+        causal=True,
+        segment_ids=segment_ids,
+        implementation=implementation,
+        sequence_parallel=sequence_parallel,
+        order=order,
+    )
+
+
+def self_attention(
+    query: Float[Array, "batch seq heads dim"],
+    key: Float[Array, "batch seq kv_heads dim"],
+    value: Float[Array, "batch seq kv_heads dim"],
+    *,
+    causal: bool,
+    pattern: Pattern | None = None,
+    segment_ids: Int[Array, "batch seq"] | None = None,
+    key_padding_mask: Bool[Array, "batch seq"] | None = None,
+    implementation: Implementation = "xla",
+    sequence_parallel: SequenceParallel = "auto",
+    order: SequenceOrder = "natural",
+) -> Float[Array, "batch seq heads dim"]:
+    """Softmax attention of the tokens of a sequence to each other.
 
     Inside a mesh whose axes `seq` or `tensor` are larger than 1, each device computes its own heads
     of its own part, and what it needs of others travels as `sequence_parallel` says; arguments and
@@ -61,14 +89,22 @@ def causal_attention(
       query: `[batch, seq, heads, dim]`.
       key: `[batch, seq, kv_heads, dim]`.
       value: like `key`.
+      causal: a token sees itself and what came before it; otherwise also what comes after it.
+      pattern: which blocks of tokens see each other, as `pallas_kernels.block_sparse_attention`
+        has them; of a causal one the lower triangle. None: all. Any length of sequence will do.
       segment_ids: `[batch, seq]` int32; tokens see only their own segment. None: one segment.
+      key_padding_mask: `[batch, seq]`; where False, a token is seen by none. Such tokens' own
+        results mean nothing. None: every token is one.
       implementation: `cudnn` or `xla` of `jax.nn.dot_product_attention`, `cpu` or `blockwise`;
         these never fall back, and given segments `cudnn` and `xla` make a mask
         `[batch, 1, seq, seq]`. `gpu` is `cudnn` where that can compute it (half precision, `dim` at
         most 128 and a multiple of 8), otherwise `xla`; given segments it is the formulation of
         `cpu`, which makes no such mask. `described_gpu` is `gpu` with `blockwise` for `cudnn`, and
-        `described_cudnn` is `blockwise` in the place of `cudnn`.
-      sequence_parallel: see `jspeed.nn.attention_island`; without effect where `seq` is 1.
+        `described_cudnn` is `blockwise` in the place of `cudnn`. With a pattern `auto`,
+        `gpu` and `described_gpu` are the kernel of the platform that is compiled for, as Triton's;
+        `cpu`, `blockwise` and `xla` are the same block by block in XLA; there are no others.
+      sequence_parallel: see `jspeed.nn.attention_island`; without effect where `seq` is 1. Only
+        causal attention without a pattern has more than `ulysses`.
       order: that tokens lie in along the sequence; `zigzag` only where the ring is used.
 
     Returns:
@@ -76,11 +112,22 @@ def causal_attention(
 
     Raises:
       ValueError: `implementation` is none of these.
-      LayoutError: `sequence_parallel` does not fit the sequence or the mesh.
+      ConfigError: the pattern does not fit so short a sequence.
+      LayoutError: `sequence_parallel` does not fit the sequence, the mesh or the pattern.
     """
-    attend = functools.partial(_attend, implementation=implementation)
+    if pattern is None:
+        only_ulysses = "" if causal else "attention in both directions"
+        segment_ids = _without_padding(segment_ids, key_padding_mask)
+        key_padding_mask = None
+        attend = functools.partial(_attend, causal=causal, implementation=implementation)
+    else:
+        only_ulysses = "block-sparse attention"
+        layout = layout_of(pattern, query.shape[2], query.shape[1], causal=causal)
+        attend = functools.partial(
+            attend_sparse, layout=layout, causal=causal, implementation=implementation
+        )
     if not island_axes():
-        return attend(query, key, value, segment_ids)
+        return attend(query, key, value, segment_ids, key_valid=key_padding_mask, own_heads=None)
     return sharded_attention(
         query,
         key,
@@ -89,7 +136,19 @@ def causal_attention(
         attend=attend,
         sequence_parallel=sequence_parallel,
         order=order,
+        key_valid=key_padding_mask,
+        only_ulysses=only_ulysses,
     )
+
+
+def _without_padding(
+    segment_ids: jax.Array | None, key_padding_mask: jax.Array | None
+) -> jax.Array | None:
+    """Segments in which tokens that nothing may see are by themselves."""
+    if key_padding_mask is None:
+        return segment_ids
+    own = jnp.int32(1) if segment_ids is None else segment_ids
+    return jnp.where(key_padding_mask, own, jnp.iinfo(jnp.int32).min).astype(jnp.int32)
 
 
 def _attend(
@@ -97,21 +156,26 @@ def _attend(
     key: jax.Array,
     value: jax.Array,
     segment_ids: jax.Array | None,
+    /,
     *,
+    causal: bool,
     implementation: Implementation,
+    key_valid: jax.Array | None = None,
+    own_heads: OwnHeads | None = None,
 ) -> jax.Array:
-    """Attention of whole sequences on one device."""
+    """Attention of whole sequences on one device, without a pattern."""
+    del key_valid, own_heads
     if implementation in ("gpu", "described_gpu"):
         cudnn: Implementation = "cudnn" if implementation == "gpu" else "described_cudnn"
         unmasked: Implementation = cudnn if _fits_cudnn(query) else "xla"
         implementation = unmasked if segment_ids is None else "cpu"
     if implementation == "described_cudnn":
         with jax.named_scope(STAND_IN):
-            return blockwise_attention(query, key, value, segment_ids)
+            return blockwise_attention(query, key, value, segment_ids, causal=causal)
     if implementation == "blockwise":
-        return blockwise_attention(query, key, value, segment_ids)
+        return blockwise_attention(query, key, value, segment_ids, causal=causal)
     if implementation == "cpu":
-        return cpu_attention(query, key, value, segment_ids)
+        return cpu_attention(query, key, value, segment_ids, causal=causal)
     if implementation not in ("cudnn", "xla"):
         raise ValueError(
             f"implementation {implementation!r}: expected blockwise, cpu, cudnn, gpu or xla"
@@ -120,7 +184,7 @@ def _attend(
     if segment_ids is not None:
         mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
     return jax.nn.dot_product_attention(
-        query, key, value, mask=mask, is_causal=True, implementation=implementation
+        query, key, value, mask=mask, is_causal=causal, implementation=implementation
     )
 
 

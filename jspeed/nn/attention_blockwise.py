@@ -1,4 +1,4 @@
-"""Causal attention block by block in plain XLA: no array of `seq x seq` exists, on any platform.
+"""Attention block by block in plain XLA: no array of `seq x seq` exists, on any platform.
 
 The mathematics is FlashAttention's (Dao et al., 2022, algorithms 1 and 4) in the order of
 FlashAttention-2: pairs of a query block and a key block that it can see, one after another in a
@@ -34,8 +34,9 @@ def blockwise_attention(
     segment_ids: Int[Array, "batch seq"] | None = None,
     *,
     block: int = BLOCK,
+    causal: bool = True,
 ) -> Float[Array, "batch seq heads dim"]:
-    """Softmax attention in which a token sees itself and what came before it.
+    """Softmax attention.
 
     Products take operands in the given dtype and sum in fp32; the softmax is fp32.
 
@@ -45,6 +46,7 @@ def blockwise_attention(
       value: like `key`.
       segment_ids: `[batch, seq]` int32; tokens see only their own segment. None: one segment.
       block: tokens of one block; a sequence that it does not divide is padded.
+      causal: a token sees itself and what came before it; otherwise all tokens.
 
     Returns:
       `[batch, seq, heads, dim]` in the query's dtype. It can be differentiated once, in reverse
@@ -54,34 +56,48 @@ def blockwise_attention(
     block = min(block, seq)
     padding = -seq % block
     if padding:
-        # Queries see nothing behind themselves, so what is appended changes none of them.
         query, key, value = (_pad(x, padding) for x in (query, key, value))
-        segment_ids = None if segment_ids is None else _pad(segment_ids, padding)
-    out: jax.Array = _attention(query, key, value, segment_ids, block)
+        if segment_ids is None and not causal:
+            segment_ids = jnp.zeros((query.shape[0], seq), jnp.int32)
+        # Causal queries see nothing behind themselves, so what is appended changes none of them.
+        if segment_ids is not None:
+            segment_ids = _pad(segment_ids, padding, 0 if causal else jnp.iinfo(jnp.int32).min)
+    out: jax.Array = _attention(query, key, value, segment_ids, block, causal)
     return out[:, :seq]
 
 
-def _pad(x: jax.Array, count: int) -> jax.Array:
-    return jnp.pad(x, [(0, 0), (0, count)] + [(0, 0)] * (x.ndim - 2))
+def _pad(x: jax.Array, count: int, value: int = 0) -> jax.Array:
+    widths = [(0, 0), (0, count)] + [(0, 0)] * (x.ndim - 2)
+    return jnp.pad(x, widths, constant_values=value)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: Any, block: int
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: Any,
+    block: int,
+    causal: bool,
 ) -> jax.Array:
-    return _forward(query, key, value, segment_ids, block)[0]
+    return _forward(query, key, value, segment_ids, block, causal)[0]
 
 
 def _forward(
-    query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: Any, block: int
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: Any,
+    block: int,
+    causal: bool,
 ) -> tuple[jax.Array, _Saved]:
     out, normaliser = attend_blocks(
-        query, key, value, segment_ids, segment_ids, causal=True, block=block, dtype=query.dtype
+        query, key, value, segment_ids, segment_ids, causal=causal, block=block, dtype=query.dtype
     )
     return out, (query, key, value, out, normaliser, segment_ids)
 
 
-def _backward(block: int, saved: _Saved, d_out: jax.Array) -> tuple[Any, ...]:
+def _backward(block: int, causal: bool, saved: _Saved, d_out: jax.Array) -> tuple[Any, ...]:
     query, key, value, out, normaliser, segment_ids = saved
     gradients = attend_blocks_backward(
         query,
@@ -92,7 +108,7 @@ def _backward(block: int, saved: _Saved, d_out: jax.Array) -> tuple[Any, ...]:
         normaliser,
         row_sums(out, d_out, key.shape[2]),
         d_out,
-        causal=True,
+        causal=causal,
         block=block,
         dtype=key.dtype,
     )

@@ -1,16 +1,18 @@
-"""Causal attention for CPUs: blocks of queries against the keys they can see, gradient included.
+"""Attention for CPUs: blocks of queries against the keys they can see, gradient included.
 
 XLA's CPU backend runs plain batched matrix products `[batch, rows, inner] x [batch, inner,
 columns]` near the machine's limit, but streams everything between them through memory. So
 
-- queries are cut into blocks, and a block meets only the keys up to its own end: with eight blocks
-  9/16 of the products and of the memory traffic remain;
+- queries are cut into blocks, and a causal block meets only the keys up to its own end: with eight
+  blocks 9/16 of the products and of the memory traffic remain;
 - the backward pass keeps queries, keys, values, the output and one number per row, the logarithm of
   the softmax's sum, and computes the weights again (FlashAttention, Dao et al., 2022, algorithm 4),
   so no array of `seq x seq` is kept between the passes.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -25,14 +27,15 @@ _MOST_BLOCKS = 8
 _Saved = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]
 
 
-@jax.custom_vjp
 def cpu_attention(
     query: Float[Array, "batch seq heads dim"],
     key: Float[Array, "batch seq kv_heads dim"],
     value: Float[Array, "batch seq kv_heads dim"],
     segment_ids: Int[Array, "batch seq"] | None,
+    *,
+    causal: bool = True,
 ) -> Float[Array, "batch seq heads dim"]:
-    """Softmax attention in which a token sees itself and what came before it.
+    """Softmax attention.
 
     Products take operands in the given dtype and sum in fp32; the softmax is fp32.
 
@@ -41,28 +44,44 @@ def cpu_attention(
       key: `[batch, seq, kv_heads, dim]` with `heads % kv_heads == 0`.
       value: like `key`.
       segment_ids: `[batch, seq]` int32; tokens see only their own segment. None: one segment.
+      causal: a token sees itself and what came before it; otherwise all tokens.
 
     Returns:
       `[batch, seq, heads, dim]` in the query's dtype. It can be differentiated once, in reverse
       mode.
     """
-    return _forward(query, key, value, segment_ids)[0]
+    return _attention(causal, query, key, value, segment_ids)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(
+    causal: bool,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array | None,
+) -> jax.Array:
+    return _forward(causal, query, key, value, segment_ids)[0]
 
 
 def _forward(
-    query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array | None
+    causal: bool,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array | None,
 ) -> tuple[jax.Array, _Saved]:
     batch, seq, _, dim = query.shape
     q, k, v = (_by_head(x, key.shape[2]) for x in (query, key, value))
     k, v = k[:, 0], v[:, 0]
     outputs, normalisers = [], []
     for start, stop in query_blocks(seq):
-        rows = _rows(q, start, stop)
-        scores = _masked_scores(rows, k[:, :stop], segment_ids, batch, start, stop)
+        rows, seen = _rows(q, start, stop), stop if causal else seq
+        scores = _masked_scores(rows, k[:, :seen], segment_ids, batch, start, stop, causal)
         highest = scores.max(-1, keepdims=True)
         weights = jnp.exp(scores - highest)
         total = weights.sum(-1, keepdims=True)
-        out = _product(weights.astype(v.dtype), v[:, :stop], 2, 1) / total
+        out = _product(weights.astype(v.dtype), v[:, :seen], 2, 1) / total
         outputs.append(out.astype(query.dtype).reshape(*q.shape[:2], stop - start, dim))
         normaliser = highest + jnp.log(total)
         normalisers.append(normaliser.reshape(*q.shape[:2], stop - start))
@@ -70,7 +89,7 @@ def _forward(
     return out, (q, k, v, out, jnp.concatenate(normalisers, axis=2), segment_ids)
 
 
-def _backward(saved: _Saved, d_out: jax.Array):
+def _backward(causal: bool, saved: _Saved, d_out: jax.Array):
     q, k, v, out, normaliser, segment_ids = saved
     batch = out.shape[0]
     scale = q.shape[-1] ** -0.5
@@ -82,23 +101,27 @@ def _backward(saved: _Saved, d_out: jax.Array):
     blocks = query_blocks(q.shape[2])
     d_queries, d_keys, d_values = [], [], []
     for start, stop in blocks:
+        seen = stop if causal else q.shape[2]
         rows, d_rows = _rows(q, start, stop), _rows(g, start, stop)
-        scores = _masked_scores(rows, k[:, :stop], segment_ids, batch, start, stop)
+        scores = _masked_scores(rows, k[:, :seen], segment_ids, batch, start, stop, causal)
         weights = jnp.exp(scores - _rows(normaliser[..., None], start, stop))
-        d_weights = _product(d_rows, v[:, :stop], 2, 2)
+        d_weights = _product(d_rows, v[:, :seen], 2, 2)
         d_scores = weights * (d_weights - _rows(sums[..., None], start, stop)) * scale
         d_scores = d_scores.astype(q.dtype)
-        d_query = _product(d_scores, k[:, :stop], 2, 1).astype(q.dtype)
+        d_query = _product(d_scores, k[:, :seen], 2, 1).astype(q.dtype)
         d_queries.append(d_query.reshape(*q.shape[:2], stop - start, q.shape[-1]))
         d_keys.append(_product(d_scores, rows, 1, 1))
         d_values.append(_product(weights.astype(v.dtype), d_rows, 1, 1))
     d_query = _from_heads(jnp.concatenate(d_queries, axis=2), batch)
-    d_key = _from_heads(_sum_of_prefixes(d_keys, blocks).astype(k.dtype)[:, None], batch)
-    d_value = _from_heads(_sum_of_prefixes(d_values, blocks).astype(v.dtype)[:, None], batch)
+    summed = (_sum_of_prefixes(x, blocks) if causal else sum(x) for x in (d_keys, d_values))
+    d_key, d_value = (
+        _from_heads(x.astype(k.dtype)[:, None], batch)  # pyright: ignore[reportAttributeAccessIssue]
+        for x in summed
+    )
     return d_query, d_key, d_value, None
 
 
-cpu_attention.defvjp(_forward, _backward)
+_attention.defvjp(_forward, _backward)
 
 
 def query_blocks(seq: int) -> list[tuple[int, int]]:
@@ -140,14 +163,20 @@ def _masked_scores(
     batch: int,
     start: int,
     stop: int,
+    causal: bool,
 ) -> jax.Array:
-    """The scores of a block `[batch x kv_heads, group x block, stop]` in fp32."""
-    visible = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None]
+    """The scores of a block `[batch x kv_heads, group x block, keys]` in fp32."""
+    seen = keys.shape[1]
+    visible = None
+    if causal:
+        visible = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None]
     if segment_ids is not None:
-        own = segment_ids[:, start:stop, None] == segment_ids[:, None, :stop]
-        visible = visible & own[:, None]
+        own = (segment_ids[:, start:stop, None] == segment_ids[:, None, :seen])[:, None]
+        visible = own if visible is None else visible & own
     scores = _product(rows, keys, 2, 2)
-    per_example = scores.reshape(batch, -1, stop - start, stop) * rows.shape[-1] ** -0.5
+    per_example = scores.reshape(batch, -1, stop - start, seen) * rows.shape[-1] ** -0.5
+    if visible is None:
+        return per_example.reshape(scores.shape)
     return jnp.where(visible, per_example, _MASKED).reshape(scores.shape)
 
 

@@ -18,8 +18,12 @@ pipeline or where the ring's chunks do not divide the sequence.
 
 from __future__ import annotations
 
+import functools
+from typing import Protocol
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from jspeed.core._compat import context_mesh, shard_map
@@ -27,8 +31,25 @@ from jspeed.core.errors import LayoutError
 from jspeed.layout.context import automatic_sizes
 from jspeed.nn.attention_allgather import allgather_attention
 from jspeed.nn.attention_ring import from_zigzag, ring_attention, to_zigzag
-from jspeed.nn.attention_ulysses import Attend, ulysses_attention
+from jspeed.nn.attention_sparse import OwnHeads
+from jspeed.nn.attention_ulysses import HeadPlan, ulysses_attention
 from jspeed.nn.sequence import SequenceOrder, SequenceParallel
+
+
+class Attend(Protocol):
+    """Attention of whole sequences on one device."""
+
+    def __call__(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        segment_ids: jax.Array | None,
+        /,
+        *,
+        key_valid: jax.Array | None,
+        own_heads: OwnHeads | None,
+    ) -> jax.Array: ...
 
 
 def island_axes() -> dict[str, int]:
@@ -38,7 +59,7 @@ def island_axes() -> dict[str, int]:
 
 
 def choose_sequence_parallel(
-    requested: SequenceParallel, *, heads: int, length: int
+    requested: SequenceParallel, *, heads: int, length: int, only_ulysses: str = ""
 ) -> SequenceParallel:
     """What `auto` means in the mesh of the code being traced.
 
@@ -46,12 +67,21 @@ def choose_sequence_parallel(
       requested: by the configuration.
       heads: query heads of the model.
       length: of the sequence, in tokens.
+      only_ulysses: what makes attention other than causal attention of all tokens, which is all
+        that the ring and gathered keys compute.
 
     Raises:
       LayoutError: the ring is asked for in a pipeline, or with chunks that do not divide the
-        sequence.
+        sequence; or something else than Ulysses where there is only that.
     """
     axes = island_axes()
+    if only_ulysses:
+        if requested in ("auto", "ulysses") or axes.get("seq", 1) == 1:
+            return "ulysses"
+        raise LayoutError(
+            f'"model.attention.sequence_parallel": {requested} computes causal attention of all '
+            f'tokens, and this is {only_ulysses}. Use "ulysses" or "auto".'
+        )
     shards, tensor = axes.get("seq", 1), axes.get("tensor", 1)
     own = heads // tensor if heads % tensor == 0 else heads
     # A permute in a branch that stages take differently is silently wrong.
@@ -93,6 +123,8 @@ def sharded_attention(
     attend: Attend,
     sequence_parallel: SequenceParallel,
     order: SequenceOrder = "natural",
+    key_valid: jax.Array | None = None,
+    only_ulysses: str = "",
 ) -> jax.Array:
     """Attention of global arrays; each device computes its heads of its part of the sequence.
 
@@ -101,9 +133,12 @@ def sharded_attention(
       key: `[batch, seq, kv_heads, dim]`.
       value: like `key`.
       segment_ids: `[batch, seq]` int32 or None.
-      attend: `(query, key, value, segment_ids)` on one device, of whole sequences.
+      attend: `(query, key, value, segment_ids, *, key_valid, own_heads)` on one device, of whole
+        sequences; the last says which of the heads it has, see `OwnHeads`.
       sequence_parallel: how a device sees the whole sequence.
       order: that the tokens are in.
+      key_valid: `[batch, seq]` bool or None.
+      only_ulysses: see `choose_sequence_parallel`.
 
     Returns:
       `[batch, seq, heads, dim]`, split as the query is.
@@ -120,7 +155,9 @@ def sharded_attention(
             f'"mesh.seq": {shards} does not divide a sequence of {length} tokens. Use sequences of '
             f"{length // shards * shards or shards} or {(length // shards + 1) * shards} tokens."
         )
-    method = choose_sequence_parallel(sequence_parallel, heads=heads, length=length)
+    method = choose_sequence_parallel(
+        sequence_parallel, heads=heads, length=length, only_ulysses=only_ulysses
+    )
     if order == "zigzag" and method != "ring":
         raise ValueError(f"tokens are in zigzag order, which {method} does not know")
     # Where heads do not divide, every device of the axis computes all of them.
@@ -129,31 +166,56 @@ def sharded_attention(
     seq = "seq" if shards > 1 else None
 
     def on_device(
-        query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array | None
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        segment_ids: jax.Array | None,
+        key_valid: jax.Array | None,
     ) -> jax.Array:
         if over and not kv_over:
             key, value = _own_kv_heads(heads, kv_heads, query.shape[2], key, value)
-        if seq is None:
-            return attend(query, key, value, segment_ids)
-        if method == "ulysses":
-            return ulysses_attention(query, key, value, segment_ids, attend=attend, axis=seq)
-        if method == "allgather":
+        if seq is not None and method == "allgather":
             return allgather_attention(query, key, value, segment_ids, seq)
-        return _ring(query, key, value, segment_ids, order, seq)
+        if seq is not None and method == "ring":
+            return _ring(query, key, value, segment_ids, order, seq)
+        own = _own_heads(heads, key.shape[2], over=over, tensor=tensor, seq=seq, shards=shards)
+        local = functools.partial(attend, key_valid=key_valid, own_heads=own)
+        if seq is None:
+            return local(query, key, value, segment_ids)
+        return ulysses_attention(query, key, value, segment_ids, attend=local, axis=seq)
 
     queries, keys = PartitionSpec(None, seq, over), PartitionSpec(None, seq, kv_over)
-    operands, specs = [query, key, value], [queries, keys, keys]
-    if segment_ids is not None:
-        operands.append(segment_ids)
-        # For Ulysses one small integer a token: whole everywhere, gathered once for all layers.
-        specs.append(PartitionSpec() if method == "ulysses" else PartitionSpec(None, seq))
+    # For Ulysses one small integer a token: whole everywhere, gathered once for all layers.
+    tokens = PartitionSpec() if method == "ulysses" else PartitionSpec(None, seq)
+    operands = (query, key, value, segment_ids, key_valid)
+    specs = (queries, keys, keys, tokens, tokens)
+    given = [number for number, operand in enumerate(operands) if operand is not None]
+
+    def with_none(*parts: jax.Array) -> jax.Array:
+        found = dict(zip(given, parts, strict=True))
+        return on_device(*(found.get(number) for number in range(5)))  # pyright: ignore[reportArgumentType]
+
     return shard_map(
-        lambda *given: on_device(*given, *(None,) * (4 - len(given))),
+        with_none,
         mesh=context_mesh(),
-        in_specs=tuple(specs),
+        in_specs=tuple(specs[number] for number in given),
         out_specs=queries,
         axis_names=frozenset(axes),
-    )(*operands)
+    )(*(operands[number] for number in given))
+
+
+def _own_heads(
+    heads: int, kv_heads: int, *, over: str | None, tensor: int, seq: str | None, shards: int
+) -> OwnHeads | None:
+    """Which query heads, of all, each device has: those of its place on `tensor`, of which Ulysses
+    deals it some; None where every device has all."""
+    parts = np.arange(heads).reshape(tensor if over else 1, -1)
+    axes = (over,) if over else ()
+    if seq is not None:
+        dealt = HeadPlan(shards, parts.shape[1], kv_heads).dealt()
+        parts = np.where(dealt < 0, -1, parts[:, np.maximum(dealt, 0)])
+        axes = (*axes, seq)
+    return OwnHeads(axes, parts.reshape(-1, parts.shape[-1])) if axes else None
 
 
 def _ring(

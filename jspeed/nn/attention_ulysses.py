@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
 """`(query, key, value, segment_ids) -> output`, of whole sequences."""
@@ -61,6 +62,16 @@ class HeadPlan:
     def places(self) -> int:
         """Query heads that a device computes, those that fill up included."""
         return self.units * self.each
+
+    def dealt(self) -> np.ndarray:
+        """The query heads that each device computes, `[devices, places]`; -1 fills up."""
+        filling = self.sharing * self.each - self.group
+        numbers = np.arange(self.heads).reshape(self.kv_heads, self.group)
+        numbers = np.pad(numbers, ((0, 0), (0, filling)), constant_values=-1)
+        numbers = numbers.reshape(-1, self.each)
+        missing = self.devices * self.units - len(numbers)
+        numbers = np.pad(numbers, ((0, missing), (0, 0)), constant_values=-1)
+        return numbers.reshape(self.devices, self.places)
 
     def deal_queries(self, x: jax.Array) -> jax.Array:
         """`[batch, part, heads, dim]` -> `[batch, part, devices, places, dim]`."""

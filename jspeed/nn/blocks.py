@@ -189,6 +189,21 @@ def language_model_loss(model: Any, batch: Any, rng: jax.Array) -> LossSum:
     return linear_cross_entropy(hidden, head, labels, chunk_size=chunk)
 
 
+def masked_language_model_loss(model: Any, batch: Any, rng: jax.Array) -> LossSum:
+    """The loss of telling masked tokens, of a batch `{"input_ids", "labels"[, "segment_ids",
+    "positions", "token_type_ids", "attention_mask"]}`, exact over the tokens that are to be told:
+    the labels of all others are `IGNORED`.
+
+    The model is as for `language_model_loss`; its `hidden` takes what else the batch has by name.
+    """
+    del rng
+    batch = dict(batch)
+    input_ids, labels = batch.pop("input_ids"), batch.pop("labels")
+    hidden, head = model.hidden(input_ids, **batch), model.head()
+    chunk = model.loss_chunk_size or default_chunk_size(labels.size, head.shape[-1])
+    return linear_cross_entropy(hidden, head, labels, chunk_size=chunk)
+
+
 def _in_models_order(
     model: Any, batch: dict[str, jax.Array]
 ) -> tuple[dict[str, jax.Array], dict[str, SequenceOrder]]:

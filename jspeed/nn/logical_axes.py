@@ -23,6 +23,7 @@ LOGICAL_AXES: Mapping[str, str] = MappingProxyType(
         "mlp": "the inner width of the feed-forward part",
         "vocab": "the ids of the tokenizer",
         "position": "positions in the sequence",
+        "type": "kinds of tokens: of the first and of the second sentence",
         "norm": "the features that a norm scales and shifts",
     }
 )

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from jspeed.nn.attention_sparse import SCORES
 from jspeed.planner.hlo import ArrayType, Computation, Instruction, Module
 from jspeed.planner.targets.target import FULL_FLOAT32
 
@@ -38,6 +39,7 @@ _KERNEL = "xla.gpu.triton"
 """Part of the target of a kernel that is written in Pallas."""
 _DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64"}
 _HIGHEST = re.compile(r'operand_precision=?"?:?[\[{]"?(?:highest|HIGHEST)')
+_SPARSE = re.compile(rf"{SCORES}_(\d+)[^\"]*block_sparse_attention_(forward|dq|dkv)\b")
 _LIST = re.compile(r"\d+")
 
 
@@ -128,16 +130,33 @@ def _product(left: ArrayType, summed: list[int], instruction: Instruction) -> di
 
 
 def _custom_call_flops(computation: Computation, instruction: Instruction) -> dict[str, float]:
-    """FLOPs of a product that XLA hands to a library."""
-    target = (instruction.attribute("custom_call_target") or "").strip('"')
-    if not target.startswith(("__cublas", "__onednn$matmul")):
-        return {}
+    """FLOPs of a product that XLA hands to a library, or of a kernel of block-sparse attention."""
+    if not is_library_product(instruction):
+        return _sparse_attention_flops(instruction)
     left = computation.by_name[instruction.operands[0]].arrays()[0]
     config = re.search(r'"dot_dimension_numbers":(\{.*?\})', instruction.attributes)
     if config is None:
         return {}
     numbers = json.loads(config.group(1))
     return _product(left, [int(dim) for dim in numbers["lhs_contracting_dimensions"]], instruction)
+
+
+def is_library_product(instruction: Instruction) -> bool:
+    """Whether a custom call is a product that XLA hands to a library."""
+    target = (instruction.attribute("custom_call_target") or "").strip('"')
+    return target.startswith(("__cublas", "__onednn$matmul"))
+
+
+def _sparse_attention_flops(instruction: Instruction) -> dict[str, float]:
+    """Two per score and feature of each product: scores and output forward; backward scores again,
+    the weights' gradient and the query's, or the key's and the value's."""
+    found = _SPARSE.search(instruction.attributes)
+    if found is None:
+        return {}
+    result = instruction.arrays()[0]
+    products = {"forward": 2, "dq": 3, "dkv": 4}[found.group(2)]
+    flops = 2.0 * products * int(found.group(1)) * result.shape[-1]
+    return {_DTYPES.get(result.dtype, result.dtype): flops}
 
 
 def _convolution_flops(computation: Computation, instruction: Instruction) -> dict[str, float]:

@@ -15,6 +15,7 @@ from jspeed.layout.rules import axes_of
 from jspeed.layout.zero import Role
 from jspeed.pipeline.executor import SCOPE
 from jspeed.planner.compiled import Compiled
+from jspeed.planner.costs import is_library_product
 from jspeed.planner.hlo import ArrayType, Instruction, array_types
 from jspeed.planner.origins import Origins
 from jspeed.planner.sources import Sources
@@ -197,7 +198,7 @@ def temporaries_at_peak(
         if instruction is None:
             found.append(Buffer(value.bytes, OTHER, written, ""))
             continue
-        if instruction.opcode == "custom-call" and value.index and value.index[0] > 0:
+        if is_library_product(instruction) and value.index and value.index[0] > 0:
             found.append(Buffer(value.bytes, OTHER, written, "workspace of a matrix product"))
             continue
         waiting = _waiting(sources.put(instruction, value.index), array)

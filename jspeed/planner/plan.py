@@ -15,6 +15,7 @@ from jspeed.config import Config, load_config
 from jspeed.engine import arguments
 from jspeed.engine.abstract_run import (
     abstract_facts,
+    attention_remark,
     check_attention,
     for_devices,
     idle_axes,
@@ -25,10 +26,10 @@ from jspeed.engine.batches import check_sequences
 from jspeed.engine.build import RunPlan, mesh_shape, plan_run
 from jspeed.engine.compilation import auto_facts, jit_step
 from jspeed.engine.pipeline import pipeline_of
+from jspeed.engine.sparse_attention import sets_pattern
 from jspeed.engine.state_explanation import explain_plan, microbatch_shapes
 from jspeed.layout.rules import axes_of
 from jspeed.layout.zero import Layout
-from jspeed.nn import language_model_loss
 from jspeed.nn.attention import STAND_IN
 from jspeed.pipeline.branches import check_branches
 from jspeed.pipeline.program import make_turns
@@ -99,9 +100,10 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
             "cuDNN's attention makes a mask of the documents, [rows, 1, sequence, sequence]: "
             f'{size:,} bytes of each layer\'s are not in this plan. "auto" makes none.'
         )
-    step = _Step(
-        config, factory.family, program, language_model_loss, run, microbatch, tokens, flops
-    )
+    attention = attention_remark(config)
+    if attention is not None:
+        remarks.append(attention)
+    step = _Step(config, factory.family, program, factory.loss_fn, run, microbatch, tokens, flops)
     return _plan(step, cluster, remarks)
 
 
@@ -144,7 +146,9 @@ def plan_model(
     check_callable(loss_fn, "loss_fn", ("model", "batch", "rng"))
     arguments.check_optimizer(optimizer)
     loaded = config if isinstance(config, Config) else load_config(config)
-    program = make_program(model, model_parameters, arguments.read_stacked(stacked))
+    program = make_program(
+        model, model_parameters, arguments.read_stacked(stacked), adapt=sets_pattern(loaded)
+    )
     loaded, devices = for_devices(loaded, cluster.gpus, remarks)
     mesh = cluster.mesh(mesh_shape(loaded, devices))
     loaded = loaded.resolve_auto(auto_facts(loaded, program, mesh))

@@ -7,7 +7,7 @@ carries parameters, mutable collections and random keys. Nothing here knows of d
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import flax.linen as linen
@@ -64,7 +64,11 @@ class Program(Protocol):
 
 
 def make_program(
-    model: Any, model_parameters: Any = None, stacked: tuple[str, ...] = ()
+    model: Any,
+    model_parameters: Any = None,
+    stacked: tuple[str, ...] = (),
+    *,
+    adapt: Callable[[nnx.Module | None], None] | None = None,
 ) -> Program:
     """Wraps an NNX module, a function `rngs -> NNX module`, a Linen module, or an `(init, apply)`
     pair.
@@ -76,12 +80,16 @@ def make_program(
       model_parameters: for Linen and pairs: the variables themselves, or a function `key ->
         variables`.
       stacked: regexes of parameters whose first dimension stacks layers.
+      adapt: sets attributes of the NNX module that is trained; called with None where the model is
+        none.
 
     Raises:
       ModelError: the model is none of these, has no parameters, or a Linen module comes without
         variables.
     """
     stacked = stacked or tuple(getattr(model, "stacked_parameters", ()))
+    if adapt is not None and isinstance(model, linen.Module | tuple):
+        adapt(None)
     if isinstance(model, linen.Module):
         return _linen_program(model, model_parameters, stacked)
     if isinstance(model, tuple) and len(model) == 2 and all(callable(part) for part in model):
@@ -96,8 +104,8 @@ def make_program(
             "model_parameters out; to start from other values, nnx.update(model, values) first."
         )
     if isinstance(model, nnx.Module):
-        return NnxProgram(model, None, stacked)
-    return NnxProgram(None, model, stacked)
+        return NnxProgram(model, None, stacked, adapt)
+    return NnxProgram(None, model, stacked, adapt)
 
 
 def _linen_program(

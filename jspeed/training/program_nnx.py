@@ -25,6 +25,7 @@ class NnxProgram:
       module: the module, if it exists already; it is never changed.
       create: the function `rngs -> module` otherwise.
       stacked: see `Program`.
+      adapt: sets attributes of each module that is made, or of a copy of the one that exists.
       logical_axes: see `Program`; read from the `logical_axes` that an `nnx.Param` carries.
       blueprint: the module, or what `create` makes with shapes for arrays.
     """
@@ -32,6 +33,7 @@ class NnxProgram:
     module: nnx.Module | None
     create: Any
     stacked: tuple[str, ...] = ()
+    adapt: Callable[[nnx.Module], None] | None = None
     logical_axes: Mapping[str, tuple[str, ...]] = field(init=False, repr=False)
     blueprint: nnx.Module = field(init=False, repr=False)
     _graph: Any = field(init=False, repr=False)
@@ -43,6 +45,9 @@ class NnxProgram:
         module = self.module
         if module is None:
             module = nnx.eval_shape(lambda: self._make(_streams(jax.random.key(0))))
+        elif self.adapt is not None:
+            module = nnx.merge(*nnx.split(module))  # a copy that shares the arrays
+            self.adapt(module)
         self.blueprint = module
         self._graph, self._params, self._rest = _split(module)
         self._random = _random_state(self._rest)
@@ -63,6 +68,8 @@ class NnxProgram:
                 f"model is a function that returned {type(module).__name__}; expected a Flax NNX "
                 "module."
             )
+        if self.adapt is not None:
+            self.adapt(module)
         return module
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:

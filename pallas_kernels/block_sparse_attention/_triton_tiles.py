@@ -186,6 +186,11 @@ def store(ref: Any, *index: Any, value: jax.Array, keep: jax.Array) -> None:
     _compat.triton.store(ref.at[index], value.astype(ref.dtype), mask=keep)
 
 
+def remainder(value: jax.Array, dtype: Any) -> jax.Array:
+    """What rounding a float32 value to a dtype leaves out."""
+    return value - value.astype(dtype).astype(jnp.float32)
+
+
 def columns_of(shape: Shape) -> tuple[jax.Array, jax.Array | None]:
     """The columns of a head `[1, columns]`, and which exist: None if all do."""
     column = jnp.arange(shape.columns, dtype=jnp.int32)[None, :]
@@ -252,8 +257,8 @@ def store_rows(
 ) -> None:
     """Writes a resident tile's `(array, value)`: to the array, or of a cut row to its part.
 
-    Values `[resident]` or `[resident, columns]`; `parts` are of the same order, and none if the
-    lists cut no row.
+    Values `[resident]` or `[resident, columns]`; `parts` are those of the first results, which the
+    others follow from, and none if the lists cut no row.
     """
     item = pl.program_id(0)
     row, keep = rows_of(items[item, 0], walk, shape)
@@ -265,7 +270,8 @@ def store_rows(
         if value.ndim == 2:
             index, of_part = (row[:, None], column), (own[:, None], column)
             exists = both(keep_column, keep[:, None])
-        if parts:
+        if at < len(parts):
             store(parts[at], jnp.maximum(part, 0), *of_part, value=value, keep=exists & (part >= 0))
+        if parts:
             exists = exists & (part < 0)
         store(ref, *index, value=value, keep=exists)

@@ -108,7 +108,8 @@ def _attend(
 
 def _forward(shape: Shape, walks: tuple[Walk, ...], layout: BlockLayout, lists, names, q, k, v):
     out, sums = forward(q, k, v, names, layout=layout, shape=shape)
-    return out, (lists, names, q, k, v, out, sums)
+    # Without a remainder: what the forward kernel rounded off its result is not known here.
+    return out, (lists, names, q, k, v, out, sums, None)
 
 
 def _backward(shape: Shape, walks: tuple[Walk, ...], layout: BlockLayout, saved, grad):

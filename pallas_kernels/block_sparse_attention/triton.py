@@ -1,7 +1,11 @@
 """Block-sparse attention by Pallas' Triton kernels, for GPUs of compute capability 8.0 and above.
 
 Arrays are read where they lie, without transposed or padded copies. Saved for the backward pass
-are the arguments, the output and 4 bytes per query and head.
+are the arguments, the output, what its rounding left out, and 4 bytes per query and head.
+
+The remainder is for delta, the product of the output and its gradient (FlashAttention takes the
+rounded output): where few keys have all the weight, delta nearly cancels against what it is
+subtracted from, and gradients in bfloat16 would be off by one in a hundred.
 """
 
 from __future__ import annotations
@@ -110,14 +114,19 @@ def _attend(shape: Shape, walks: tuple[Walk, ...], lists, names, q, k, v) -> jax
 
 
 def _forward(shape: Shape, walks: tuple[Walk, ...], lists, names, q, k, v):
-    out, sums = forward(q, k, v, names, lists[0], shape=shape, walk=walks[0])
-    return out, (lists, names, q, k, v, out, sums)
+    remainder = q.dtype != jnp.float32
+    out, sums, rest = forward(
+        q, k, v, names, lists[0], shape=shape, walk=walks[0], remainder=remainder
+    )
+    return out, (lists, names, q, k, v, out, sums, rest)
 
 
 def backward(shape: Shape, walks: tuple[Walk, ...], saved, grad):
-    lists, names, q, k, v, out, sums = saved
-    products = grad.astype(jnp.float32) * out.astype(jnp.float32)
-    delta = jnp.sum(products, axis=-1).transpose(0, 2, 1)
+    lists, names, q, k, v, out, sums, rest = saved
+    exact = out.astype(jnp.float32)
+    if rest is not None:
+        exact = exact + rest.astype(jnp.float32)
+    delta = jnp.sum(grad.astype(jnp.float32) * exact, axis=-1).transpose(0, 2, 1)
     arguments = (q, k, v, grad, sums, delta, names)
     dq = query_gradient(*arguments, lists[1], shape=shape, walk=walks[1])
     dk, dv = key_gradients(*arguments, lists[2], shape=shape, walk=walks[2])

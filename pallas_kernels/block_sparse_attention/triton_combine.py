@@ -8,6 +8,7 @@ that each of them normalized by; gradients are added. Parts are read once: per c
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,41 +25,39 @@ def combine_attention(
     cuts: tiles.ArrayLike,
     parts: jax.Array,
     part_sums: jax.Array,
-    out: jax.Array,
-    sums: jax.Array,
+    whole: Sequence[jax.Array],
     *,
     shape: Shape,
-) -> tuple[jax.Array, jax.Array]:
-    """The output and log-sum-exp of `forward`, with those of the cut rows filled in.
+) -> list[jax.Array]:
+    """The results of `forward`, with those of the cut rows filled in.
 
     Args:
       cuts: of `WorkLists`.
       parts: float32 `[batch, heads, parts, resident, dim]`.
       part_sums: float32 `[batch, heads, parts, resident]`, base 2; -`MASKED` of an empty row.
-      out: `[batch, sequence, heads, dim]`, overwritten.
-      sums: float32 `[batch, heads, sequence]`, overwritten.
+      whole: output, log-sum-exp and, or not, remainder; overwritten.
       shape: as it says.
     """
     chunks = parts.shape[3] // ROWS
-    out, sums = tiles.call(
+    kinds: tuple[tiles.Kind, ...] = ("query", "query sums", "query")
+    kinds = kinds[: len(whole)]
+    return tiles.call(
         functools.partial(_combine, chunks=chunks, shape=shape),
         [
             ("list", cuts),
             ("parts", parts),
             ("part sums", part_sums),
-            ("query", out),
-            ("query sums", sums),
+            *zip(kinds, whole, strict=True),
         ],
-        [("query", _like(out)), ("query sums", _like(sums))],
+        [(kind, _like(array)) for kind, array in zip(kinds, whole, strict=True)],
         name="block_sparse_attention_combine",
         items=cuts.shape[1] * chunks,
         shape=shape,
         by="query",
         warps=4,
         stages=2,
-        aliases={3: 0, 4: 1},
+        aliases={3 + i: i for i in range(len(whole))},
     )
-    return out, sums
 
 
 def add_parts(
@@ -92,7 +91,8 @@ def _rows(cuts, chunks: int, shape: Shape):
     return own, row, row < shape.sequence, cuts[cut, 1], cuts[cut, 1] + cuts[cut, 2]
 
 
-def _combine(cuts, parts, part_sums, _out, _sums, out, sums, *, chunks: int, shape: Shape) -> None:
+def _combine(cuts, parts, part_sums, *whole, chunks: int, shape: Shape) -> None:
+    out, sums, *rests = whole[len(whole) // 2 :]  # the first half is what they overwrite
     own, row, keep_row, start, end = _rows(cuts, chunks, shape)
     column, keep = tiles.columns_of(shape)
 
@@ -115,7 +115,11 @@ def _combine(cuts, parts, part_sums, _out, _sums, out, sums, *, chunks: int, sha
     # Rows that only fill up have no parts; they do not exist, but a division by 0 would be seen.
     total = jnp.maximum(total, 1.0)
     exists = tiles.both(keep, keep_row[:, None])
-    tiles.store(out, row[:, None], column, value=acc / total[:, None], keep=exists)
+    result = acc / total[:, None]
+    tiles.store(out, row[:, None], column, value=result, keep=exists)
+    for rest in rests:
+        left = tiles.remainder(result, rest.dtype)
+        tiles.store(rest, row[:, None], column, value=left, keep=exists)
     some = top > MASKED / 2
     tiles.store(sums, row, value=jnp.where(some, top + jnp.log2(total), -MASKED), keep=keep_row)
 

@@ -28,8 +28,9 @@ def forward(
     *,
     shape: Shape,
     walk: Walk,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the output and the log-sum-exp, base 2, of the scores of each row.
+    remainder: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Returns the output, the log-sum-exp, base 2, of each row's scores, and the remainder.
 
     Args:
       q: `[batch, sequence, heads, dim]`, bfloat16, float16 or float32.
@@ -37,21 +38,27 @@ def forward(
       names: of queries and of keys, int32 `[batch, sequence]` each; only equal ones meet.
       lists: of `query_lists`.
       shape, walk: what they say.
+      remainder: whether to return what the output's rounding left out.
 
     Returns:
-      The output, as `q`, and float32 `[batch, heads, sequence]`: -`MASKED` where a row attends to
-      nothing.
+      The output, as `q`; float32 `[batch, heads, sequence]`, -`MASKED` where a row attends to
+      nothing; the remainder, as `q`, or None.
     """
     batch, parts = q.shape[0], (walk.parts, walk.tile.resident)
     results: list[tuple[tiles.Kind, jax.ShapeDtypeStruct]] = [
         ("query", jax.ShapeDtypeStruct(q.shape, q.dtype)),
         ("query sums", _float32(batch, shape.heads, shape.sequence)),
     ]
+    if remainder:
+        results.append(("query", jax.ShapeDtypeStruct(q.shape, q.dtype)))
     if walk.parts:
         results.append(("parts", _float32(batch, shape.heads, *parts, shape.dim)))
         results.append(("part sums", _float32(batch, shape.heads, *parts)))
-    out, sums, *cut = tiles.call(
-        functools.partial(_kernel, shape=shape, walk=walk, named=names is not None),
+    kernel = functools.partial(
+        _kernel, shape=shape, walk=walk, named=names is not None, remainder=remainder
+    )
+    arrays = tiles.call(
+        kernel,
         [
             *(("list", array) for array in (lists.items, lists.blocks, lists.bits)),
             *(("names", array) for array in names or ()),
@@ -67,17 +74,21 @@ def forward(
         warps=walk.tile.warps,
         stages=walk.tile.stages,
     )
+    whole, cut = arrays[: 2 + remainder], arrays[2 + remainder :]
     if walk.parts:
-        out, sums = combine_attention(lists.cuts, cut[0], cut[1], out, sums, shape=shape)
-    return out, sums
+        whole = combine_attention(lists.cuts, cut[0], cut[1], whole, shape=shape)
+    return whole[0], whole[1], whole[2] if remainder else None
 
 
 def _float32(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def _kernel(items, blocks, bits, *refs, shape: Shape, walk: Walk, named: bool) -> None:
-    names, (q, k, v, out, sums, *parts) = refs[: 2 * named], refs[2 * named :]
+def _kernel(
+    items, blocks, bits, *refs, shape: Shape, walk: Walk, named: bool, remainder: bool
+) -> None:
+    names, (q, k, v, out, sums, *more) = refs[: 2 * named], refs[2 * named :]
+    rests, parts = more[:remainder], more[remainder:]
     column, keep = tiles.columns_of(shape)
     row, keep_row = tiles.rows_of(items[pl.program_id(0), 0], walk, shape)
     queries = tiles.load(q, row[:, None], column, keep=tiles.both(keep, keep_row[:, None]))
@@ -116,5 +127,7 @@ def _kernel(items, blocks, bits, *refs, shape: Shape, walk: Walk, named: bool) -
     some = total > 0
     total = jnp.where(some, total, 1.0)
     log_sum = jnp.where(some, top * shape.factor + jnp.log2(total), -MASKED)
-    results = [(out, acc / total[:, None]), (sums, log_sum)]
+    result = acc / total[:, None]
+    results = [(out, result), (sums, log_sum)]
+    results += [(rest, tiles.remainder(result, rest.dtype)) for rest in rests]
     tiles.store_rows(results, parts, items, walk=walk, shape=shape)

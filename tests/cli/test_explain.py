@@ -103,9 +103,9 @@ def test_no_line_is_longer_than_the_terminal(width: int) -> None:
 
 
 def test_keys_that_are_not_built_yet_are_said_to_be_missing_from_the_figures() -> None:
-    text = " ".join(shown(explained(sparse_attention={})).split())
+    text = " ".join(shown(explained(comet={"enabled": True})).split())
     assert (
-        'Not built yet: not in these figures, and training refuses it: "sparse_attention": {}'
+        'Not built yet: not in these figures, and training refuses it: "comet.enabled": true'
         in text
     )
 

@@ -149,9 +149,6 @@ def test_warm_up_takes_two_steps_at_least():
         ({"optimizer": {"type": "onebitadam", "params": {"freeze_step": 7}}},
          '"optimizer.type": "OneBitAdam": 1-bit optimizers (compressed communication) are not '
          "built yet. Switch it off to train."),
-        ({"sparse_attention": {}},
-         '"sparse_attention": {}: block-sparse attention is not built yet. Switch it off to '
-         "train."),
     ],
 )  # fmt: skip
 def test_later_features_load_but_do_not_train(tree, message):
@@ -182,7 +179,6 @@ def test_every_later_feature_of_a_file_is_listed_once_with_its_line():
         "data_efficiency.enabled",
         "elasticity.enabled",
         "flops_profiler.enabled",
-        "sparse_attention",
         "comet.enabled",
     ]
     assert all(line.endswith(")") and "(line " in line for line in str(error.value).split("\n"))

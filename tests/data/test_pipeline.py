@@ -202,9 +202,9 @@ def test_batches_are_read_ahead_by_one_thread(counting: Make):
     dataset = counting(TOKENS)
     names = []
     make = dataset._make_batch
-    dataset._make_batch = lambda windows: (  # type: ignore[method-assign]
+    dataset._make_batch = lambda *windows, **masking: (  # type: ignore[method-assign]
         names.append(threading.current_thread().name),
-        make(windows),
+        make(*windows, **masking),
     )[1]
     iterator = dataset.train_iterator(2)
     next(iterator)

@@ -144,3 +144,17 @@ def test_what_is_computed_again_changes_no_gradient(family, platform, recomputed
         gradients[recomputed],
     )
     assert kept[recomputed] < kept[()]
+
+
+def test_of_sparse_attention_only_active_blocks_count():
+    """A window of 3 blocks on 4 has 7 of 16 in the lower triangle, and 10 in all."""
+    window = {"kind": "local_sliding_window", "block": 16}
+    for family, active in (("gpt2", 7), ("llama", 7), ("bert", 10)):
+        more = {"family": family, "sequence_length": 64}
+        dense, sparse = factory(**more), factory(**more, attention=window)
+        products = dense.product_flops_per_token()
+        assert sparse.product_flops_per_token() == products
+        attention = dense.flops_per_token(64) - products
+        assert sparse.share_of_scores(64) == active / 16
+        assert sparse.flops_per_token(64) == products + attention * active / 16
+        assert dense.share_of_scores(64) == 1.0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from flax import nnx
 
-from jspeed.models import GPT2, GPT2Config, Llama, LlamaConfig
+from jspeed.models import GPT2, Bert, BertConfig, GPT2Config, Llama, LlamaConfig
 from jspeed.nn import LOGICAL_AXES, LogicalAxes
 
 GPT2_CONFIG = GPT2Config(
@@ -26,16 +28,28 @@ LLAMA_CONFIG = LlamaConfig(
     intermediate_size=8,
     head_dim=4,
 )
+BERT_CONFIG = BertConfig(**{**dataclasses.asdict(GPT2_CONFIG), "token_types": 3})
 # What each name measures in the shapes above.
 SIZES = {
     GPT2: {"layers": 2, "embed": 6, "qkv": 3, "heads": 6, "mlp": 8, "vocab": 11, "position": 5},
+    Bert: {
+        "layers": 2,
+        "embed": 6,
+        "qkv": 3,
+        "heads": 6,
+        "mlp": 8,
+        "vocab": 11,
+        "position": 5,
+        "type": 3,
+    },
     Llama: {"layers": 2, "embed": 6, "heads": 24, "kv_heads": 8, "mlp": 8, "vocab": 11},
 }
 
 
 def make(family: type[nnx.Module]) -> nnx.Module:
     rngs = nnx.Rngs(0)
-    return GPT2(GPT2_CONFIG, rngs=rngs) if family is GPT2 else Llama(LLAMA_CONFIG, rngs=rngs)
+    configs = {GPT2: GPT2_CONFIG, Bert: BERT_CONFIG, Llama: LLAMA_CONFIG}
+    return family(configs[family], rngs=rngs)
 
 
 def parameters(model: nnx.Module) -> dict[str, nnx.Variable]:
@@ -47,7 +61,7 @@ def names(model: nnx.Module) -> dict[str, LogicalAxes]:
     return {path: leaf.get_metadata("logical_axes") for path, leaf in parameters(model).items()}
 
 
-@pytest.mark.parametrize("family", [GPT2, Llama])
+@pytest.mark.parametrize("family", list(SIZES))
 def test_a_name_for_every_dimension_and_of_its_size(family: type[nnx.Module]) -> None:
     model = nnx.eval_shape(lambda: make(family))
     sizes = {**SIZES[family], "norm": 6}
@@ -59,7 +73,7 @@ def test_a_name_for_every_dimension_and_of_its_size(family: type[nnx.Module]) ->
 
 
 def test_every_name_of_the_vocabulary_is_used() -> None:
-    models = [nnx.eval_shape(lambda family=family: make(family)) for family in (GPT2, Llama)]
+    models = [nnx.eval_shape(lambda family=family: make(family)) for family in SIZES]
     used = {name for model in models for axes in names(model).values() for name in axes}
     assert used == set(LOGICAL_AXES)
 
@@ -75,7 +89,7 @@ def test_names_of_a_few() -> None:
     assert llama["blocks/mlp/down/kernel"] == ("layers", "mlp", "embed")
 
 
-@pytest.mark.parametrize("family", [GPT2, Llama])
+@pytest.mark.parametrize("family", list(SIZES))
 def test_names_survive_a_split_and_a_merge(family: type[nnx.Module]) -> None:
     model = make(family)
     assert names(nnx.merge(*nnx.split(model))) == names(model)

@@ -10,78 +10,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jspeed.models.gpt2.config import GPT2Config
-from jspeed.nn import (
-    LayerNorm,
-    Linear,
-    LogicalAxes,
-    causal_attention,
-    embed,
-    gelu,
-    scan_layers,
-    split_sequence,
-    stack_layers,
-)
-from jspeed.nn.attention import Implementation
-from jspeed.nn.attention_island import preferred_order
-from jspeed.nn.sequence import SequenceOrder, SequenceParallel
+from jspeed.nn import LayerNorm, LogicalAxes, embed, scan_layers, split_sequence, stack_layers
+from jspeed.nn.sequence import SequenceOrder
 from jspeed.nn.tiling import in_chunks
+from jspeed.nn.transformer import MLP, Attention
 
 _STDDEV = 0.02
-
-
-class Attention(nnx.Module):
-    """Multi-head causal self-attention with one fused projection."""
-
-    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs) -> None:
-        width = config.hidden_size
-        # Residual projections start smaller by the root of their number (GPT-2, section 2.3).
-        residual = _STDDEV / math.sqrt(2 * config.layers)
-        linear = functools.partial(
-            Linear, bias=True, rngs=rngs, sequence_sharding=config.sequence_sharding
-        )
-        qkv, proj = ("embed", "qkv", "heads"), ("heads", "embed")
-        self.qkv = linear(width, 3, width, axes=qkv, stddev=_STDDEV)
-        self.proj = linear(width, width, axes=proj, stddev=residual)
-        self.heads = config.heads
-        self.implementation: Implementation = config.attention
-        self.sequence_parallel: SequenceParallel = config.sequence_parallel
-
-    def __call__(
-        self, x: jax.Array, segment_ids: jax.Array | None, order: SequenceOrder = "natural"
-    ) -> jax.Array:
-        batch, seq, width = x.shape
-        query, key, value = (
-            part.reshape(batch, seq, self.heads, width // self.heads)
-            for part in jnp.unstack(self.qkv(x), axis=2)
-        )
-        out = causal_attention(
-            query,
-            key,
-            value,
-            segment_ids=segment_ids,
-            implementation=self.implementation,
-            sequence_parallel=self.sequence_parallel,
-            order=order,
-        )
-        return self.proj(out.reshape(batch, seq, width))
-
-
-class MLP(nnx.Module):
-    """Two projections with GELU between (tanh form, as GPT-2 was trained)."""
-
-    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs) -> None:
-        width, inner = config.hidden_size, config.intermediate_size
-        residual = _STDDEV / math.sqrt(2 * config.layers)
-        linear = functools.partial(
-            Linear, bias=True, rngs=rngs, sequence_sharding=config.sequence_sharding
-        )
-        fc, proj = ("embed", "mlp"), ("mlp", "embed")
-        self.fc = linear(width, inner, axes=fc, stddev=_STDDEV)
-        self.proj = linear(inner, width, axes=proj, stddev=residual)
-        self.recompute = "activation" in config.recompute
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.proj(gelu(self.fc(x), recompute=self.recompute))
 
 
 class Block(nnx.Module):
@@ -91,11 +25,14 @@ class Block(nnx.Module):
         self.ln_1 = LayerNorm(
             config.hidden_size, epsilon=config.norm_epsilon, recompute="norm" in config.recompute
         )
-        self.attn = Attention(config, rngs=rngs)
+        # Residual projections start smaller by the root of their number (GPT-2, section 2.3).
+        residual = _STDDEV / math.sqrt(2 * config.layers)
+        start = {"stddev": _STDDEV, "residual_stddev": residual}
+        self.attn = Attention(config, causal=True, **start, rngs=rngs)
         self.ln_2 = LayerNorm(
             config.hidden_size, epsilon=config.norm_epsilon, recompute="norm" in config.recompute
         )
-        self.mlp = MLP(config, rngs=rngs)
+        self.mlp = MLP(config, **start, rngs=rngs)
         self.mlp_chunk_size = config.mlp_chunk_size
         self.dropout = nnx.Dropout(config.dropout, rngs=rngs) if config.dropout else None
         self.sequence_sharding = config.sequence_sharding
@@ -166,8 +103,7 @@ class GPT2(nnx.Module):
 
     def token_order(self, length: int) -> SequenceOrder:
         """The order of the tokens of a sequence in which attention moves least."""
-        attention = self.blocks.attn
-        return preferred_order(attention.sequence_parallel, heads=attention.heads, length=length)
+        return self.blocks.attn.token_order(length)
 
     def head(self) -> jax.Array:
         """The output projection `[features, vocabulary]`."""

@@ -13,9 +13,9 @@ from jspeed.nn import (
     Linear,
     LogicalAxes,
     RMSNorm,
-    causal_attention,
     embed,
     scan_layers,
+    self_attention,
     split_sequence,
     stack_layers,
     swiglu,
@@ -25,11 +25,12 @@ from jspeed.nn.attention_island import preferred_order
 from jspeed.nn.rope import apply_rope, rope_frequencies
 from jspeed.nn.sequence import SequenceOrder, SequenceParallel
 from jspeed.nn.tiling import in_chunks
+from jspeed.nn.transformer import PatternedAttention
 
 _STDDEV = 0.02
 
 
-class Attention(nnx.Module):
+class Attention(PatternedAttention):
     """Causal self-attention in which groups of query heads share one key and value head."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
@@ -52,6 +53,7 @@ class Attention(nnx.Module):
         self.o = linear(config.heads * dim, width, ("heads", "embed"))
         self.heads, self.kv_heads, self.dim = config.heads, config.kv_heads, dim
         self.theta, self.scaling = config.rope_theta, config.rope_scaling
+        self.causal, self.pattern = True, config.pattern
         self.implementation: Implementation = config.attention
         self.sequence_parallel: SequenceParallel = config.sequence_parallel
 
@@ -67,16 +69,24 @@ class Attention(nnx.Module):
         q = self.q(x).reshape(batch, seq, self.heads, self.dim)
         k = self.k(x).reshape(batch, seq, self.kv_heads, self.dim)
         v = self.v(x).reshape(batch, seq, self.kv_heads, self.dim)
-        out = causal_attention(
+        out = self_attention(
             apply_rope(q, positions, frequencies),
             apply_rope(k, positions, frequencies),
             v,
+            causal=self.causal,
+            pattern=self.pattern,
             segment_ids=segment_ids,
             implementation=self.implementation,
             sequence_parallel=self.sequence_parallel,
             order=order,
         )
         return self.o(out.reshape(batch, seq, self.heads * self.dim))
+
+    def token_order(self, length: int) -> SequenceOrder:
+        """The order of the tokens of a sequence in which attention moves least."""
+        if self.pattern is not None:
+            return "natural"
+        return preferred_order(self.sequence_parallel, heads=self.heads, length=length)
 
 
 class MLP(nnx.Module):
@@ -189,8 +199,7 @@ class Llama(nnx.Module):
 
     def token_order(self, length: int) -> SequenceOrder:
         """The order of the tokens of a sequence in which attention moves least."""
-        attention = self.blocks.attn
-        return preferred_order(attention.sequence_parallel, heads=attention.heads, length=length)
+        return self.blocks.attn.token_order(length)
 
     def head(self) -> jax.Array:
         """The output projection `[features, vocabulary]`."""

@@ -113,13 +113,15 @@ class Bounds:
         return make_program(self._factory)
 
     def _compute_seconds(self, candidate: Candidate, config: Config, laid_out: _LaidOut) -> float:
-        """Attention is counted causal, and what remat computes again without attention and without
+        """Causal attention is counted so; what remat computes again, without attention and without
         the last product of each layer, whose result nothing needs."""
         model, length = self._factory, sequence_length(config)
         shape = model.config
-        products = model.flops_per_token(0)
+        products = model.product_flops_per_token()
         head = 6.0 * shape.hidden_size * shape.vocab_size
-        layers = products + (model.flops_per_token(length) - products) / 2 - head
+        attention = model.flops_per_token(length) - products
+        halved = model.causal and shape.pattern is None  # a pattern's share is that of the triangle
+        layers = products + attention / (2 if halved else 1) - head
         forward = layers / 3
         if candidate.remat == "full":
             last = 2.0 * shape.layers * shape.hidden_size * shape.intermediate_size

@@ -49,9 +49,12 @@ def longformer(block, seq):
     return BSLongformer(block=block).layout(1, seq)
 
 
-@pytest.mark.parametrize("kind", ["NVIDIA A100-SXM4-80GB", "NVIDIA H200"])
 @pytest.mark.parametrize(
-    ("dtype", "dim"), [*((one, 64) for one in DTYPES), *(("bfloat16", dim) for dim in DIMS[1:])]
+    ("dtype", "dim", "kind"),
+    [
+        *((one, 64, "NVIDIA H200") for one in DTYPES),
+        *(("bfloat16", dim, "NVIDIA A100-SXM4-80GB") for dim in DIMS[1:]),
+    ],
 )
 def test_lowers_for_cuda(dtype, dim, kind):
     """Without GPU, driver and plugin: each kernel becomes a call that XLA compiles."""
@@ -115,8 +118,16 @@ def test_no_spills_in_the_chosen_tiles(target, dtype, dim, block):
 
 
 @pytest.mark.gpu_target
-@pytest.mark.parametrize("target", TENSOR_CORES)
-@pytest.mark.parametrize("dim", [64, pytest.param(256, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("target", "dim"),
+    [
+        ("h200", 64),
+        *(
+            pytest.param(target, dim, marks=pytest.mark.slow)
+            for target, dim in (("a100-80", 64), ("a100-80", 256), ("h200", 256))
+        ),
+    ],
+)
 def test_no_spills_where_rows_are_cut(target, dim):
     seq = 64 * 256
     run = functools.partial(forward_and_backward, layout=longformer(64, seq), causal=False)
@@ -127,14 +138,17 @@ def test_no_spills_where_rows_are_cut(target, dim):
 
 @pytest.mark.gpu_target
 def test_no_temporaries_but_those_announced():
-    """The log-sum-exp and delta, 4 bytes per query and head each; rows of 7 tiles are not cut."""
+    """The log-sum-exp and delta, 4 bytes per query and head each, and what rounding the output left
+    out, 2 per element; rows of 7 tiles are not cut."""
     seq, heads = 8192, 4
     layout = LocalSlidingWindow(block=64, num_sliding_window_blocks=7).layout(1, seq)
     q, k, v, grad, *_ = shapes(seq, heads=heads)
     run = functools.partial(forward_and_backward, layout=layout)
     _, program = compiled("h200", run, q, k, v, grad, None, None)
-    sums = 4 * seq * heads
-    assert 2 * sums <= program.memory_analysis().temp_size_in_bytes <= 2 * sums + 4096
+    announced = (4 + 4 + 2 * 64) * seq * heads
+    # XLA may put the remainder where dq is written later.
+    sums = 2 * 4 * seq * heads
+    assert sums <= program.memory_analysis().temp_size_in_bytes <= announced + 4096
 
 
 @pytest.mark.gpu_target
@@ -157,8 +171,8 @@ def test_memory_of_64k_tokens():
     scores = 4 * 65536**2 * heads
     assert temporaries[65536] < scores / 50
     assert temporaries[65536] < 2.1 * temporaries[32768]
-    # Sums, and the parts of the global rows and columns: less than one array like `q`.
-    assert temporaries[65536] < 2 * 65536 * heads * 64
+    # A remainder like `q`, sums, and the parts of the global rows and columns.
+    assert temporaries[65536] < 1.5 * 2 * 65536 * heads * 64
 
 
 @pytest.mark.gpu_target

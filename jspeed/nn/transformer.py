@@ -1,0 +1,125 @@
+"""The two halves of a block as GPT-2 and BERT have them: attention with one fused projection, and
+two projections with GELU between."""
+
+from __future__ import annotations
+
+import functools
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jspeed.nn.activations import gelu
+from jspeed.nn.attention import Implementation, self_attention
+from jspeed.nn.attention_island import preferred_order
+from jspeed.nn.attention_sparse import Pattern
+from jspeed.nn.blocks import Linear
+from jspeed.nn.recompute import Recomputed
+from jspeed.nn.sequence import SequenceOrder, SequenceParallel
+
+
+class BlockShape(Protocol):
+    """What the configurations of the families have in common."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def attention(self) -> Implementation: ...
+    @property
+    def sequence_parallel(self) -> SequenceParallel: ...
+    @property
+    def pattern(self) -> Pattern | None: ...
+    @property
+    def recompute(self) -> tuple[Recomputed, ...]: ...
+    @property
+    def sequence_sharding(self) -> bool: ...
+
+
+class PatternedAttention(nnx.Module):
+    """Attention that may follow a pattern, which `sparse_attention` of a configuration sets where
+    the module has none.
+
+    Attributes:
+      pattern: which blocks of tokens see each other; None: all.
+      causal: a token sees nothing after it.
+    """
+
+    pattern: Pattern | None
+    causal: bool
+
+
+class Attention(PatternedAttention):
+    """Multi-head self-attention with one fused projection."""
+
+    def __init__(
+        self,
+        config: BlockShape,
+        *,
+        causal: bool,
+        stddev: float,
+        residual_stddev: float,
+        rngs: nnx.Rngs,
+    ) -> None:
+        width = config.hidden_size
+        linear = functools.partial(
+            Linear, bias=True, rngs=rngs, sequence_sharding=config.sequence_sharding
+        )
+        qkv, proj = ("embed", "qkv", "heads"), ("heads", "embed")
+        self.qkv = linear(width, 3, width, axes=qkv, stddev=stddev)
+        self.proj = linear(width, width, axes=proj, stddev=residual_stddev)
+        self.heads = config.heads
+        self.causal = causal
+        self.pattern = config.pattern
+        self.implementation: Implementation = config.attention
+        self.sequence_parallel: SequenceParallel = config.sequence_parallel
+
+    def __call__(
+        self, x: jax.Array, segment_ids: jax.Array | None, order: SequenceOrder = "natural"
+    ) -> jax.Array:
+        batch, seq, width = x.shape
+        query, key, value = (
+            part.reshape(batch, seq, self.heads, width // self.heads)
+            for part in jnp.unstack(self.qkv(x), axis=2)
+        )
+        out = self_attention(
+            query,
+            key,
+            value,
+            causal=self.causal,
+            pattern=self.pattern,
+            segment_ids=segment_ids,
+            implementation=self.implementation,
+            sequence_parallel=self.sequence_parallel,
+            order=order,
+        )
+        return self.proj(out.reshape(batch, seq, width))
+
+    def token_order(self, length: int) -> SequenceOrder:
+        """The order of the tokens of a sequence in which attention moves least."""
+        if self.pattern is not None or not self.causal:
+            return "natural"
+        return preferred_order(self.sequence_parallel, heads=self.heads, length=length)
+
+
+class MLP(nnx.Module):
+    """Two projections with GELU between (tanh form, as GPT-2 and BERT were trained)."""
+
+    def __init__(
+        self, config: BlockShape, *, stddev: float, residual_stddev: float, rngs: nnx.Rngs
+    ) -> None:
+        width, inner = config.hidden_size, config.intermediate_size
+        linear = functools.partial(
+            Linear, bias=True, rngs=rngs, sequence_sharding=config.sequence_sharding
+        )
+        fc, proj = ("embed", "mlp"), ("mlp", "embed")
+        self.fc = linear(width, inner, axes=fc, stddev=stddev)
+        self.proj = linear(inner, width, axes=proj, stddev=residual_stddev)
+        self.recompute = "activation" in config.recompute
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.proj(gelu(self.fc(x), recompute=self.recompute))
