@@ -126,7 +126,10 @@ def _queries_gradient(
         scores = walker.hide(at, _dot("nqd,nkd->nqk", at.own(q_tiles), keys) * scale)
         weights = jnp.exp(scores - at.own(lse_tiles)[..., None])
         dweights = _dot("nqd,nkd->nqk", at.own(dout_tiles), at.other(v_tiles))
-        delta = (weights * dweights).sum(-1)
+        # The log-sum-exp is rounded, so weights sum up to 1 only nearly; where one key has most of
+        # the weight that would not cancel.
+        total = weights.sum(-1)
+        delta = (weights * dweights).sum(-1) / jnp.where(total > 0, total, 1)
         dscores = weights * (dweights - delta[..., None]) * scale
         return _dot("nqk,nkd->nqd", dscores.astype(k.dtype), keys).astype(q.dtype), delta
 

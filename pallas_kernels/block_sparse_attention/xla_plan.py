@@ -21,7 +21,7 @@ _MOST_CELLS = 1.5  # computed, per active one, for the sake of larger tiles
 # than this share of all cells, and more than so many cells.
 _MOST_GROUPS = 4
 _WASTE = 0.08
-_SMALL = 1 << 20
+_SMALL = 1 << 18
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -194,13 +194,14 @@ def _choose_tile(
 
     A cell of the scores, in fp32, is read or written 5 times and takes 4 * dim FLOPs (56 FLOPs
     weighing as much as moving 4 bytes); what a list names (`fetched`: 0 queries, 1 keys), two
-    arrays, is read where it lies, written side by side and read again.
+    arrays, is read where it lies, written side by side and read again. 500 more are for a pair of
+    tiles: its numbers and its mask.
     """
 
     def cost(tile: tuple[int, int]) -> float:
         cells = group * tile[0] * tile[1] * block**2
         fetch = 6 * itemsize / 4 * dim * tile[fetched] * block * (1 if fetched else group)
-        return counts[tile] * (cells * (5 + dim / 14) + fetch)
+        return counts[tile] * (cells * (5 + dim / 14) + fetch + 500)
 
     most = _MOST_CELLS * counts[1, 1]
     return min((tile for tile in counts if counts[tile] * tile[0] * tile[1] <= most), key=cost)
@@ -214,7 +215,8 @@ def _widths(lengths: np.ndarray, small: int) -> list[int]:
     """
     if not len(lengths):
         return []
-    step = -(-int(lengths.max()) // 64)  # some 64 lengths to choose from are enough
+    # To choose from: all lengths below 32, and 16 between each power of two and the next.
+    step = 2 ** np.maximum(np.log2(lengths).astype(int) - 4, 0)
     at_most = np.unique(np.minimum(-(-lengths // step) * step, lengths.max()))
     bucket = np.searchsorted(at_most, lengths)
     number = np.bincount(bucket).cumsum()

@@ -12,8 +12,8 @@ import numpy as np
 
 from pallas_kernels.block_sparse_attention.xla_plan import Group, Walk
 
-_ELEMENTS = 1 << 22
-"""That the arrays of one part of a walk have, about: 16 MiB in fp32."""
+_ELEMENTS = 1 << 23
+"""That the arrays of one part of a walk have, about: 32 MiB in fp32."""
 
 
 @dataclasses.dataclass(frozen=True)
