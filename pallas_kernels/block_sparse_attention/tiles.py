@@ -80,7 +80,7 @@ TABLE: dict[Generation, dict[tuple[int, int], dict[Kernel, dict[int, Tile]]]] = 
         (256, 4): {
             "forward": {16: Tile(32, 32, 8, 2)},
             "dq": {16: Tile(32, 32, 8, 2)},
-            "dkv": {16: Tile(16, 16, 4, 2), 32: Tile(32, 32, 8, 2)},
+            "dkv": {16: Tile(16, 16, 8, 2), 32: Tile(32, 32, 8, 2)},
         },
     },
     "ampere": {
@@ -100,7 +100,7 @@ TABLE: dict[Generation, dict[tuple[int, int], dict[Kernel, dict[int, Tile]]]] = 
             "dkv": {16: Tile(32, 32, 8, 2)},
         },
         (64, 4): {
-            "forward": {16: Tile(64, 32, 8, 2)},
+            "forward": {16: Tile(32, 32, 4, 2), 64: Tile(64, 32, 8, 2)},
             "dq": {16: Tile(64, 32, 8, 2)},
             "dkv": {16: Tile(64, 32, 8, 2)},
         },
@@ -110,9 +110,9 @@ TABLE: dict[Generation, dict[tuple[int, int], dict[Kernel, dict[int, Tile]]]] = 
             "dkv": {16: Tile(16, 16, 4, 2)},
         },
         (256, 4): {
-            "forward": {16: Tile(32, 32, 8, 2)},
-            "dq": {16: Tile(32, 32, 8, 2)},
-            "dkv": {16: Tile(16, 16, 4, 2), 32: Tile(32, 32, 8, 2)},
+            "forward": {16: Tile(16, 16, 4, 2), 32: Tile(32, 32, 8, 2)},
+            "dq": {16: Tile(16, 16, 4, 2), 32: Tile(32, 32, 8, 2)},
+            "dkv": {16: Tile(16, 16, 8, 2), 32: Tile(32, 32, 8, 2)},
         },
     },
 }
