@@ -157,7 +157,7 @@ def forward(
     if parts:
         whole = dataclasses.replace(shape, sequence=shape.sequence + rows, dim=dim)
         cuts, (part_outs, part_sums) = jnp.asarray(lists.cuts), parts
-        out, sums = combine_attention(cuts, part_outs, part_sums, out, sums, shape=whole)
+        out, sums = combine_attention(cuts, part_outs, part_sums, (out, sums), shape=whole)
     return out[:, : shape.sequence, :, : shape.dim], sums[:, :, : shape.sequence]
 
 

@@ -43,7 +43,7 @@ def passes(implementation: Any, interpret: bool) -> dict[str, Callable[..., Any]
 def milliseconds(function: Callable[..., Any], arguments: Any, *, calls: int, turns: int) -> float:
     """The median over `turns` of the time per call in queues of `calls`."""
     run = jax.jit(function)
-    jax.block_until_ready(run(*arguments))
+    result = jax.block_until_ready(run(*arguments))
     times = []
     for _ in range(turns):
         start = time.perf_counter()
