@@ -68,19 +68,18 @@ TABLE: dict[Generation, dict[tuple[int, int], dict[Kernel, dict[int, Tile]]]] = 
             "dkv": {16: Tile(32, 32, 8, 2), 64: Tile(64, 32, 8, 2)},
         },
         (64, 4): {
-            "forward": {16: Tile(64, 32, 8, 2)},
-            "dq": {16: Tile(64, 32, 8, 2)},
-            "dkv": {16: Tile(64, 32, 8, 2)},
+            kernel: {16: Tile(64, 32, 8, 2), 32: Tile(32, 32, 8, 2), 64: Tile(64, 32, 8, 2)}
+            for kernel in ("forward", "dq", "dkv")
         },
         (128, 4): {
             "forward": {16: Tile(16, 16, 4, 2)},
-            "dq": {16: Tile(16, 16, 4, 2), 32: Tile(16, 32, 4, 2)},
-            "dkv": {16: Tile(16, 16, 4, 2)},
+            "dq": {16: Tile(32, 16, 4, 2), 32: Tile(16, 32, 4, 2)},
+            "dkv": {16: Tile(16, 16, 4, 2), 128: Tile(16, 32, 4, 2)},
         },
         (256, 4): {
             "forward": {16: Tile(32, 32, 8, 2)},
             "dq": {16: Tile(32, 32, 8, 2)},
-            "dkv": {16: Tile(16, 16, 8, 2), 32: Tile(32, 32, 8, 2)},
+            "dkv": {16: Tile(16, 32, 8, 2), 32: Tile(32, 32, 8, 2)},
         },
     },
     "ampere": {
@@ -107,7 +106,7 @@ TABLE: dict[Generation, dict[tuple[int, int], dict[Kernel, dict[int, Tile]]]] = 
         (128, 4): {
             "forward": {16: Tile(16, 16, 4, 2)},
             "dq": {16: Tile(16, 16, 4, 2), 32: Tile(16, 32, 4, 2)},
-            "dkv": {16: Tile(16, 16, 4, 2)},
+            "dkv": {16: Tile(16, 16, 4, 2), 64: Tile(16, 32, 4, 2)},
         },
         (256, 4): {
             "forward": {16: Tile(16, 16, 4, 2), 32: Tile(32, 32, 8, 2)},

@@ -60,7 +60,7 @@ def bytes_on_first_device(tree: Any) -> int:
     return total
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW", "Lion"])
+@pytest.mark.parametrize("optimizer", ["AdamW", pytest.param("Lion", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_state_bytes_are_those_of_the_arrays_that_training_holds(zero, optimizer):
     config = run_file(
