@@ -65,7 +65,7 @@ TABLE: dict[Generation, dict[tuple[int, int], dict[Kernel, dict[int, Tile]]]] = 
         (256, 2): {
             "forward": {16: Tile(64, 64, 8, 2)},
             "dq": {16: Tile(64, 32, 8, 2), 64: Tile(64, 64, 8, 2)},
-            "dkv": {16: Tile(32, 32, 8, 2), 64: Tile(64, 32, 8, 2)},
+            "dkv": {16: Tile(64, 16, 8, 2), 32: Tile(64, 32, 8, 2)},
         },
         (64, 4): {
             kernel: {16: Tile(64, 32, 8, 2), 32: Tile(32, 32, 8, 2), 64: Tile(64, 32, 8, 2)}
