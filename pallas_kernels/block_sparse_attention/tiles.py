@@ -104,7 +104,7 @@ TABLE: dict[Generation, dict[tuple[int, int], dict[Kernel, dict[int, Tile]]]] = 
             "dkv": {16: Tile(64, 32, 8, 2)},
         },
         (128, 4): {
-            "forward": {16: Tile(16, 16, 4, 2)},
+            "forward": {16: Tile(32, 16, 4, 2)},
             "dq": {16: Tile(16, 16, 4, 2), 32: Tile(16, 32, 4, 2)},
             "dkv": {16: Tile(16, 16, 4, 2), 64: Tile(16, 32, 4, 2)},
         },
