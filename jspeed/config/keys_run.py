@@ -5,6 +5,7 @@ from jspeed.config.key import later, mapped, section
 from jspeed.config.keys_attention import MODEL_ATTENTION_KEYS
 from jspeed.config.keys_sweep import SWEEP_KEYS
 from jspeed.config.kinds import Bool, Int, Number, ShardingRules, Text, choice
+from jspeed.config.model_families import MODEL_FAMILIES
 
 _EXPERT = "expert parallelism is not built yet"
 _COUNT = Int(1)
@@ -33,7 +34,7 @@ ALIAS_KEYS = (
 
 MODEL_KEYS = section(
     "model",
-    mapped("family", choice("gpt2", "llama", "bert"), None, "the architecture", required=True),
+    mapped("family", choice(*MODEL_FAMILIES), None, "the architecture", required=True),
     mapped("layers", _COUNT, None, "the number of blocks", required=True),
     mapped("hidden_size", _COUNT, None, "the width of the residual stream", required=True),
     mapped("heads", _COUNT, None, "the number of query heads", required=True),

@@ -1,16 +1,17 @@
 """Patterns of block-sparse attention: from their keys to a section, and what must hold."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from jspeed.config.keys import KEYS
 from jspeed.config.keys_attention import KEYS_OF_MODE, PATTERN_KEYS
+from jspeed.config.model_families import MODEL_FAMILIES
 from jspeed.config.problem import Problem, shown
 from jspeed.config.sections import SparseAttentionConfig
 from jspeed.config.values import Values
 
 SECTION, OF_MODEL = "sparse_attention", "model.attention"
-DECODERS = ("gpt2", "llama")
 _BLOCKS = (16, 32, 64, 128)
 _NAMES = (*(key.path for key in PATTERN_KEYS), "seed")
 
@@ -33,12 +34,17 @@ def of_model(values: Values) -> SparseAttentionConfig | None:
 
 def undecided_attention(values: Values) -> Iterator[str]:
     """Return the keys `attention` that decide nothing yet: a decoder sees nothing behind itself."""
-    if values.get("model.family") not in DECODERS:
+    if not values.has_section("model") or _is_encoder(values):
         return
     for prefix, mode in _modes(values).items():
         sideways = values.get(f"{prefix}.horizontal_global_attention")
         if mode is not None and mode != "dense" and not sideways:
             yield f"{prefix}.attention"
+
+
+def _is_encoder(values: Values) -> bool:
+    family = MODEL_FAMILIES.get(values.get("model.family"))
+    return family is not None and family.masked
 
 
 def _read(values: Values, prefix: str, mode: str) -> SparseAttentionConfig:
@@ -55,8 +61,9 @@ def rules(values: Values) -> Iterator[Problem]:
     places = _modes(values)
     for prefix, mode in places.items():
         if mode is not None:
-            yield from _foreign_keys(values, prefix, mode)
-            yield from _numbers(values, prefix, mode)
+            which = (f"{prefix}.{'mode' if prefix == SECTION else 'kind'}",)
+            for problem in (*_foreign_keys(values, prefix, mode), *_numbers(values, prefix, mode)):
+                yield replace(problem, lacks=which)
     if places[OF_MODEL] is None:
         yield from _without_kind(values)
     elif places[SECTION] is not None:
@@ -87,7 +94,7 @@ def _computed_elsewhere(values: Values) -> Iterator[Problem]:
         )
     path = f"{OF_MODEL}.sequence_parallel"
     method = values.get(path)
-    encoder = values.has_section("model") and values.get("model.family") not in DECODERS
+    encoder = values.has_section("model") and _is_encoder(values)
     if method in ("ring", "allgather") and (sparse or encoder):
         what = "a pattern of blocks" if sparse else "what comes after a token"
         yield Problem(

@@ -21,7 +21,8 @@ class Problem:
         text: what is wrong and what to do, as one sentence or more.
         line: where in the file the key stands.
         suggests: the path that was probably meant, for an unknown key.
-        lacks: the paths any of which would have prevented this, for a missing key.
+        lacks: paths any of which would have prevented this, so that a problem of theirs says it
+            all: of a missing key, or of keys judged by the value of another.
     """
 
     path: str

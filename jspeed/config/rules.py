@@ -9,6 +9,7 @@ from jspeed.config.batch import ACCUMULATION, MICRO, TRAIN, check
 from jspeed.config.build import BYTE_VOCABULARY
 from jspeed.config.key import REFUSED
 from jspeed.config.keys import KEYS
+from jspeed.config.model_families import MODEL_FAMILIES
 from jspeed.config.problem import Problem, shown
 from jspeed.config.sections import BatchConfig
 from jspeed.config.values import Values
@@ -212,7 +213,7 @@ def model(values: Values) -> Iterator[Problem]:
             "same number of query heads.",
             values.line("model.kv_heads"),
         )
-    learned = family in ("gpt2", "bert")
+    learned = family is not None and MODEL_FAMILIES[family].learned_positions
     if learned and heads and kv_heads and kv_heads != heads:
         yield Problem(
             "model.kv_heads",

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jspeed.config.keys_attention import KEYS_OF_MODE
+from jspeed.config.model_families import MODEL_FAMILIES, ModelFamily
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -200,6 +201,11 @@ class ModelConfig:
     mlp_chunk_size: int | None
     sequence_sharding: bool
     loss_chunk_size: int | None
+
+    @property
+    def traits(self) -> ModelFamily:
+        """What sets the family apart from the others."""
+        return MODEL_FAMILIES[self.family]
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,7 +62,7 @@ def model_factory(config: Config, *, platform: str, remarks: list[str]) -> Model
     if vocabulary is None:
         vocabulary, said = _vocabulary(config)
         remarks.append(said)
-        vocabulary += model.family == "bert"  # the mask
+        vocabulary += model.traits.masked  # the mask
     return build_model(model, vocab_size=vocabulary, platform=platform)
 
 
@@ -95,7 +95,7 @@ def attention_remark(config: Config) -> str | None:
     section = model.attention.pattern
     assert section is not None
     length = config.data.sequence_length if config.data else model.sequence_length
-    causal = model.family != "bert"
+    causal = not model.traits.masked
     share = share_of_scores(pattern, model.heads, length, causal=causal)
     said = (
         f"attention: {section.mode} in blocks of {section.block}, which computes {share:.2%} of "

@@ -88,7 +88,7 @@ def load_data(config: Config) -> TextDataset:
         shuffle=data.shuffle,
         seed=run.seed if data.seed is None else data.seed,
         token_dtype=data.dtype,
-        masked=model.family == "bert",
+        masked=model.traits.masked,
         cache_dir=cache_directory() / "data",
     )
 

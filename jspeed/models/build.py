@@ -131,8 +131,8 @@ def build_model(model: ModelConfig, *, vocab_size: int, platform: str) -> ModelF
     }
     if model.tie_embeddings is not None:
         common["tie_embeddings"] = model.tie_embeddings
-    if model.family in ("gpt2", "bert"):
-        made = GPT2Config if model.family == "gpt2" else BertConfig
+    if model.traits.learned_positions:
+        made = BertConfig if model.traits.masked else GPT2Config
         config = made(
             **common,
             sequence_length=model.sequence_length,

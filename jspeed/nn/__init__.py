@@ -9,6 +9,7 @@ from jspeed.nn.blocks import (
     RMSNorm,
     language_model_loss,
     masked_language_model_loss,
+    normal_param,
     scan_layers,
     stack_layers,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "language_model_loss",
     "linear_cross_entropy",
     "masked_language_model_loss",
+    "normal_param",
     "scan_layers",
     "self_attention",
     "split_sequence",

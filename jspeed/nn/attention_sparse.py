@@ -80,7 +80,8 @@ def layout_of(pattern: Pattern, heads: int, length: int, *, causal: bool) -> Blo
         layout = pattern.layout(heads, length)
     except ValueError as error:
         raise ConfigError(
-            f"attention of {length} tokens and {heads} heads, pattern {pattern}: {error}"
+            f"the {type(pattern).__name__} pattern of attention does not fit {length} tokens and "
+            f"{heads} heads: {error}"
         ) from error
     return BlockLayout(layout.block, np.tril(layout.mask)) if causal else layout
 

@@ -138,6 +138,13 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...]
 
 
+def normal_param(
+    *shape: int, axes: LogicalAxes, stddev: float, rngs: nnx.Rngs
+) -> nnx.Param[jax.Array]:
+    """A parameter `shape` that starts normal, in float32; `axes` names its dimensions."""
+    return nnx.Param(stddev * jax.random.normal(rngs.params(), shape), logical_axes=axes)
+
+
 def stack_layers(create: Callable[[nnx.Rngs], Layer], layers: int, rngs: nnx.Rngs) -> Layer:
     """One module whose every parameter has a first dimension of `layers`, named so too."""
 

@@ -3,8 +3,8 @@ two projections with GELU between."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,25 +19,35 @@ from jspeed.nn.recompute import Recomputed
 from jspeed.nn.sequence import SequenceOrder, SequenceParallel
 
 
-class BlockShape(Protocol):
-    """What the configurations of the families have in common."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """The shape of a transformer, as far as all families have it.
 
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def intermediate_size(self) -> int: ...
-    @property
-    def heads(self) -> int: ...
-    @property
-    def attention(self) -> Implementation: ...
-    @property
-    def sequence_parallel(self) -> SequenceParallel: ...
-    @property
-    def pattern(self) -> Pattern | None: ...
-    @property
-    def recompute(self) -> tuple[Recomputed, ...]: ...
-    @property
-    def sequence_sharding(self) -> bool: ...
+    Attributes:
+      remat: "full" computes each layer again in the backward pass; "none" keeps what it needs.
+      pattern: which blocks of tokens see each other, None for all, as
+        `pallas_kernels.block_sparse_attention.BigBird(block=64)`.
+      mlp_chunk_size: tokens that the feed-forward network takes at a time; None is all.
+      loss_chunk_size: tokens whose logits are held at a time; None is all.
+      recompute: what the backward pass computes again from its inputs: activations, the norms.
+      sequence_sharding: between the products of tensor parallelism the sequence is split.
+    """
+
+    vocab_size: int
+    layers: int
+    hidden_size: int
+    heads: int
+    intermediate_size: int
+    norm_epsilon: float = 1e-5
+    tie_embeddings: bool = True
+    remat: str = "none"
+    attention: Implementation = "xla"
+    pattern: Pattern | None = None
+    sequence_parallel: SequenceParallel = "auto"
+    mlp_chunk_size: int | None = None
+    loss_chunk_size: int | None = None
+    recompute: tuple[Recomputed, ...] = ()
+    sequence_sharding: bool = True
 
 
 class PatternedAttention(nnx.Module):
@@ -58,7 +68,7 @@ class Attention(PatternedAttention):
 
     def __init__(
         self,
-        config: BlockShape,
+        config: TransformerConfig,
         *,
         causal: bool,
         stddev: float,
@@ -110,7 +120,7 @@ class MLP(nnx.Module):
     """Two projections with GELU between (tanh form, as GPT-2 and BERT were trained)."""
 
     def __init__(
-        self, config: BlockShape, *, stddev: float, residual_stddev: float, rngs: nnx.Rngs
+        self, config: TransformerConfig, *, stddev: float, residual_stddev: float, rngs: nnx.Rngs
     ) -> None:
         width, inner = config.hidden_size, config.intermediate_size
         linear = functools.partial(

@@ -11,68 +11,24 @@ Zaheer et al. 2020, "Big Bird" (`BigBird`); Beltagy et al. 2020, "Longformer" (`
 from __future__ import annotations
 
 import dataclasses
-import functools
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
-from pallas_kernels.block_sparse_attention.block_layout import BlockLayout, check_block
+from pallas_kernels.block_sparse_attention.masks import add_global, random_blocks, sliding
+from pallas_kernels.block_sparse_attention.pattern import Custom, Pattern, check_whole
+
+__all__ = [
+    "BSLongformer",
+    "BigBird",
+    "Custom",
+    "Dense",
+    "Fixed",
+    "LocalSlidingWindow",
+    "Variable",
+]
 
 Attention = Literal["unidirectional", "bidirectional"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Pattern:
-    """What all patterns have.
-
-    Attributes:
-      block: tokens along each side of a block: 16, 32, 64 or 128.
-      different_layout_per_head: a layout for each head; otherwise all have that of head 0.
-    """
-
-    block: int = 16
-    different_layout_per_head: bool = False
-
-    _LEAST: ClassVar[dict[str, int]] = {}
-    """The least value of each whole number among the parameters."""
-
-    def __post_init__(self) -> None:
-        check_block(self.block)
-        for key, least in self._LEAST.items():
-            _check_whole(key, getattr(self, key), least)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(field.default, bool) and not isinstance(value, bool):
-                raise ValueError(f'"{field.name}": {value!r}: expected true or false')
-            if field.name == "attention" and value not in ("unidirectional", "bidirectional"):
-                raise ValueError(
-                    f'"attention": {value!r}: expected "unidirectional" or "bidirectional"'
-                )
-
-    def layout(self, heads: int, sequence_length: int) -> BlockLayout:
-        """The layout of a number of query heads and of tokens.
-
-        Args:
-          heads: query heads.
-          sequence_length: tokens; rounded up to whole blocks.
-
-        Raises:
-          ValueError: an argument is no positive integer, or the pattern does not fit so few blocks.
-        """
-        _check_whole("heads", heads, 1)
-        _check_whole("sequence_length", sequence_length, 1)
-        layout_heads = heads if self.different_layout_per_head else 1
-        return _cached(self, layout_heads, -(-sequence_length // self.block))
-
-    def _mask(self, heads: int, blocks: int) -> np.ndarray:
-        raise NotImplementedError
-
-
-@functools.lru_cache(maxsize=32)
-def _cached(pattern: Pattern, heads: int, blocks: int) -> BlockLayout:
-    mask = pattern._mask(heads, blocks)
-    mask.flags.writeable = False
-    return BlockLayout(pattern.block, mask)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,7 +91,7 @@ class Fixed(Pattern):
         patterns = np.repeat(local[None], min(heads, self.num_different_global_patterns), axis=0)
         for head, of_head in enumerate(patterns):
             start = self._global_starts(head, blocks)
-            _add_global(
+            add_global(
                 of_head,
                 start,
                 np.minimum(start + self.num_global_blocks, blocks),
@@ -200,7 +156,7 @@ class Variable(Pattern):
         if unidirectional:
             local = np.tril(local)
         starts, ends = _ranges(self, blocks)
-        _add_global(
+        add_global(
             local,
             starts,
             ends,
@@ -208,7 +164,7 @@ class Variable(Pattern):
             horizontal=self.horizontal_global_attention,
         )
         choices = np.full(blocks, blocks)
-        return local | _random_blocks(self.seed, heads, choices, self.num_random_blocks, blocks)
+        return local | random_blocks(self.seed, heads, choices, self.num_random_blocks, blocks)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -242,13 +198,13 @@ class BigBird(Pattern):
             if getattr(self, key) > blocks:
                 raise ValueError(_too_few(key, getattr(self, key), blocks))
         unidirectional = self.attention == "unidirectional"
-        shared = _sliding(blocks, self.num_sliding_window_blocks)
+        shared = sliding(blocks, self.num_sliding_window_blocks)
         shared[: self.num_global_blocks] = True
         shared[:, : self.num_global_blocks] = True
         if unidirectional:
             shared = np.tril(shared)
         choices = np.arange(1, blocks + 1) if unidirectional else np.full(blocks, blocks)
-        return shared | _random_blocks(self.seed, heads, choices, self.num_random_blocks, blocks)
+        return shared | random_blocks(self.seed, heads, choices, self.num_random_blocks, blocks)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -274,9 +230,9 @@ class BSLongformer(Pattern):
         _freeze_ranges(self)
 
     def _mask(self, heads: int, blocks: int) -> np.ndarray:
-        mask = _sliding(blocks, self.num_sliding_window_blocks)
+        mask = sliding(blocks, self.num_sliding_window_blocks)
         starts, ends = _ranges(self, blocks)
-        _add_global(mask, starts, ends, rows_from_start=False, horizontal=True)
+        add_global(mask, starts, ends, rows_from_start=False, horizontal=True)
         if self.attention == "unidirectional":
             mask = np.tril(mask)
         return np.repeat(mask[None], heads, axis=0)
@@ -298,109 +254,10 @@ class LocalSlidingWindow(Pattern):
     _LEAST: ClassVar[dict[str, int]] = {"num_sliding_window_blocks": 1}
 
     def _mask(self, heads: int, blocks: int) -> np.ndarray:
-        mask = _sliding(blocks, self.num_sliding_window_blocks)
+        mask = sliding(blocks, self.num_sliding_window_blocks)
         if self.attention == "unidirectional":
             mask = np.tril(mask)
         return np.repeat(mask[None], heads, axis=0)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Custom:
-    """The blocks of a mask.
-
-    Attributes:
-      mask: bool `[query_blocks, key_blocks]` for all heads, or `[layout_heads, query_blocks,
-        key_blocks]` with 1 layout head or one per query head. Of shorter sequences the first blocks
-        are taken.
-      block: tokens along each side of a block: 16, 32, 64 or 128.
-
-    Raises:
-      ValueError: the mask has another type or shape, or the block is none of these.
-    """
-
-    mask: np.ndarray
-    block: int = 16
-    _whole: BlockLayout = dataclasses.field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        mask = np.asarray(self.mask)
-        whole = BlockLayout(self.block, mask[None] if mask.ndim == 2 else mask)
-        object.__setattr__(self, "_whole", whole)
-        object.__setattr__(self, "mask", whole.mask)
-
-    def layout(self, heads: int, sequence_length: int) -> BlockLayout:
-        """The layout of a number of query heads and of tokens.
-
-        Raises:
-          ValueError: the mask is of another number of heads, or of fewer blocks.
-        """
-        _check_whole("heads", heads, 1)
-        _check_whole("sequence_length", sequence_length, 1)
-        whole = self._whole
-        if whole.heads not in (1, heads):
-            raise ValueError(
-                f'"mask": {whole.heads} layout heads: expected 1 or the number of heads, {heads}'
-            )
-        blocks = -(-sequence_length // self.block)
-        if blocks > min(whole.query_blocks, whole.key_blocks):
-            raise ValueError(
-                f'"mask": {whole.query_blocks} x {whole.key_blocks} blocks of {self.block}: '
-                f"{sequence_length} tokens need {blocks} x {blocks}"
-            )
-        if blocks == whole.query_blocks == whole.key_blocks:
-            return whole
-        return BlockLayout(self.block, whole.mask[:, :blocks, :blocks])
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Custom) and self._whole == other._whole
-
-    def __hash__(self) -> int:
-        return hash(self._whole)
-
-
-def _sliding(blocks: int, width: int) -> np.ndarray:
-    at, half = np.arange(blocks), width // 2
-    return (at >= at[:, None] - half) & (at <= at[:, None] + half)
-
-
-def _add_global(
-    mask: np.ndarray,
-    starts: np.ndarray,
-    ends: np.ndarray,
-    *,
-    rows_from_start: bool,
-    horizontal: bool,
-) -> None:
-    """Fills, in place, the columns of ranges of blocks (from their start down, or whole) and, if
-    `horizontal`, their rows."""
-    blocks = len(mask)
-    first_row = np.full(blocks, blocks)
-    for start, end in zip(starts, ends, strict=True):
-        first_row[start:end] = np.minimum(first_row[start:end], start if rows_from_start else 0)
-    mask |= np.arange(blocks)[:, None] >= first_row
-    if horizontal:
-        mask[first_row < blocks] = True
-
-
-def _random_blocks(
-    seed: int, heads: int, choices: np.ndarray, count: int, blocks: int
-) -> np.ndarray:
-    """For each head and row `count` distinct blocks of the first `choices[row]`, or all of these.
-
-    R. Floyd's sampling, all rows at once: the i-th draw is among the first n - count + i + 1; if it
-    is taken already, the last of these is not, and is chosen. `RandomState` because its streams are
-    frozen: a model is served with the blocks that it was trained with.
-    """
-    mask = np.zeros((heads, len(choices), blocks), bool)
-    random = np.random.RandomState(seed)
-    drawn = np.minimum(count, choices)
-    head, row = np.indices(mask.shape[:2])
-    for i in range(count):
-        last = np.maximum(choices - drawn + i, 0)
-        draw = (random.random_sample(mask.shape[:2]) * (last + 1)).astype(np.intp)
-        draw = np.where(mask[head, row, draw % blocks], last, draw) % blocks
-        mask[head, row, draw] |= i < drawn
-    return mask
 
 
 def _ranges(pattern: Variable | BSLongformer, blocks: int) -> tuple[np.ndarray, np.ndarray]:
@@ -418,7 +275,7 @@ def _freeze(pattern: Pattern, key: str, least: int) -> None:
     if not isinstance(value, list | tuple):
         raise ValueError(f'"{key}": {value!r}: expected a list of integers')
     for one in value:
-        _check_whole(key, one, least)
+        check_whole(key, one, least)
     object.__setattr__(pattern, key, tuple(value))
 
 
@@ -447,11 +304,6 @@ def _check_horizontal(horizontal: bool, attention: Attention) -> None:
             '"horizontal_global_attention": true: rows of global blocks see what comes after them, '
             'so "attention" must be "bidirectional"'
         )
-
-
-def _check_whole(key: str, value: Any, least: int) -> None:
-    if type(value) is not int or value < least:
-        raise ValueError(f'"{key}": {value!r}: expected an integer of at least {least}')
 
 
 def _too_few(key: str, value: int, blocks: int) -> str:

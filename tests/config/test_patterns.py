@@ -159,3 +159,16 @@ def test_what_says_its_default_beside_another_pattern_is_no_error():
     """Files that list every key of DeepSpeed's with its default."""
     section = {"mode": "bigbird", "num_local_blocks": 4, "local_window_blocks": [4]}
     assert load(sparse_attention=section).sparse_attention == SparseAttentionConfig("bigbird")
+
+
+@pytest.mark.parametrize("place", ["sparse_attention", "model.attention"])
+def test_a_misspelt_pattern_is_one_problem(place):
+    """Keys of the pattern that was meant are not judged by the default's."""
+    section = {"mode": "bigbrd", "num_random_blocks": 2, "num_sliding_window_blocks": 5}
+    with pytest.raises(ConfigError) as error:
+        if place == "sparse_attention":
+            load(sparse_attention=section)
+        else:
+            load(attention={"kind": section.pop("mode"), **section})
+    assert len(str(error.value).splitlines()) == 1
+    assert "bigbrd" in str(error.value)

@@ -16,8 +16,24 @@ from jspeed.models import GPT2Config, LlamaConfig, ModelFactory
 from jspeed.training.program import Program, make_program
 from jspeed.training.state import abstract_parameters
 
-GPT2 = ModelFactory("gpt2", GPT2Config(64, 2, 32, 4, 16, 64))
-LLAMA = ModelFactory("llama", LlamaConfig(64, 2, 32, 4, 2, 48, 8))
+GPT2 = ModelFactory(
+    "gpt2",
+    GPT2Config(
+        vocab_size=64, layers=2, hidden_size=32, heads=4, sequence_length=16, intermediate_size=64
+    ),
+)
+LLAMA = ModelFactory(
+    "llama",
+    LlamaConfig(
+        vocab_size=64,
+        layers=2,
+        hidden_size=32,
+        heads=4,
+        kv_heads=2,
+        intermediate_size=48,
+        head_dim=8,
+    ),
+)
 
 
 def specs(factory: ModelFactory, ways: int) -> dict[str, tuple]:
@@ -78,7 +94,17 @@ def test_one_device_splits_nothing():
     ],
 )
 def test_heads_that_do_not_divide_name_what_would(heads, tensor, nearest):
-    factory = ModelFactory("gpt2", GPT2Config(64, 2, 2 * heads, heads, 16, 120))
+    factory = ModelFactory(
+        "gpt2",
+        GPT2Config(
+            vocab_size=64,
+            layers=2,
+            hidden_size=2 * heads,
+            heads=heads,
+            sequence_length=16,
+            intermediate_size=120,
+        ),
+    )
     with pytest.raises(LayoutError) as error:
         specs(factory, tensor)
     assert str(error.value) == (
@@ -89,11 +115,36 @@ def test_heads_that_do_not_divide_name_what_would(heads, tensor, nearest):
 
 def test_an_inner_width_that_does_not_divide_is_an_error():
     with pytest.raises(LayoutError, match=r'"model.intermediate_size": 50 does not divide by'):
-        specs(ModelFactory("gpt2", GPT2Config(64, 2, 32, 4, 16, 50)), 4)
+        specs(
+            ModelFactory(
+                "gpt2",
+                GPT2Config(
+                    vocab_size=64,
+                    layers=2,
+                    hidden_size=32,
+                    heads=4,
+                    sequence_length=16,
+                    intermediate_size=50,
+                ),
+            ),
+            4,
+        )
 
 
 def test_a_vocabulary_that_does_not_divide_stays_whole():
-    program = make_program(ModelFactory("gpt2", GPT2Config(50257, 2, 32, 4, 16, 64)))
+    program = make_program(
+        ModelFactory(
+            "gpt2",
+            GPT2Config(
+                vocab_size=50257,
+                layers=2,
+                hidden_size=32,
+                heads=4,
+                sequence_length=16,
+                intermediate_size=64,
+            ),
+        )
+    )
     found = splits(program, 2)["wte"]
     assert found.spec == (None, None)
     assert found.because == (

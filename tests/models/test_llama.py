@@ -84,10 +84,41 @@ def test_packed_documents_do_not_see_each_other():
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (LlamaConfig(32000, 32, 4096, 32, 32, 11008, 128), 6_738_415_616),  # Llama 2 7B
-        (LlamaConfig(128256, 32, 4096, 32, 8, 14336, 128), 8_030_261_248),  # Llama 3 8B
         (
-            LlamaConfig(128256, 16, 2048, 32, 8, 8192, 64, tie_embeddings=True),
+            LlamaConfig(
+                vocab_size=32000,
+                layers=32,
+                hidden_size=4096,
+                heads=32,
+                kv_heads=32,
+                intermediate_size=11008,
+                head_dim=128,
+            ),
+            6_738_415_616,
+        ),  # Llama 2 7B
+        (
+            LlamaConfig(
+                vocab_size=128256,
+                layers=32,
+                hidden_size=4096,
+                heads=32,
+                kv_heads=8,
+                intermediate_size=14336,
+                head_dim=128,
+            ),
+            8_030_261_248,
+        ),  # Llama 3 8B
+        (
+            LlamaConfig(
+                vocab_size=128256,
+                layers=16,
+                hidden_size=2048,
+                heads=32,
+                kv_heads=8,
+                intermediate_size=8192,
+                head_dim=64,
+                tie_embeddings=True,
+            ),
             1_235_814_400,  # Llama 3.2 1B
         ),
     ],

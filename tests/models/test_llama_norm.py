@@ -14,7 +14,16 @@ from jspeed.models.llama.config import LlamaConfig
 from jspeed.nn import language_model_loss
 from tests.training.curves import VOCAB, batches, ds_config
 
-TINY = LlamaConfig(VOCAB, 2, 32, 4, 2, 64, 8, attention="cpu")
+TINY = LlamaConfig(
+    vocab_size=VOCAB,
+    layers=2,
+    hidden_size=32,
+    heads=4,
+    kv_heads=2,
+    intermediate_size=64,
+    head_dim=8,
+    attention="cpu",
+)
 
 
 def losses(norm, *, devices, stage, **keys):

@@ -185,7 +185,7 @@ def test_what_cannot_be():
         self_attention(q, k, v, causal=True, pattern=Fixed(), implementation="cudnn")
     with pytest.raises(ConfigError) as error:
         self_attention(q, k, v, causal=True, pattern=BigBird(), implementation="cpu")
-    assert str(error.value).startswith("attention of 32 tokens and 2 heads, pattern BigBird(")
+    assert str(error.value).startswith("the BigBird pattern of attention does not fit 32 tokens")
     assert "num_sliding_window_blocks" in str(error.value)
 
 

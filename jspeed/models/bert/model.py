@@ -13,9 +13,9 @@ from jspeed.models.bert.config import BertConfig
 from jspeed.nn import (
     LayerNorm,
     Linear,
-    LogicalAxes,
     embed,
     gelu,
+    normal_param,
     scan_layers,
     split_sequence,
     stack_layers,
@@ -63,10 +63,7 @@ class Bert(nnx.Module):
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs) -> None:
         vocabulary, width = config.vocab_size, config.hidden_size
 
-        def normal(*shape: int, axes: LogicalAxes) -> nnx.Param[jax.Array]:
-            value = _STDDEV * jax.random.normal(rngs.params(), shape)
-            return nnx.Param(value, logical_axes=axes)
-
+        normal = functools.partial(normal_param, stddev=_STDDEV, rngs=rngs)
         self.wte = normal(vocabulary, width, axes=("vocab", "embed"))
         self.wpe = normal(config.sequence_length, width, axes=("position", "embed"))
         self.wtt = normal(config.token_types, width, axes=("type", "embed"))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jspeed.models.gpt2.config import GPT2Config
-from jspeed.nn import LayerNorm, LogicalAxes, embed, scan_layers, split_sequence, stack_layers
+from jspeed.nn import LayerNorm, embed, normal_param, scan_layers, split_sequence, stack_layers
 from jspeed.nn.sequence import SequenceOrder
 from jspeed.nn.tiling import in_chunks
 from jspeed.nn.transformer import MLP, Attention
@@ -58,10 +58,7 @@ class GPT2(nnx.Module):
     def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs) -> None:
         vocabulary, width = config.vocab_size, config.hidden_size
 
-        def normal(*shape: int, axes: LogicalAxes) -> nnx.Param[jax.Array]:
-            value = _STDDEV * jax.random.normal(rngs.params(), shape)
-            return nnx.Param(value, logical_axes=axes)
-
+        normal = functools.partial(normal_param, stddev=_STDDEV, rngs=rngs)
         self.wte = normal(vocabulary, width, axes=("vocab", "embed"))
         self.wpe = normal(config.sequence_length, width, axes=("position", "embed"))
         self.blocks = stack_layers(lambda rngs: Block(config, rngs=rngs), config.layers, rngs)

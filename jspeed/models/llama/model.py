@@ -14,6 +14,7 @@ from jspeed.nn import (
     LogicalAxes,
     RMSNorm,
     embed,
+    normal_param,
     scan_layers,
     self_attention,
     split_sequence,
@@ -156,10 +157,7 @@ class Llama(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
         vocabulary, width = config.vocab_size, config.hidden_size
 
-        def normal(*shape: int, axes: LogicalAxes) -> nnx.Param[jax.Array]:
-            value = _STDDEV * jax.random.normal(rngs.params(), shape)
-            return nnx.Param(value, logical_axes=axes)
-
+        normal = functools.partial(normal_param, stddev=_STDDEV, rngs=rngs)
         self.embedding = normal(vocabulary, width, axes=("vocab", "embed"))
         self.blocks = stack_layers(lambda rngs: Block(config, rngs=rngs), config.layers, rngs)
         self.norm = RMSNorm(
