@@ -187,6 +187,7 @@ def _without_kind(values: Values) -> Iterator[Problem]:
             f"{shown(values.get(path))} is given, but no pattern beside it; say which with "
             f'"{OF_MODEL}.kind", or move it to "{SECTION}".',
             values.line(path),
+            lacks=(f"{OF_MODEL}.kind",),
         )
 
 

@@ -164,11 +164,12 @@ def test_what_says_its_default_beside_another_pattern_is_no_error():
 @pytest.mark.parametrize("place", ["sparse_attention", "model.attention"])
 def test_a_misspelt_pattern_is_one_problem(place):
     """Keys of the pattern that was meant are not judged by the default's."""
-    section = {"mode": "bigbrd", "num_random_blocks": 2, "num_sliding_window_blocks": 5}
+    keys = {"num_random_blocks": 2, "num_sliding_window_blocks": 5}
+    places: dict[str, Any] = {
+        "sparse_attention": {"sparse_attention": {"mode": "bigbrd", **keys}},
+        "model.attention": {"attention": {"kind": "bigbrd", **keys}},
+    }
     with pytest.raises(ConfigError) as error:
-        if place == "sparse_attention":
-            load(sparse_attention=section)
-        else:
-            load(attention={"kind": section.pop("mode"), **section})
+        load(**places[place])
     assert len(str(error.value).splitlines()) == 1
     assert "bigbrd" in str(error.value)
