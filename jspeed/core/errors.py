@@ -35,6 +35,10 @@ class CheckpointError(JspeedError):
     """A checkpoint that is missing, incomplete, damaged or foreign."""
 
 
+class OffloadError(JspeedError):
+    """State beyond the device (in host memory or on disk) that cannot be kept, read or trusted."""
+
+
 class NotInJspeedError(JspeedError, AttributeError):
     """A DeepSpeed call without a counterpart; the text shows what to write instead."""
 

@@ -1,0 +1,280 @@
+"""`FileStore`: the optimizer's state in a file, read ahead and written behind through few buffers."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+import weakref
+import zlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from jspeed.core.errors import OffloadError
+from jspeed.offload.direct_io import RecordFile, aligned, aligned_buffer, reason
+from jspeed.offload.folders import ProcessFolder
+from jspeed.offload.stores import (
+    TENSORS,
+    State,
+    Wholeness,
+    check_complete,
+    check_index,
+    check_state,
+    checked_sizes,
+)
+
+_FILE = "state.bin"
+_ITEM = np.dtype(np.float32).itemsize
+_LOGGER = logging.getLogger("jspeed.offload")
+
+
+class FileStore:
+    """Keeps the state in one large file on disk. A `ChunkStore`.
+
+    The file holds one record per chunk: its tensors one after another, each from a multiple of 4096
+    bytes on. Its bytes are reserved when the store is made. Host memory holds `buffers` records,
+    whatever the number of chunks: in a pass one is in the caller's hands, the others are being
+    written and read ahead by as many threads.
+
+    The checksum of every tensor of every chunk (CRC-32) stays in memory and is compared at every
+    read, so that a damaged or stale record is an error, never wrong training state.
+
+    The file is working memory, not a checkpoint: a run never resumes from it. `close` removes it,
+    as does the end of the process; what a killed process leaves, the next one replaces.
+
+    Args:
+      directory: `nvme_path`, an existing folder; the file lies in `jspeed-<name>-<process>` in it.
+      sizes: elements of each chunk, in order.
+      tensors: the names of the arrays of a chunk, for messages.
+      buffers: how many records are held in host memory, at least 3.
+      direct: True: direct I/O or an error; False: through the page cache; None: direct where the
+        file system can.
+      name: tells several stores of a process apart.
+      process: the index of this process in the run.
+
+    Raises:
+      OffloadError: the folder cannot be used or another live process uses it, or the disk has too
+        little room.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        sizes: Sequence[int],
+        *,
+        tensors: Sequence[str] = TENSORS,
+        buffers: int,
+        direct: bool | None = None,
+        name: str = "optimizer",
+        process: int = 0,
+    ) -> None:
+        if buffers < 3:
+            raise OffloadError(
+                f"buffers: {buffers}; expected at least 3: one in use, one being read and one "
+                "being written."
+            )
+        self._sizes = checked_sizes(sizes, tensors)
+        self._tensors = tuple(tensors)
+        spans = [len(self._tensors) * aligned(size * _ITEM) for size in self._sizes]
+        self._offsets = [0, *np.cumsum(spans, dtype=np.int64).tolist()]
+        self._checksums = np.zeros((len(self._sizes), len(self._tensors)), np.uint32)
+        self._written = np.zeros(len(self._sizes), bool)
+
+        self._folder = ProcessFolder(Path(directory), f"jspeed-{name}-{process}")
+        try:
+            self._file = _make_file(self._folder.path / _FILE, self._offsets[-1], direct)
+        except BaseException:
+            self._folder.close()
+            raise
+        self._buffers = [aligned_buffer(max(spans, default=0)) for _ in range(buffers)]
+        self._threads = ThreadPoolExecutor(buffers, thread_name_prefix="jspeed-offload")
+        self._writes: deque[Future[np.ndarray]] = deque()
+        self._whole = Wholeness(f'The optimizer state in "{self._file.path}"')
+        self._remove = weakref.finalize(self, _remove, self._folder, self._file, os.getpid())
+        _LOGGER.info(
+            "%s: %.2f GB reserved for the optimizer's state, %s; %d buffers of %.1f MB.",
+            self._file.path,
+            self._offsets[-1] / 1e9,
+            "direct I/O" if self._file.direct else "no direct I/O: through the page cache, emptied",
+            buffers,
+            max(spans, default=0) / 1e6,
+        )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Elements of each chunk, in order."""
+        return self._sizes
+
+    @property
+    def direct(self) -> bool:
+        """Whether the file system does direct I/O, past the page cache."""
+        return self._file.direct
+
+    def pass_over(self) -> Iterator[tuple[int, State]]:
+        """Yields every chunk's index and state; see `ChunkStore.pass_over`.
+
+        A buffer goes round: chunk i is read into it, used, written, then chunk i + buffers is read.
+        """
+        self._begin()
+        count = len(self._sizes)
+        jobs = deque(
+            self._threads.submit(self._load, index, buffer)
+            for index, buffer in enumerate(self._buffers[:count])
+        )
+        index = 0
+        try:
+            for index in range(count):
+                self._whole.begin(f"chunk {index} of {count}")
+                buffer = jobs.popleft().result()
+                yield index, self._views(index, buffer)
+                self._whole.check_open()
+                following = index + len(self._buffers)
+                jobs.append(self._threads.submit(self._exchange, index, following, buffer))
+            while jobs:
+                jobs.popleft().result()
+        except OffloadError as error:
+            raise self._torn(error) from error
+        finally:
+            _settle(jobs)
+        self._whole.end()
+
+    def read(self, index: int) -> State:
+        """Returns copies of a chunk's arrays; see `ChunkStore.read`."""
+        check_index(self._sizes, index)
+        self._begin()
+        try:
+            buffer = self._load(index, aligned_buffer(self._span(index)))
+        except OffloadError as error:
+            raise self._torn(error) from error
+        return self._views(index, buffer)
+
+    def write(self, index: int, state: Sequence[np.ndarray]) -> None:
+        """Replaces a chunk, behind the caller's back; see `ChunkStore.write`.
+
+        An error of the disk shows at the next call.
+        """
+        self._whole.check()
+        check_state(self._sizes, self._tensors, index, state)
+        busy = len(self._writes)
+        buffer = self._written_one() if busy == len(self._buffers) else self._buffers[busy]
+        for kept, array in zip(self._views(index, buffer), state, strict=True):
+            kept[...] = array
+        self._writes.append(self._threads.submit(self._store, index, buffer))
+        self._written[index] = True
+
+    def flush(self) -> None:
+        """Waits until all that was written is in the file; see `ChunkStore.flush`."""
+        self._whole.check()
+        while self._writes:
+            self._written_one()
+
+    def close(self) -> None:
+        """Waits for the threads, removes the files and frees the buffers."""
+        if self._whole.close():
+            self._threads.shutdown(cancel_futures=True)
+            self._remove()
+            self._buffers = []
+
+    def _begin(self) -> None:
+        """Before state is read: everything is written, whole, and where it should be."""
+        self.flush()
+        check_complete(self._written)
+        try:
+            self._file.check()
+        except OffloadError as error:
+            raise self._torn(error) from error
+
+    def _written_one(self) -> np.ndarray:
+        """Waits for the oldest write and returns its buffer."""
+        try:
+            return self._writes.popleft().result()
+        except OffloadError as error:
+            raise self._torn(error) from error
+
+    def _torn(self, error: OffloadError) -> OffloadError:
+        """Refuses further use, and returns what to raise now."""
+        self._whole.tear(str(error).removesuffix("."))
+        return OffloadError(f"{error} Resume from the last checkpoint, which is as it was.")
+
+    def _span(self, index: int) -> int:
+        """Bytes of a record."""
+        return self._offsets[index + 1] - self._offsets[index]
+
+    def _views(self, index: int, buffer: np.ndarray) -> State:
+        """The tensors of a record, as float32 `[size]` on the buffer's memory."""
+        step = self._span(index) // len(self._tensors)
+        size = self._sizes[index] * _ITEM
+        starts = range(0, self._span(index), step)
+        return tuple(buffer[start : start + size].view(np.float32) for start in starts)
+
+    def _exchange(self, index: int, following: int, buffer: np.ndarray) -> np.ndarray:
+        """In a thread: writes a chunk and reads a later one, if there is one, into its buffer."""
+        self._store(index, buffer)
+        return self._load(following, buffer) if following < len(self._sizes) else buffer
+
+    def _store(self, index: int, buffer: np.ndarray) -> np.ndarray:
+        """In a thread: writes a chunk and returns its buffer."""
+        self._checksums[index] = [zlib.crc32(array.data) for array in self._views(index, buffer)]
+        try:
+            self._file.write(buffer[: self._span(index)], self._offsets[index])
+        except OSError as error:
+            raise OffloadError(
+                f'"{self._file.path}": chunk {index} cannot be written: {reason(error)}.'
+            ) from error
+        return buffer
+
+    def _load(self, index: int, buffer: np.ndarray) -> np.ndarray:
+        """In a thread: reads a chunk into a buffer, compares its checksums, returns the buffer."""
+        try:
+            self._file.read(buffer[: self._span(index)], self._offsets[index])
+        except OSError as error:
+            raise OffloadError(
+                f'"{self._file.path}": chunk {index} cannot be read: {reason(error)}.'
+            ) from error
+        for tensor, array, expected in zip(
+            self._tensors, self._views(index, buffer), self._checksums[index], strict=True
+        ):
+            if (found := zlib.crc32(array.data)) != expected:
+                raise OffloadError(
+                    f'"{self._file.path}": {tensor} of chunk {index} is damaged: its checksum is '
+                    f"{found:08x}; {expected:08x} was written. The disk or its driver lost data."
+                )
+        return buffer
+
+
+def _make_file(path: Path, size: int, direct: bool | None) -> RecordFile:
+    """Makes the file, or says what is missing for it."""
+    try:
+        path.unlink(missing_ok=True)  # what a killed run left is no longer needed
+        free = shutil.disk_usage(path.parent).free
+        if free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return RecordFile(path, size, direct=direct)
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free
+        raise OffloadError(
+            f'"{path}" cannot be made: the optimizer\'s state of this process needs {size} bytes '
+            f"({size / 1e9:.2f} GB), {free} ({free / 1e9:.2f} GB) are free: {reason(error)}."
+        ) from error
+
+
+def _settle(jobs: deque[Future[np.ndarray]]) -> None:
+    """Drops the jobs that have not begun and waits for the others: buffers must not change later."""
+    for job in jobs:
+        job.cancel()
+    wait(jobs)
+
+
+def _remove(folder: ProcessFolder, file: RecordFile, owner: int) -> None:
+    """Removes the files and gives up the lock; not in a child that was forked."""
+    if os.getpid() == owner:
+        file.close()
+        with suppress(OSError):
+            file.path.unlink(missing_ok=True)
+        folder.close()

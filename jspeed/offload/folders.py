@@ -1,0 +1,85 @@
+"""The folder of one process under `nvme_path`: made, locked while the process lives, removed."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+
+from jspeed.core.errors import OffloadError
+from jspeed.offload.direct_io import reason
+
+_LOCK = "lock"
+
+
+class ProcessFolder:
+    """A folder that one live process owns.
+
+    The lock is the kernel's (`flock`): it ends with the process, however that ends.
+
+    Args:
+      directory: `nvme_path`, which must exist.
+      name: the folder's name in it. A folder that an earlier run left is taken over.
+
+    Raises:
+      OffloadError: `directory` is not a folder one can write to, or a live process has this one.
+    """
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self.path = directory / name
+        if not directory.exists():
+            raise OffloadError(
+                f'nvme_path "{directory}": there is no such folder. Mount the disk, or make the '
+                "folder."
+            )
+        if not directory.is_dir():
+            raise OffloadError(f'nvme_path "{directory}" is not a folder. Name a folder.')
+        try:
+            self._lock = self._acquire()
+        except OSError as error:
+            raise OffloadError(
+                f'nvme_path "{directory}": "{name}" cannot be made in it: {reason(error)}.'
+            ) from error
+
+    def close(self) -> None:
+        """Removes the lock and the folder, where nothing else is in it, and gives them up."""
+        (self.path / _LOCK).unlink(missing_ok=True)
+        os.close(self._lock)
+        try:
+            self.path.rmdir()
+        except OSError:  # gone, or somebody put something there
+            return
+
+    def _acquire(self) -> int:
+        while True:
+            self.path.mkdir(exist_ok=True)
+            try:
+                descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+            except FileNotFoundError:  # its last owner removed the folder just now
+                continue
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+                os.close(descriptor)
+                raise OffloadError(
+                    f'"{self.path}" is in use by {owner or "another process"}. Stop that run, or '
+                    "give this one another nvme_path."
+                ) from None
+            except BaseException:
+                os.close(descriptor)
+                raise
+            if self._is_ours(descriptor):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(
+                    descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0
+                )
+                return descriptor
+            os.close(descriptor)  # the last owner removed it between open and lock
+
+    def _is_ours(self, descriptor: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(descriptor), os.stat(self.path / _LOCK))
+        except FileNotFoundError:
+            return False
