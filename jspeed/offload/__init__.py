@@ -1,0 +1,5 @@
+"""Host and disk tiers: optimizer state that lives outside the devices, and its update there."""
+
+from jspeed.offload.host_adam import AdamRule, Engine, HostAdam
+
+__all__ = ["AdamRule", "Engine", "HostAdam"]
