@@ -160,6 +160,22 @@ def zero(values: Values) -> types.ZeroConfig:
         reduce_scatter=get("reduce_scatter"),
         mics_shard_size=get("mics_shard_size"),
         gather_16bit_on_save=get("stage3_gather_16bit_weights_on_model_save"),
+        offload_optimizer=_offload_optimizer(values),
+    )
+
+
+def _offload_optimizer(values: Values) -> types.OffloadOptimizerConfig | None:
+    def get(name: str) -> Any:
+        return values.get(f"{_ZERO}.offload_optimizer.{name}")
+
+    if get("device") == "none":
+        return None
+    return types.OffloadOptimizerConfig(
+        device=get("device"),
+        ratio=get("ratio"),
+        nvme_path=get("nvme_path"),
+        buffer_count=get("buffer_count"),
+        chunk_size=values.get(f"{_ZERO}.sub_group_size"),
     )
 
 

@@ -8,7 +8,9 @@ from jspeed.config.kinds import Bool, Choice, Int, ListOf, Number, Object, Text,
 SIZE = Int(0)
 DEVICE = choice("none", "cpu", "nvme")
 
-_OFFLOAD = "offloading to host memory or NVMe is not built yet"
+_OFFLOAD = "offloading parameters to host memory or NVMe is not built yet"
+_SUPER = "SuperOffload's speculative updates are not built yet"
+_STAGED = "transfers are staged and overlapped by themselves; there is nothing to set"
 _ZEROPP = "ZeRO++ (quantised or hierarchical communication) is not built yet"
 _ZENFLOW = "ZenFlow needs offloading, which is not built yet"
 _PLACED = "XLA lays out buffers and schedules collectives by itself; there is nothing to set"
@@ -50,8 +52,8 @@ AUTOMATIC = (
     automatic("use_multi_rank_bucket_allreduce", Bool(), True, _PLACED),
     automatic("allgather_partitions", Bool(), True, _PLACED),
     automatic("round_robin_gradients", Bool(), False, _PLACED),
-    automatic("sub_group_size", SIZE, 1_000_000_000,
-              "the optimizer is one fused elementwise program; it needs no tiles"),
+    mapped("sub_group_size", SIZE, 1_000_000_000,
+           "elements up to which an offloaded optimizer takes state at a time, at most 16777216"),
     automatic("ignore_unused_parameters", Bool(), True,
               "an unused parameter has a zero gradient in JAX"),
     automatic("stage3_module_granularity_threshold", Int(), 0, _HOOKS),
@@ -92,18 +94,31 @@ OFFLOAD_PARAM = section(
 
 OFFLOAD_OPTIMIZER = section(
     "offload_optimizer",
-    later("device", DEVICE, "none", _OFFLOAD),
-    passive(
-        later("nvme_path", Text(), None, _OFFLOAD),
-        later("buffer_count", SIZE, 4, _OFFLOAD),
-        later("pin_memory", Bool(), True, _OFFLOAD),
-        later("pipeline_read", Bool(), False, _OFFLOAD),
-        later("pipeline_write", Bool(), False, _OFFLOAD),
-        later("fast_init", Bool(), False, _OFFLOAD),
-        later("ratio", Number(0, 1), 1.0, _OFFLOAD),
-        later("super_offload", Bool(), False, _OFFLOAD),
-        later("cpuadam_cores_perc", Number(0, 1), 0.8, _OFFLOAD),
+    mapped(
+        "device",
+        DEVICE,
+        "none",
+        "where master weights and Adam's moments live, and are updated: cpu is host memory",
     ),
+    mapped(
+        "ratio",
+        Number(0, 1),
+        1.0,
+        "Twin-Flow: the share of the parameters that is offloaded, at any stage",
+    ),
+    mapped("nvme_path", Text(), None, "the folder for the state's files"),
+    mapped("buffer_count", SIZE, 4, "how many chunks of state are in memory at a time"),
+    automatic("pin_memory", Bool(), True, _STAGED),
+    automatic("pipeline_read", Bool(), False, _STAGED),
+    automatic("pipeline_write", Bool(), False, _STAGED),
+    automatic(
+        "fast_init",
+        Bool(),
+        False,
+        "initial values are computed on the devices, parameter by parameter",
+    ),
+    later("super_offload", Bool(), False, _SUPER),
+    passive(later("cpuadam_cores_perc", Number(0, 1), 0.8, _SUPER)),
 )
 
 _INTERVAL = either(Choice(("auto",)), Int(1))
@@ -172,13 +187,13 @@ ALIASES = (
     _renamed("module_granularity_threshold", "stage3_module_granularity_threshold", Int()),
     _renamed("use_all_reduce_for_fetch_params", "stage3_use_all_reduce_for_fetch_params", Bool()),
     _renamed("allgather_sequential", "stage3_allgather_sequential", Bool()),
-    later("cpu_offload", Bool(), None, 'deprecated: "offload_optimizer": {"device": "cpu"}',
-          alias_of="zero_optimization.offload_optimizer.device"),
+    mapped("cpu_offload", Bool(), None, 'deprecated: "offload_optimizer": {"device": "cpu"}',
+           alias_of="zero_optimization.offload_optimizer.device"),
     later("cpu_offload_param", Bool(), None, 'deprecated: "offload_param": {"device": "cpu"}',
           alias_of="zero_optimization.offload_param.device"),
-    later("cpu_offload_use_pin_memory", Bool(), None,
-          'deprecated: "offload_optimizer": {"pin_memory": ...}',
-          alias_of="zero_optimization.offload_optimizer.pin_memory"),
+    automatic("cpu_offload_use_pin_memory", Bool(), None,
+              'deprecated: "offload_optimizer": {"pin_memory": ...}',
+              alias_of="zero_optimization.offload_optimizer.pin_memory"),
 )  # fmt: skip
 
 ZERO_KEYS = section(

@@ -94,7 +94,7 @@ def summed_gradients(values: Values) -> Iterator[Problem]:
 
 
 def offload(values: Values) -> Iterator[Problem]:
-    """NVMe needs a path, and a partial optimizer offload needs stage 3."""
+    """NVMe needs a path."""
     for name in ("offload_param", "offload_optimizer"):
         section = f"{_ZERO}.{name}"
         if values.get(f"{section}.device") == "nvme" and not values.get(f"{section}.nvme_path"):
@@ -102,14 +102,13 @@ def offload(values: Values) -> Iterator[Problem]:
                 f"{section}.nvme_path",
                 f'missing; "{section}.device": "nvme" needs a folder on the disk.',
             )
-    ratio = f"{_ZERO}.offload_optimizer.ratio"
-    stage = values.get(f"{_ZERO}.stage")
-    if values.get(ratio) < 1 and stage != 3:
+    buffers = f"{_ZERO}.offload_optimizer.buffer_count"
+    if values.get(f"{_ZERO}.offload_optimizer.device") == "nvme" and values.get(buffers) < 3:
         yield Problem(
-            ratio,
-            f'{shown(values.get(ratio))} (a partial offload) needs "{_ZERO}.stage": 3, '
-            f"not {stage}.",
-            values.line(ratio),
+            buffers,
+            f"{values.get(buffers)}; expected at least 3: one in use, one being read, one being "
+            "written.",
+            values.line(buffers),
         )
 
 

@@ -60,6 +60,21 @@ class PrecisionConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class OffloadOptimizerConfig:
+    """Where the optimizer's state lives off the devices.
+
+    `ratio` is the share of the parameters that is, `buffer_count` the chunks of state from the disk
+    that are in memory at a time, `chunk_size` the elements up to which one is.
+    """
+
+    device: Literal["cpu", "nvme"]
+    ratio: float
+    nvme_path: str | None
+    buffer_count: int
+    chunk_size: int
+
+
+@dataclass(frozen=True, slots=True)
 class ZeroConfig:
     """The ZeRO stage and its sizes, all counted in elements; `mics_shard_size` -1 is off."""
 
@@ -75,6 +90,7 @@ class ZeroConfig:
     reduce_scatter: bool
     mics_shard_size: int
     gather_16bit_on_save: bool
+    offload_optimizer: OffloadOptimizerConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)

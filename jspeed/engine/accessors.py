@@ -10,10 +10,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jspeed.config import Config
-from jspeed.core.tree import named_leaves
+from jspeed.core.tree import map_named, named_leaves
 from jspeed.engine.batches import own_share
 from jspeed.engine.build import RunPlan
 from jspeed.engine.counters import Counters
+from jspeed.engine.offloading import Offloading
 from jspeed.engine.state_explanation import explain_plan, gather_notes, microbatch_shapes
 from jspeed.layout.data_share import DataShare
 from jspeed.layout.explain import Explanation
@@ -44,6 +45,7 @@ class Accessors:
     _state: TrainState
     _steps: int | None
     _counters: Counters
+    _offloading: Offloading | None
 
     @property
     def state(self) -> TrainState:
@@ -83,9 +85,16 @@ class Accessors:
         Where there are several processes, all must call it, and all get all parameters.
         """
         return {
-            path: whole_on_host(leaf, self.layout, path)
+            path: whole_on_host(self._master(path, leaf), self.layout, path)
             for path, leaf in named_leaves(self.state.master)
         }
+
+    def _master(self, path: str, leaf: jax.Array) -> jax.Array:
+        """A parameter in fp32, given what the devices hold of it."""
+        if path not in self.layout.on_host:
+            return leaf
+        assert self._offloading is not None
+        return self._offloading.master(path)
 
     def explain(self, batch: Any = None) -> Explanation:
         """Where every parameter and its optimizer state live, why, and what each device holds.
@@ -100,14 +109,38 @@ class Accessors:
             notes = gather_notes(self._program, self._loss_fn, self.layout, micro)
         return explain_plan(self._program, self.plan, notes)
 
+    def whole_state(self, *, host: bool = True) -> TrainState:
+        """The state as it would be without offloading, what is on the host in the hosts' memory.
+
+        With offloading that is a copy; without `host` it has shapes in its place.
+        """
+        if self._offloading is None:
+            return self.state
+        return self._offloading.whole_state(self.state, host=host)
+
+    def abstract_whole_state(self) -> TrainState:
+        """Shapes and shardings of `whole_state`."""
+        if self._offloading is None:
+            return self.abstract_state()
+        return self._offloading.abstract_whole_state()
+
+    def take_state(self, state: TrainState) -> None:
+        """Replaces all state by what `whole_state` might have given; shapes stand for what stays
+        as it is."""
+        self.state = state if self._offloading is None else self._offloading.take(state, self.state)
+
     def abstract_state(self) -> TrainState:
-        """The state as shapes with shardings."""
+        """The state on the devices as shapes with shardings."""
         return abstract_state(self._program, self.plan.optimizer, self.layout, self.plan.loss_scale)
 
     @property
     def module(self) -> Any:
         """The model with a copy of its present parameters in fp32: an NNX module, or a callable."""
-        master = in_model_order(self.state.master, self.layout)
+        held = map_named(
+            lambda path, leaf: jax.device_put(self._master(path, leaf), leaf.sharding),
+            self.state.master,
+        )
+        master = in_model_order(held, self.layout)
         copy = jax.tree.map(jnp.copy, (master, self.state.mutable))
         return self._program.bind(*copy)
 

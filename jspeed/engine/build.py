@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from jspeed.config import Batch, Config, resolve_batch
 from jspeed.core.errors import ConfigError
+from jspeed.engine.offloading import parameters_on_host
 from jspeed.engine.stages import stage_order
 from jspeed.layout.mesh import PIPE, AnyMesh, MeshShape, make_mesh, resolve_mesh
 from jspeed.layout.rules import Rule
@@ -31,7 +32,7 @@ from jspeed.pipeline import make_schedule as make_pipeline_schedule
 from jspeed.training.gradients import GradientSettings
 from jspeed.training.program import Program
 from jspeed.training.state import abstract_parameters, check_trainable
-from jspeed.training.step import StepSettings
+from jspeed.training.step import Rates, StepSettings
 
 ScheduleFn = Callable[[Any], Any]
 
@@ -57,6 +58,15 @@ class RunPlan:
     step: StepSettings
     loss_scale: Callable[[], Any] | None
     momentum: ScheduleFn | None = None
+
+    @property
+    def rates(self) -> Rates | None:
+        """What an optimizer on the host follows; None where there is none."""
+        if not self.layout.on_host:
+            return None
+        assert self.schedule is not None
+        assert self.momentum is not None
+        return Rates(self.schedule, self.momentum)
 
 
 def mesh_shape(config: Config, devices: int) -> MeshShape:
@@ -123,6 +133,7 @@ def plan_run(
         reduce_dtype=precision.communication_dtype,
         order=stage_order(config, program, params, mesh.shape[PIPE]),
     )
+    layout = replace(layout, on_host=parameters_on_host(config, layout, optimizer))
     batch = resolve_batch(config, layout.batch_shards)
     optimizer, schedule, momentum = _optimizer(config, program, layout, optimizer, schedule)
     scaling = _loss_scale(config)

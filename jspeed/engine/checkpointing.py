@@ -83,7 +83,8 @@ class Checkpointing(Accessors):
             schedule=load_lr_scheduler_states and not load_module_only,
             counters=not load_module_only,
         )
-        self.state, self._counters = loaded.state, loaded.counters
+        self.take_state(loaded.state)
+        self._counters = loaded.counters
         return loaded.tag, loaded.client_state
 
     @refuses(SAVE)

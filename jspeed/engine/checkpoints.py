@@ -31,6 +31,7 @@ from jspeed.training.state import (
     in_stage_order,
     is_stack,
     model_sharding,
+    on_device,
 )
 from jspeed.training.step import publish
 
@@ -95,7 +96,7 @@ class EngineCheckpoints:
     ) -> str:
         tag = tag or f"global_step{engine.global_steps}"
         _check_same_tag(tag, engine.config.checkpoint.tag_validation)
-        state = layers_in_model_order(engine.state, engine.layout)
+        state = layers_in_model_order(engine.whole_state(), engine.layout)
         arrays = {
             path: jax.random.key_data(leaf) if is_key(leaf) else leaf
             for path, leaf in saved_arrays(state).items()
@@ -133,7 +134,7 @@ class EngineCheckpoints:
             parts.append("opt_state")
             if any(name.startswith("loss_scale/") for name in found):
                 parts.append("loss_scale")
-        shapes = engine.abstract_state()
+        shapes = engine.abstract_whole_state()
         like = {
             path: _key_shape(leaf) if is_key(leaf) else leaf
             for path, leaf in saved_arrays(
@@ -142,7 +143,8 @@ class EngineCheckpoints:
         }
         restored = self.store.restore(tag, like=like, subset=True)
         _check_same_model(engine, found, restored, tag, self.directory, optimizer)
-        state = _rebuild(engine.state, shapes, restored, engine.layout, schedule)
+        current = engine.whole_state(host=False)
+        state = _rebuild(current, shapes, restored, engine.layout, schedule)
         if optimizer != schedule:
             opt_state = _with_schedules_at(state.updates, state.opt_state)
             state = replace(state, opt_state=opt_state)
@@ -212,9 +214,9 @@ def _rebuild(
     new = {part: pick(part) for part in _SAVED}
     if not schedule:
         new["updates"] = state.updates
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-    copies = jax.jit(lambda master: _copies(master, layout), out_shardings=shardings.copies)(
-        new["master"]
+    shardings = {p: layout.sharding(p, Role.PARAM) for p in layout.leaves if layout.has_copy(p)}
+    copies = jax.jit(lambda master: _copies(master, layout), out_shardings=shardings)(
+        on_device(new["master"], layout)
     )
     return TrainState(copies=copies, **new)
 

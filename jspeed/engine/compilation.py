@@ -13,10 +13,10 @@ from jspeed.config import AutoFacts, Config
 from jspeed.engine.build import RunPlan
 from jspeed.layout.compiler_options import CommunicationSettings, compiler_options
 from jspeed.layout.mesh import BATCH_AXES
-from jspeed.layout.zero import Layout
+from jspeed.layout.zero import Layout, Role
 from jspeed.training.program import LossFn, Program
 from jspeed.training.state import abstract_state
-from jspeed.training.step import make_train_step
+from jspeed.training.step import HostUpdate, make_train_step
 
 # Where models keep their width, in the order of looking; as Hugging Face's configurations first.
 _WIDTHS = (
@@ -86,11 +86,22 @@ def jit_step(
       The jitted `(state, placed batch) -> (state, metrics)`, which consumes the state.
     """
     state = abstract_state(program, plan.optimizer, plan.layout, plan.loss_scale)
-    step = make_train_step(program, loss_fn, plan.optimizer, plan.layout, plan.step, plan.schedule)
+    layout, rates = plan.layout, plan.rates
+    step = make_train_step(
+        program, loss_fn, plan.optimizer, layout, plan.step, plan.schedule, rates
+    )
+    outputs: tuple[Any, ...] = (jax.tree.map(lambda leaf: leaf.sharding, state), None)
+    if rates is not None:
+        gradients = {
+            path: layout.sharding(path, Role.MOMENTS)
+            for path in layout.leaves
+            if path in layout.on_host
+        }
+        outputs += (HostUpdate(gradients, None, None, None, None),)  # pyright: ignore
     return jax.jit(
         step,
         donate_argnums=0,
-        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None),
+        out_shardings=outputs,
         compiler_options=step_options(config, plan.layout, described=described),
     )
 

@@ -30,6 +30,7 @@ from jspeed.engine.not_in_jspeed import (
     refuses,
     takes_names_only,
 )
+from jspeed.engine.offloading import Offloading
 from jspeed.engine.reporting import Reporter
 from jspeed.engine.sparse_attention import sets_pattern
 from jspeed.layout.rules import Rule
@@ -153,6 +154,12 @@ class Engine(Checkpointing):
         self._state: TrainState = create_state(
             program, self.plan.optimizer, self.layout, seed=seed, loss_scale=self.plan.loss_scale
         )
+        self._offloading: Offloading | None = None
+        if self.layout.on_host:
+            self._offloading = Offloading(
+                config, program, self.plan.optimizer, self.layout, self.plan.loss_scale
+            )
+            self._offloading.start(seed)
         self._steps: int | None = 0
         self._counters = Counters()
         # Virtual CPU devices share one pool of threads: two programs with collectives in flight
@@ -183,6 +190,8 @@ class Engine(Checkpointing):
     def _compile_step(self) -> None:
         step = compilation.jit_step(self.config, self._program, self._loss_fn, self.plan)
         self.train_step = self._checked(step)
+        if self._offloading is not None:
+            self.train_step = self._offloading.step(self.train_step)
         self.place_batch = BatchPlacer(
             self.layout,
             rows=self.plan.batch.train_batch_size // self.data_share.count,
@@ -281,6 +290,8 @@ class Engine(Checkpointing):
         if self._reporter is not None:
             self._reporter.close()
         self.wait_for_checkpoint()
+        if self._offloading is not None:
+            self._offloading.close()
 
     destroy = close
 

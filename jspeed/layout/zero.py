@@ -98,6 +98,8 @@ class Layout:
       compute_dtype: of stored copies and of what is gathered.
       reduce_dtype: that gradients are reduced in.
       order: which layers each pipeline stage holds; None without a pipeline.
+      on_host: the parameters whose master and moments are on the host or its disk: devices hold
+        them as fp32 training holds its parameters, but in the compute dtype.
     """
 
     mesh: AnyMesh
@@ -106,6 +108,7 @@ class Layout:
     compute_dtype: str
     reduce_dtype: str
     order: StageOrder | None = None
+    on_host: frozenset[str] = frozenset()
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -173,9 +176,17 @@ class Layout:
 
     def has_copy(self, path: str) -> bool:
         """Whether a whole copy in the compute dtype is stored beside the fp32 master."""
-        if not self.mixed_precision:
+        if not self._has_master(path):
             return False
         return self.stage < 3 or (self.zero_splits(path) and self.leaves[path].persistent)
+
+    def _has_master(self, path: str) -> bool:
+        """Whether devices hold an fp32 master beside what is computed with."""
+        return self.mixed_precision and path not in self.on_host
+
+    def stored_dtype(self, path: str) -> str:
+        """Of the array that devices hold as the master."""
+        return self.compute_dtype if path in self.on_host else "float32"
 
     def zero_splits(self, path: str) -> bool:
         return self.leaves[path].zero_dim is not None and self.zero_ways > 1
@@ -204,7 +215,7 @@ class Layout:
         """The spec of one role of one parameter, over all mesh axes."""
         leaf = self.leaves[path]
         first_sharded_stage = {Role.PARAM: 4, Role.MASTER: 1, Role.MOMENTS: 1, Role.GRAD: 1}[role]
-        if role is Role.MASTER and not self.mixed_precision:  # in fp32 the master is the parameter
+        if role is Role.MASTER and not self._has_master(path):  # then it is the parameter
             first_sharded_stage = 4 if leaf.persistent else 3
         if self.zero_splits(path) and self.stage >= first_sharded_stage:
             return leaf.sharded_spec()

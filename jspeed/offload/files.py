@@ -1,4 +1,4 @@
-"""`FileStore`: the optimizer's state in a file, read ahead and written behind through few buffers."""
+"""`FileStore`: the optimizer's state in a file, read ahead and written behind."""
 
 from __future__ import annotations
 
@@ -265,7 +265,7 @@ def _make_file(path: Path, size: int, direct: bool | None) -> RecordFile:
 
 
 def _settle(jobs: deque[Future[np.ndarray]]) -> None:
-    """Drops the jobs that have not begun and waits for the others: buffers must not change later."""
+    """Drops the jobs that have not begun and waits for the others."""
     for job in jobs:
         job.cancel()
     wait(jobs)

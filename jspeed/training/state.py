@@ -3,7 +3,7 @@ creation on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,9 @@ def _build(
     layout: Layout,
     loss_scale: Callable[[], Any] | None,
 ) -> TrainState:
-    master = in_stage_order(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), layout)
+    master = map_named(
+        lambda path, leaf: leaf.astype(layout.stored_dtype(path)), in_stage_order(params, layout)
+    )
     copies = {
         path: leaf.astype(layout.compute_dtype)
         for path, leaf in named_leaves(master)
@@ -66,11 +68,31 @@ def _build(
         updates=zero,
         master=master,
         copies=copies,
-        opt_state=optimizer.init(master),
+        opt_state=optimizer.init(on_device(master, layout)),
         mutable=mutable,
         rng=rng,
         loss_scale=loss_scale() if loss_scale else None,
     )
+
+
+def on_device(tree: Any, layout: Layout) -> Any:
+    """The leaves that an optimizer on the devices updates; None in the place of the others."""
+    if not layout.on_host:
+        return tree
+    return map_named(lambda path, leaf: None if path in layout.on_host else leaf, tree)
+
+
+def on_host(tree: Any, layout: Layout) -> dict[str, Any]:
+    """Path -> leaf of those that are updated on the host, in tree order."""
+    return {path: leaf for path, leaf in named_leaves(tree) if path in layout.on_host}
+
+
+def with_host_leaves(tree: Any, whole: Any, layout: Layout) -> Any:
+    """The reverse of `on_device`: what it left out comes from a tree of all leaves."""
+    if not layout.on_host:
+        return tree
+    updated = dict(named_leaves(tree))
+    return map_named(lambda path, leaf: updated.get(path, leaf), whole)
 
 
 def in_stage_order(tree: Any, layout: Layout) -> Any:
@@ -212,7 +234,8 @@ def create_state(
     params, mutable = given
     placed = map_named(
         lambda path, leaf, sharding: jax.device_put(
-            leaf.astype(jnp.float32), model_sharding(layout, path, leaf.shape, sharding)
+            leaf.astype(layout.stored_dtype(path)),
+            model_sharding(layout, path, leaf.shape, sharding),
         ),
         params,
         shardings.master,
@@ -222,3 +245,23 @@ def create_state(
         lambda p, m, r: _build(p, m, r, optimizer, layout, loss_scale), out_shardings=shardings
     )
     return build(placed, mutable, rng)
+
+
+def create_parameters(
+    program: Program, layout: Layout, *, seed: int
+) -> Iterator[tuple[str, jax.Array]]:
+    """The initial parameters `on_host`, as `create_state` makes them but in fp32, placed as their
+    moments: path and array, made one after another, so that devices hold one at a time."""
+    init_key, _ = jax.random.split(jax.random.key(seed))
+    given = program.given()
+    for path in layout.leaves:
+        if path not in layout.on_host:
+            continue
+        sharding = layout.sharding(path, Role.MOMENTS)
+
+        def create(key: jax.Array, path: str = path) -> jax.Array:
+            params = given[0] if given is not None else program.init(key)[0]
+            leaf = dict(named_leaves(params))[path].astype(jnp.float32)
+            return dict(named_leaves(in_stage_order({path: leaf}, layout)))[path]
+
+        yield path, jax.jit(create, out_shardings=sharding)(init_key)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,41 @@ from jspeed.layout.zero import Layout, Role
 from jspeed.optim import LossScale
 from jspeed.training.gradients import GradientSettings, local_evaluation, local_gradients
 from jspeed.training.program import LossFn, Program
-from jspeed.training.state import TrainState
+from jspeed.training.state import TrainState, on_host, with_host_leaves
 from jspeed.training.update import keep_unless, make_update
 
 Metrics = dict[str, jax.Array]
+
+
+class HostUpdate(NamedTuple):
+    """What the host needs of a step to update the parameters whose state it has.
+
+    Attributes:
+      gradients: path -> gradient as it was reduced, where the moments would live.
+      factor: float32, what gradients are multiplied with before they are used.
+      applied: bool, whether the step changes anything.
+      learning_rate: float32.
+      betas: float32 `[2]`.
+    """
+
+    gradients: dict[str, jax.Array]
+    factor: jax.Array
+    applied: jax.Array
+    learning_rate: jax.Array
+    betas: jax.Array
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What an optimizer on the host follows, by the updates so far.
+
+    Attributes:
+      learning_rate: `updates -> learning rate`.
+      betas: `updates -> (beta1, beta2)`.
+    """
+
+    learning_rate: Callable[[jax.Array], Any]
+    betas: Callable[[jax.Array], Any]
 
 
 @dataclass(frozen=True)
@@ -54,7 +85,8 @@ def make_train_step(
     layout: Layout,
     settings: StepSettings,
     schedule: Callable[[jax.Array], jax.Array] | None = None,
-) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    rates: Rates | None = None,
+) -> Callable[[TrainState, Any], Any]:
     """The pure step `(state, batch) -> (state, metrics)`, ready for `jax.jit` with the state
     donated.
 
@@ -62,6 +94,9 @@ def make_train_step(
     their second dimension. Metrics are fp32 or int32 scalars: `loss`, `grad_norm`, `weight`,
     `finite`, `first_nonfinite` (index of a parameter in tree order, -1 for none), `learning_rate`
     and `loss_scale` where there are such.
+
+    Where the layout has parameters `on_host`, the step leaves them as they are and returns a
+    `HostUpdate` as well; `rates` are of the optimizer there.
     """
     compute = local_gradients(program, loss_fn, layout, settings.gradients)
     update = make_update(
@@ -71,10 +106,10 @@ def make_train_step(
         skip_nonfinite=settings.skip_nonfinite,
     )
 
-    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Any) -> Any:
         scale = state.loss_scale.scale if state.loss_scale is not None else jnp.float32(1.0)
         reduced, unscale, loss, weight, mutable = compute(state, scale, batch)
-        new_master, opt_state, casts, seen = update(state, reduced, unscale)
+        new_master, opt_state, casts, seen, factor = update(state, reduced, unscale)
         updates = state.updates + 1
         if settings.skip_nonfinite:
             updates = keep_unless(seen.finite, updates, state.updates)
@@ -100,16 +135,39 @@ def make_train_step(
         new = TrainState(
             step=state.step + 1,
             updates=updates,
-            master=master,
+            master=with_host_leaves(master, state.master, layout),
             copies=copies,
             opt_state=opt_state,
             mutable=mutable,
             rng=state.rng,
             loss_scale=loss_scale,
         )
-        return new, metrics
+        if rates is None:
+            return new, metrics
+        applied = seen.finite if settings.skip_nonfinite else jnp.bool_(True)
+        return new, metrics, _for_host(state, reduced, factor, applied, layout, rates)
 
     return train_step
+
+
+def _for_host(
+    state: TrainState,
+    reduced: Any,
+    factor: jax.Array,
+    applied: jax.Array,
+    layout: Layout,
+    rates: Rates,
+) -> HostUpdate:
+    return HostUpdate(
+        gradients={
+            path: jax.lax.with_sharding_constraint(leaf, layout.sharding(path, Role.MOMENTS))
+            for path, leaf in on_host(reduced, layout).items()
+        },
+        factor=factor,
+        applied=applied,
+        learning_rate=jnp.asarray(rates.learning_rate(state.updates), jnp.float32),
+        betas=jnp.asarray(rates.betas(state.updates), jnp.float32),
+    )
 
 
 def make_eval_step(

@@ -15,7 +15,7 @@ import optax
 from jspeed.core.tree import map_named, named_leaves
 from jspeed.layout.zero import Layout, Role
 from jspeed.optim import GradientNorm, clipping_factor, gradient_norm
-from jspeed.training.state import TrainState
+from jspeed.training.state import TrainState, on_device
 from pallas_kernels.fused_adamw import InPlaceTransformation
 
 
@@ -27,16 +27,19 @@ class Updated(NamedTuple):
       opt_state: of the optimizer.
       casts: path -> parameter in the compute dtype, of those that were cast on the way.
       gradients: what is known of the gradients, unscaled.
+      factor: what a reduced gradient is multiplied with before it is used: unscaled and clipped.
     """
 
     master: Any
     opt_state: Any
     casts: Mapping[str, jax.Array]
     gradients: GradientNorm
+    factor: jax.Array
 
 
 Update = Callable[[TrainState, Any, jax.Array], Updated]
-"""`(state, reduced gradients, unscale) -> Updated`; see `local_gradients`."""
+"""`(state, reduced gradients, unscale) -> Updated`; see `local_gradients`. The gradients of all
+parameters count for the norm; updated are those of the layout that are not `on_host`."""
 
 
 def make_update(
@@ -62,10 +65,11 @@ def make_update(
     def update(state: TrainState, reduced: Any, unscale: jax.Array) -> Updated:
         grads = jax.tree.map(lambda g: g * unscale, reduced)
         seen = gradient_norm(grads)
+        grads, factor = on_device(grads, layout), unscale
         if gradient_clipping:
-            factor = clipping_factor(seen.norm, gradient_clipping)
-            grads = jax.tree.map(lambda g: g * factor, grads)
-        old = constrain(state.master, layout, Role.MOMENTS)
+            clip = clipping_factor(seen.norm, gradient_clipping)
+            grads, factor = jax.tree.map(lambda g: g * clip, grads), unscale * clip
+        old = constrain(on_device(state.master, layout), layout, Role.MOMENTS)
         updates, opt_state = supported.update(
             grads, state.opt_state, old, schedule_position=state.updates
         )
@@ -73,7 +77,7 @@ def make_update(
         if skip_nonfinite:
             master = keep_unless(seen.finite, master, old)
             opt_state = keep_unless(seen.finite, opt_state, state.opt_state)
-        return Updated(master, opt_state, {}, seen)
+        return Updated(master, opt_state, {}, seen, factor)
 
     return update
 
@@ -86,12 +90,13 @@ def _in_place(
 ) -> Update:
     def update(state: TrainState, reduced: Any, unscale: jax.Array) -> Updated:
         seen = gradient_norm(jax.tree.map(lambda g: g * unscale, reduced))
-        old = constrain(state.master, layout, Role.MOMENTS)
+        old = constrain(on_device(state.master, layout), layout, Role.MOMENTS)
+        factor = unscale * clipping_factor(seen.norm, gradient_clipping)
         new, opt_state = optimizer.apply(
-            reduced,
+            on_device(reduced, layout),
             state.opt_state,
             old,
-            gradient_factor=unscale * clipping_factor(seen.norm, gradient_clipping),
+            gradient_factor=factor,
             skip=~seen.finite if skip_nonfinite else None,
             copy_dtypes=map_named(
                 lambda path, _: layout.compute_dtype if layout.has_copy(path) else None, old
@@ -100,7 +105,7 @@ def _in_place(
             schedule_position=state.updates,
         )
         master = constrain(new.params, layout, Role.MOMENTS)
-        return Updated(master, opt_state, dict(named_leaves(new.copies)), seen)
+        return Updated(master, opt_state, dict(named_leaves(new.copies)), seen, factor)
 
     return update
 

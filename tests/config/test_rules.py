@@ -77,9 +77,9 @@ BROKEN = [
         '"zero_optimization.offload_param.device": "nvme" needs a folder on the disk.',
     ),
     (
-        zero(stage=2, offload_optimizer={"device": "cpu", "ratio": 0.3}),
-        '"zero_optimization.offload_optimizer.ratio": 0.3 (a partial offload) needs '
-        '"zero_optimization.stage": 3, not 2.',
+        zero(offload_optimizer={"device": "nvme", "nvme_path": "/x", "buffer_count": 2}),
+        '"zero_optimization.offload_optimizer.buffer_count": 2; expected at least 3: one in use, '
+        "one being read, one being written.",
     ),
     (
         {"optimizer": {"type": "AdamW", "params": {"adam_w_mode": False}}},

@@ -1,0 +1,307 @@
+"""The part of an engine's state that the host has: which it is, the step over it, and its place in
+checkpoints."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import optax
+
+from jspeed.config import Config, OffloadOptimizerConfig, OptimizerConfig
+from jspeed.core.errors import ConfigError, OffloadError
+from jspeed.core.tree import map_named, named_leaves
+from jspeed.layout.zero import Layout, Role
+from jspeed.offload import (
+    HOST_MEMORY,
+    AdamRule,
+    ChunkStore,
+    FileStore,
+    HostAdam,
+    HostOptimizer,
+    HostStep,
+    HostStore,
+)
+from jspeed.offload.chunks import CHUNK_ELEMENTS
+from jspeed.training.program import Program
+from jspeed.training.state import TrainState, abstract_state, create_parameters
+from jspeed.training.step import HostUpdate, Metrics
+
+SECTION = "zero_optimization.offload_optimizer"
+_STORES = itertools.count()  # engines of one process may share a folder
+_ON_HOST = ("Adam", "AdamW", "FusedAdam")
+
+
+def parameters_on_host(
+    config: Config, layout: Layout, optimizer: optax.GradientTransformation | None
+) -> frozenset[str]:
+    """The parameters whose optimizer state is offloaded.
+
+    Args:
+      config: resolved.
+      layout: of the parameters.
+      optimizer: that was passed in, in place of the configuration's.
+
+    Raises:
+      ConfigError: the optimizer has no update on the host.
+    """
+    section = config.zero.offload_optimizer
+    if section is None or not layout.leaves:
+        return frozenset()
+    if optimizer is not None:
+        raise ConfigError(
+            f'"{SECTION}.device": "{section.device}" needs an optimizer of the configuration, one '
+            f"of {', '.join(_ON_HOST)}, whose update runs on the host; an optax optimizer that is "
+            'passed in runs on the devices only. Name it under "optimizer", or remove the section.'
+        )
+    kind = config.optimizer.type if config.optimizer else None
+    if kind not in _ON_HOST:
+        raise ConfigError(
+            f'"{SECTION}.device": "{section.device}" does not go with "optimizer.type": "{kind}", '
+            f"which has no update on the host. Use one of {', '.join(_ON_HOST)}, or remove the "
+            "section."
+        )
+    return _share({path: _elements(leaf.shape) for path, leaf in layout.leaves.items()}, section)
+
+
+def _share(sizes: Mapping[str, int], section: OffloadOptimizerConfig) -> frozenset[str]:
+    """Parameters that make up the ratio as nearly as whole ones can, largest first."""
+    if section.ratio == 1:
+        return frozenset(sizes)
+    left = section.ratio * sum(sizes.values())
+    chosen = set()
+    for path in sorted(sizes, key=lambda path: (-sizes[path], path)):
+        if sizes[path] / 2 <= left:  # nearer with it than without
+            chosen.add(path)
+            left -= sizes[path]
+    return frozenset(chosen)
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
+
+
+def adam_rule(section: OptimizerConfig) -> AdamRule:
+    """Adam's constants as the configuration says them."""
+    params = section.params
+    return AdamRule(
+        eps=params["eps"],
+        weight_decay=params["weight_decay"],
+        decoupled=params["adam_w_mode"],
+        bias_corrected=params["bias_correction"],
+    )
+
+
+def _make_store(section: OffloadOptimizerConfig, sizes: Sequence[int]) -> ChunkStore:
+    if section.device == "cpu":
+        return HostStore(sizes)
+    assert section.nvme_path is not None
+    return FileStore(
+        section.nvme_path,
+        sizes,
+        buffers=section.buffer_count,
+        name=f"optimizer{next(_STORES)}",
+        process=jax.process_index(),
+    )
+
+
+class Offloading:
+    """The optimizer's state on the host, as an engine uses it.
+
+    Args:
+      config: resolved.
+      program: the model.
+      optimizer: the configuration's, as an optax transformation: the form its state has in
+        checkpoints.
+      layout: with parameters `on_host`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        program: Program,
+        optimizer: optax.GradientTransformation,
+        layout: Layout,
+        loss_scale: Any,
+    ) -> None:
+        section = config.zero.offload_optimizer
+        assert section is not None
+        assert config.optimizer is not None
+        self._layout = layout
+        self._program = program
+        self._optimizer = optimizer
+        self._loss_scale = loss_scale
+        self._host = HostOptimizer(
+            layout,
+            HostAdam(adam_rule(config.optimizer)),
+            functools.partial(_make_store, section),
+            most=min(section.chunk_size, CHUNK_ELEMENTS),
+        )
+
+    def start(self, seed: int) -> None:
+        """Takes the initial parameters, one after another."""
+        for path, leaf in create_parameters(self._program, self._layout, seed=seed):
+            self._host.start(path, leaf)
+
+    def step(self, compiled: Any) -> OffloadedStep:
+        """The whole step around the one on the devices."""
+        return OffloadedStep(compiled, self._host, self._layout)
+
+    @property
+    def bytes(self) -> int:
+        """Of the state that this process has."""
+        return self._host.bytes
+
+    def close(self) -> None:
+        """Gives the memory, or the files, back."""
+        self._host.close()
+
+    def master(self, path: str) -> jax.Array:
+        """A parameter in fp32, in the hosts' memory."""
+        return self._host.leaf(path, "master")
+
+    def whole_state(self, state: TrainState, *, host: bool = True) -> TrainState:
+        """The state as it would be without offloading; what is on the host, in the hosts' memory.
+
+        A copy of that, for a checkpoint; without `host` its shapes alone.
+        """
+        shapes = self.abstract_whole_state()
+        on_devices = dict(named_leaves(state.opt_state))
+
+        def master(path: str, leaf: Any, shape: Any) -> Any:
+            if path not in self._layout.on_host:
+                return leaf
+            return self._host.leaf(path, "master") if host else shape
+
+        def moments(path: str, shape: Any) -> Any:
+            owner = self._owner(path, shape)
+            if owner is None:
+                return on_devices[path]
+            return self._host.leaf(owner, _tensor(path)) if host else shape
+
+        return replace(
+            state,
+            master=map_named(master, state.master, shapes.master),
+            copies={},
+            opt_state=map_named(moments, shapes.opt_state),
+        )
+
+    def abstract_whole_state(self) -> TrainState:
+        """Shapes and shardings of `whole_state`."""
+        plain = replace(self._layout, on_host=frozenset())
+        shapes = abstract_state(self._program, self._optimizer, plain, self._loss_scale)
+
+        def on_host(leaf: Any, owner: str) -> Any:
+            sharding = self._layout.sharding(owner, Role.MOMENTS).with_memory_kind(HOST_MEMORY)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        def master(path: str, leaf: Any) -> Any:
+            return on_host(leaf, path) if path in self._layout.on_host else leaf
+
+        def moments(path: str, leaf: Any) -> Any:
+            owner = self._owner(path, leaf)
+            return leaf if owner is None else on_host(leaf, owner)
+
+        return replace(
+            shapes,
+            master=map_named(master, shapes.master),
+            opt_state=map_named(moments, shapes.opt_state),
+        )
+
+    def take(self, whole: TrainState, state: TrainState) -> TrainState:
+        """The state on the devices of a whole one, whose rest the host takes.
+
+        Args:
+          whole: as `whole_state` gives it.
+          state: the present one, for the placement of its leaves.
+        """
+        moments = dict(named_leaves(whole.opt_state))
+        placed: dict[str, jax.Array] = {}
+        for path, leaf in named_leaves(whole.master):
+            if path in self._layout.on_host and isinstance(leaf, jax.Array):
+                placed[path] = self._take_master(path, leaf)
+        for name, value in moments.items():
+            owner = self._owner(name, value)
+            if owner is not None and isinstance(value, jax.Array):
+                here = self._layout.sharding(owner, Role.MOMENTS)
+                self._host.load(owner, {_tensor(name): jax.device_put(value, here)})
+        return replace(
+            state,
+            step=whole.step,
+            updates=whole.updates,
+            rng=whole.rng,
+            mutable=whole.mutable,
+            loss_scale=whole.loss_scale,
+            copies=whole.copies,
+            master=map_named(lambda path, leaf: placed.get(path, leaf), whole.master),
+            opt_state=map_named(lambda path, leaf: moments[path], state.opt_state),
+        )
+
+    def _take_master(self, path: str, leaf: jax.Array) -> jax.Array:
+        """What the devices hold of a parameter whose master the host takes."""
+        master = jax.device_put(leaf, self._layout.sharding(path, Role.MOMENTS))
+        self._host.load(path, {"master": master})
+        held = master.astype(self._layout.compute_dtype)
+        return jax.device_put(held, self._layout.sharding(path, Role.MASTER))
+
+    def _owner(self, path: str, leaf: Any) -> str | None:
+        owner = self._layout.owner(path, leaf.shape)
+        return owner if owner in self._layout.on_host else None
+
+
+def _tensor(path: str) -> str:
+    """Which of a parameter's tensors a leaf of Adam's state is: `mu/...` or `nu/...`."""
+    return path.partition("/")[0]
+
+
+class OffloadedStep:
+    """The step on the devices and then the one on the host, as one function `(state, batch) ->
+    (state, metrics)`, which consumes the state."""
+
+    def __init__(self, compiled: Any, host: HostOptimizer, layout: Layout) -> None:
+        self.compiled = compiled
+        self._host = host
+        self._layout = layout
+        self._stopped_within = False
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        if self._stopped_within:
+            raise OffloadError(
+                "The step before this one was stopped while the host was updating: some parameters "
+                "are new and some are old. Make a new engine and load the last checkpoint."
+            )
+        new, metrics, update = self.compiled(state, batch)
+        del state
+        self._stopped_within = True
+        new = self._on_host(new, update)
+        self._stopped_within = False
+        return new, metrics
+
+    def _on_host(self, new: TrainState, update: HostUpdate) -> TrainState:
+        applied, step = _read(new, update)
+        if not applied:
+            return new
+        params = {
+            path: leaf for path, leaf in named_leaves(new.master) if path in self._layout.on_host
+        }
+        params = self._host.apply(params, update.gradients, step)
+        master = map_named(lambda path, leaf: params.get(path, leaf), new.master)
+        return replace(new, master=master)
+
+
+def _read(state: TrainState, update: HostUpdate) -> tuple[bool, HostStep]:
+    """Waits for the step on the devices; whether it changes anything, and what the host follows."""
+    count, applied, factor, rate, betas = jax.device_get(
+        (state.opt_state.count, update.applied, update.factor, update.learning_rate, update.betas)
+    )
+    beta1, beta2 = betas
+    return bool(applied), HostStep(
+        float(factor), float(rate), (float(beta1), float(beta2)), int(count)
+    )

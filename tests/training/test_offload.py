@@ -1,0 +1,265 @@
+"""Training with the optimizer's state on the host or its disk: equal to training without, resumed
+to the last bit, switched on and off between save and load; and where the bytes live."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import jspeed
+from jspeed.core.errors import ConfigError, OffloadError
+from jspeed.core.tree import named_leaves
+from jspeed.engine.engine import Engine
+from jspeed.models import ModelFactory
+from jspeed.nn import language_model_loss
+from jspeed.offload import HostOptimizer
+from tests.training.curves import BATCH, TINY, batches, ds_config
+
+STEPS = 20
+CLOSE = 1e-6
+
+Offload = dict[str, Any]
+
+
+@pytest.fixture(params=["cpu", "nvme"])
+def tier(request: Any, tmp_path: Path) -> Offload:
+    """A tier's `offload_optimizer`."""
+    section: Offload = {"device": request.param}
+    return section | ({"nvme_path": str(tmp_path)} if request.param == "nvme" else {})
+
+
+def make_engine(
+    offload: Offload | None,
+    *,
+    devices: int = 8,
+    stage: int = 3,
+    model: ModelFactory | None = None,
+    **more: Any,
+) -> Engine:
+    """Of the tiny GPT-2, its state in chunks of at most 3000 elements."""
+    mesh = more.get("mesh", {})
+    shards = devices // mesh.get("tensor", 1) // mesh.get("pipe", 1) // mesh.get("seq", 1)
+    config = ds_config(stage=stage, micro=BATCH // shards // (4 if shards < 8 else 1))
+    config["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1}}
+    config["scheduler"] = {
+        "type": "WarmupLR",
+        "params": {"warmup_max_lr": 1e-2, "warmup_num_steps": 5},
+    }
+    config["zero_optimization"] |= {"sub_group_size": 3000}
+    if offload is not None:
+        config["zero_optimization"] |= {"offload_optimizer": offload}
+    return jspeed.initialize(
+        model=model or ModelFactory("gpt2", TINY),
+        loss_fn=language_model_loss,
+        config=config | more,
+        devices=jax.devices()[:devices],
+        seed=0,
+        report=False,
+    )
+
+
+def train(engine: Engine, steps: int = STEPS, *, skip: int = 0) -> list[float]:
+    """The losses of some steps, after those that were taken already."""
+    data = batches(skip + steps)[skip:]
+    return [float(engine.train_batch(batch)["loss"]) for batch in data]
+
+
+_LAYOUTS: list[dict[str, Any]] = [
+    {"devices": 1, "stage": 0},
+    {"devices": 4, "stage": 0},
+    {"devices": 4, "stage": 1},
+    {"devices": 8, "stage": 2},
+    {"devices": 8, "stage": 3},
+    {"devices": 8, "stage": 3, "mesh": {"tensor": 2}},
+    {"devices": 8, "stage": 2, "mesh": {"seq": 2, "replica": 2}},
+    {"devices": 8, "stage": 1, "mesh": {"pipe": 2}},
+]
+_QUICK = ((2, 1.0), (4, 0.5), (7, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("layout", "ratio"),
+    [
+        pytest.param(layout, ratio, marks=[] if (n, ratio) in _QUICK else pytest.mark.slow)
+        for n, layout in enumerate(_LAYOUTS)
+        for ratio in (1.0, 0.5)
+    ],
+    ids=str,
+)
+def test_curves_equal_those_without(layout, ratio):
+    plain, offloaded = (
+        make_engine(None, **layout),
+        make_engine({"device": "cpu", "ratio": ratio}, **layout),
+    )
+    np.testing.assert_allclose(train(offloaded), train(plain), rtol=CLOSE)
+    for path, whole in plain.parameters().items():
+        found = offloaded.parameters()[path]
+        if path.endswith("qkv/bias"):  # no loss depends on that of the keys: Adam scales up noise
+            found, whole = np.delete(found, 1, axis=1), np.delete(whole, 1, axis=1)
+        np.testing.assert_allclose(found, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_curves_from_the_disk_equal_those_from_memory(tmp_path):
+    disk = {"device": "nvme", "nvme_path": str(tmp_path)}
+    assert train(make_engine(disk)) == train(make_engine({"device": "cpu"}))
+
+
+@pytest.mark.parametrize("dtype", [pytest.param("bf16", marks=pytest.mark.slow), "fp16"])
+def test_half_precision_keeps_its_masters(dtype):
+    """Two runs differ where a master lies at the border of two numbers of 16 bits."""
+    precision: dict[str, Any] = {dtype: {"enabled": True}}
+    if dtype == "fp16":
+        precision[dtype]["initial_scale_power"] = 20  # overflows first
+    plain, offloaded = make_engine(None, **precision), make_engine({"device": "cpu"}, **precision)
+    np.testing.assert_allclose(train(offloaded), train(plain), rtol=2e-3)
+    assert offloaded.skipped_steps == plain.skipped_steps
+    assert (plain.skipped_steps > 0) == (dtype == "fp16")
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(offloaded.state.master)} == {
+        {"bf16": "bfloat16", "fp16": "float16"}[dtype]
+    }
+
+
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
+def test_resumed_to_the_last_bit(tier, dtype, tmp_path):
+    precision = {} if dtype == "fp32" else {dtype: {"enabled": True}}
+    first = make_engine(tier, **precision)
+    train(first, 3)
+    first.save_checkpoint(tmp_path / "saved")
+    rest = train(first, 3, skip=3)
+    second = make_engine(tier, **precision)
+    second.load_checkpoint(tmp_path / "saved")
+    assert second.global_steps == 3
+    assert train(second, 3, skip=3) == rest
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        (None, 1.0),
+        (1.0, None),
+        pytest.param(0.5, 1.0, marks=pytest.mark.slow),
+        pytest.param(1.0, 0.5, marks=pytest.mark.slow),
+    ],
+)
+def test_switched_between_save_and_load(saved, loaded, tmp_path):
+    """Onto other devices and another stage as well; the reference goes on as it began."""
+
+    def engine(ratio: float | None, **layout: Any) -> Engine:
+        return make_engine(None if ratio is None else {"device": "cpu", "ratio": ratio}, **layout)
+
+    first = engine(saved)
+    train(first, 3)
+    first.save_checkpoint(tmp_path)
+    rest = train(first, 3, skip=3)
+    second = engine(loaded, devices=4, stage=1)
+    second.load_checkpoint(tmp_path)
+    np.testing.assert_allclose(train(second, 3, skip=3), rest, rtol=1e-5)
+
+
+def test_parameters_alone_are_loaded(tmp_path):
+    """`load_module_only` leaves the moments of the host, and the steps, as they were."""
+    first, second = make_engine({"device": "cpu"}), make_engine({"device": "cpu"})
+    train(first, 3)
+    first.save_checkpoint(tmp_path)
+    train(second, 2)
+    moments = jax.tree.map(np.asarray, second.whole_state().opt_state)
+    second.load_checkpoint(tmp_path, load_module_only=True)
+    assert second.global_steps == 2
+    jax.tree.map(np.testing.assert_array_equal, moments, second.whole_state().opt_state)
+    for path, whole in first.parameters().items():
+        np.testing.assert_array_equal(second.parameters()[path], whole)
+
+
+def test_devices_hold_the_parameters_alone():
+    """In the compute dtype, split as fp32 training splits its parameters; the rest is on the
+    host, and the whole state is in its memory."""
+    engine = make_engine({"device": "cpu"}, bf16={"enabled": True})
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(engine.whole_state().master))
+    on_devices = sum(
+        shard.data.nbytes
+        for leaf in jax.tree.leaves(engine.state)
+        if leaf.ndim
+        for shard in leaf.addressable_shards
+    )
+    split = [path for path in engine.layout.leaves if engine.layout.zero_splits(path)]
+    assert len(split) == len(engine.layout.leaves)
+    assert on_devices == 2 * parameters + 8 * engine.state.rng.nbytes
+    assert jax.tree.leaves(engine.state.opt_state.mu) == []
+    host = engine._offloading
+    assert host is not None
+    assert host.bytes == 12 * parameters
+    whole = engine.whole_state()
+    for _, leaf in named_leaves(whole.master):
+        assert (leaf.dtype, leaf.sharding.memory_kind) == (np.float32, "pinned_host")
+
+
+def test_what_the_host_does_is_what_trains(monkeypatch):
+    """Without its update nothing moves."""
+    engine = make_engine({"device": "cpu"})
+    before = engine.parameters()
+    monkeypatch.setattr(HostOptimizer, "apply", lambda self, params, gradients, step: dict(params))
+    train(engine, 2)
+    for path, whole in engine.parameters().items():
+        np.testing.assert_array_equal(whole, before[path])
+
+
+def test_files_hold_the_state_and_go_with_the_engine(tmp_path):
+    engine = make_engine({"device": "nvme", "nvme_path": str(tmp_path)})
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(engine.state.master))
+    (file,) = tmp_path.rglob("*.bin")
+    assert file.stat().st_size >= 12 * parameters
+    written = file.stat().st_mtime_ns
+    train(engine, 1)
+    assert file.stat().st_mtime_ns > written
+    engine.close()
+    assert not list(tmp_path.rglob("*.bin"))
+
+
+def test_a_torn_state_trains_no_more(monkeypatch, tmp_path):
+    """A pass that stopped leaves some parameters new and some old; the checkpoint helps."""
+    engine = make_engine({"device": "cpu"})
+    train(engine, 2)
+    engine.save_checkpoint(tmp_path)
+    engine.wait_for_checkpoint()
+    update, calls = HostOptimizer._update, []
+
+    def failing(self: HostOptimizer, *args: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError("no more")
+        update(self, *args)
+
+    monkeypatch.setattr(HostOptimizer, "_update", failing)
+    with pytest.raises(MemoryError):
+        train(engine, 1)
+    monkeypatch.undo()
+    with pytest.raises(OffloadError, match="load the last checkpoint"):
+        train(engine, 1)
+    fresh = make_engine({"device": "cpu"})
+    fresh.load_checkpoint(tmp_path)
+    assert np.isfinite(train(fresh, 1, skip=2)).all()
+
+
+def test_a_model_that_exists_is_taken(tmp_path):
+    """Its parameters become the masters."""
+    from flax import nnx
+
+    from jspeed.models.gpt2.model import GPT2
+
+    model: Any = GPT2(TINY, rngs=nnx.Rngs(5))
+    engine = make_engine({"device": "cpu"}, model=model, bf16={"enabled": True})
+    plain = make_engine(None, model=model)
+    for path, whole in engine.parameters().items():
+        np.testing.assert_array_equal(whole, plain.parameters()[path])
+
+
+def test_other_optimizers_are_refused():
+    with pytest.raises(
+        ConfigError, match=r'"optimizer.type": "Lion", which has no update on the host'
+    ):
+        make_engine({"device": "cpu"}, optimizer={"type": "Lion", "params": {"lr": 1e-3}})
