@@ -13,10 +13,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import config, njit, types
 from numba.extending import intrinsic
 
 from jspeed.offload._scalars import AdamScalars, State
+
+if config.DISABLE_JIT:
+    raise ImportError("NUMBA_DISABLE_JIT is set")
 
 # A tile is what a thread takes at a time; a block's parameters are still in the core's cache when
 # they are written out.
@@ -45,7 +48,7 @@ class NumbaAdam:
         gradient = gradient.view(_BITS[gradient.dtype])
         gradient.flags.writeable = False
         counter = np.zeros(1, np.int64)
-        work = (*state, gradient, out.view(_BITS[out.dtype]), separate, counter, scalars)
+        work = (*state, gradient, out.view(_BITS[out.dtype]), separate, counter, tuple(scalars))
         tiles = -(-len(gradient) // _TILE)
         helpers = [self._pool.submit(_tiles, *work) for _ in range(min(self._threads, tiles) - 1)]
         _tiles(*work)
@@ -111,10 +114,25 @@ _narrow: Any = intrinsic(_narrow_code)
 
 # "contract" (fused multiply-add) is the one liberty taken: the others that "fast" mathematics
 # takes assume that nothing is infinite or NaN, or approximate the square root.
-_njit = njit(nogil=True, error_model="numpy", fastmath={"contract"}, boundscheck=False)
+_OPTIONS = {
+    "nogil": True,
+    "error_model": "numpy",
+    "fastmath": {"contract"},
+    "boundscheck": False,
+}
 
 
-@_njit
+def _compiled(function: Any) -> Any:
+    """Compiles on the first call. Numba keeps the machine code beside this file, or else in the
+    user's cache folder, under the processor's name and the hash of this file: so whatever goes into
+    it stands here."""
+    try:
+        return njit(cache=True, **_OPTIONS)(function)
+    except RuntimeError:  # neither place can be written
+        return njit(**_OPTIONS)(function)
+
+
+@_compiled
 def _block(master: Any, mu: Any, nu: Any, gradient: Any, scalars: Any) -> None:
     # Not with `out` in the same loop: LLVM would then have to check ten pairs of arrays for
     # overlap, takes that for too many and gives up vectors.
@@ -134,13 +152,13 @@ def _block(master: Any, mu: Any, nu: Any, gradient: Any, scalars: Any) -> None:
         master[i] = p - rate * step
 
 
-@_njit
+@_compiled
 def _publish(master: Any, out: Any) -> None:
     for i in range(master.size):
         out[i] = _narrow(master[i], out)
 
 
-@_njit
+@_compiled
 def _tiles(
     master: Any,
     mu: Any,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,30 +13,49 @@ import numpy as np
 
 from jspeed.offload._scalars import AdamScalars, State
 
-# What a tile reads and writes stays in the cache while it is copied back.
-_TILE = 1 << 18
+# A tile's results stay in the cache while they are copied into the state. A window is what a thread
+# takes at a time and shows JAX at once, since to show an array costs as much as 20,000 elements.
+_TILE, _TILES, _SMALLEST = 1 << 19, 4, 1 << 12
+_FLOAT32 = np.dtype(np.float32)
+
+Scratch = tuple[jax.Array, ...]
+
+
+class Window(NamedTuple):
+    """`length` elements from `start` on: `tiles` of `size`, or one that is not full."""
+
+    start: int
+    length: int
+    tiles: int
+    size: int
 
 
 class XlaAdam:
-    """JAX's arrays cannot be changed, so a tile's results are copied into the state."""
+    """JAX's arrays cannot be changed, so each tile's results are copied into the state.
+
+    Arrays that begin at a multiple of 64 bytes are read where they are; of others JAX copies each
+    window. Results go to buffers that are used again: fresh memory costs more than the arithmetic.
+    """
 
     def __init__(self, threads: int) -> None:
         # An accelerator may be the default; and other processes' CPUs are devices too.
         self._device = jax.local_devices(backend="cpu")[0]
         self._threads = threads
         self._pool = ThreadPoolExecutor(max(threads - 1, 1), thread_name_prefix="host-adam")
-        self._tile = jax.jit(_tile, static_argnames=("dtype", "decay"))
+        offsets = np.arange(_TILES, dtype=np.int32) * _TILE
+        self._offsets = [jax.device_put(offset, self._device) for offset in offsets]
+        self._scratch: dict[tuple[int, np.dtype], list[Scratch]] = {}
 
     def update(
         self, state: State, gradient: np.ndarray, out: np.ndarray, scalars: AdamScalars
     ) -> None:
         numbers = jax.device_put(np.array(scalars), self._device)
-        starts = iter(range(0, len(gradient), _TILE))
         decay = "l2" if scalars.l2 else "decoupled" if scalars.decay else "none"
-        work = (state, gradient, out, numbers, starts, decay)
-        tiles = -(-len(gradient) // _TILE)
+        windows = _windows(len(gradient))
+        work = ((*state, gradient), out, numbers, decay, iter(windows))
         helpers = [
-            self._pool.submit(self._tiles, *work) for _ in range(min(self._threads, tiles) - 1)
+            self._pool.submit(self._tiles, *work)
+            for _ in range(min(self._threads, len(windows)) - 1)
         ]
         self._tiles(*work)
         for helper in helpers:
@@ -42,37 +63,74 @@ class XlaAdam:
 
     def _tiles(
         self,
-        state: State,
-        gradient: np.ndarray,
+        inputs: tuple[np.ndarray, ...],
         out: np.ndarray,
         numbers: jax.Array,
-        starts: Iterator[int],
         decay: str,
+        windows: Iterator[Window],
     ) -> None:
-        """Updates tiles for as long as `starts` has any left; `next` of a range is atomic."""
-        for start in starts:
-            part = slice(start, start + _TILE)
-            master, mu, nu, published = self._tile(
-                *(jax.device_put(array[part], self._device) for array in (*state, gradient)),
-                numbers,
-                dtype=out.dtype,
-                decay=decay,
-            )
-            results = (master, mu, nu, published)
-            for target, result in zip((*state, out), results, strict=True):
-                np.copyto(target[part], np.asarray(result))
+        """Updates windows for as long as there are any; all threads share the iterator (a
+        list's, whose steps are atomic)."""
+        targets = [*inputs[:3], out if out.dtype == _FLOAT32 else out.view(np.uint16)]
+        for window in windows:
+            shown = tuple(self._show(array, window) for array in inputs)
+            scratch = self._borrow(window.size, out.dtype)
+            for tile in range(window.tiles):
+                scratch = _step(
+                    scratch, shown, numbers, self._offsets[tile], dtype=out.dtype, decay=decay
+                )
+                jax.block_until_ready(scratch)
+                start = window.start + tile * window.size
+                part = slice(start, min(start + window.size, window.start + window.length))
+                # In float32 what is published is the master.
+                results = scratch if len(scratch) == 4 else (*scratch, scratch[0])
+                for target, result in zip(targets, results, strict=True):
+                    target[part] = np.from_dlpack(result)[: part.stop - start]
+            self._scratch[window.size, out.dtype].append(scratch)
+
+    def _borrow(self, size: int, dtype: np.dtype) -> Scratch:
+        """Buffers for a tile's results, from an earlier tile where there are any."""
+        free = self._scratch.setdefault((size, dtype), [])
+        try:
+            return free.pop()
+        except IndexError:
+            dtypes = [_FLOAT32] * 3 + [np.dtype(np.uint16)] * (dtype != _FLOAT32)
+            return tuple(jnp.zeros(size, dtype, device=self._device) for dtype in dtypes)
+
+    def _show(self, array: np.ndarray, window: Window) -> jax.Array:
+        """A window of an array as JAX's, whole tiles long."""
+        part = array[window.start : window.start + window.length]
+        missing = window.tiles * window.size - window.length
+        if missing:
+            part = np.concatenate([part, np.zeros(missing, array.dtype)])
+        return jax.device_put(part, self._device)
 
 
-def _tile(
-    master: jax.Array,
-    mu: jax.Array,
-    nu: jax.Array,
-    gradient: jax.Array,
+def _windows(length: int) -> list[Window]:
+    """Windows that cover `length` elements, in few sizes for XLA to compile."""
+    whole = _TILE * _TILES
+    large = [Window(start, whole, _TILES, _TILE) for start in range(0, length - whole + 1, whole)]
+    rest = range(len(large) * whole, length, _TILE)
+    pieces = [(start, min(_TILE, length - start)) for start in rest]
+    # The last is filled up to a power of two.
+    sizes = (max(_SMALLEST, 1 << (piece - 1).bit_length()) for _, piece in pieces)
+    return large + [Window(*piece, 1, size) for piece, size in zip(pieces, sizes, strict=True)]
+
+
+@partial(jax.jit, static_argnames=("dtype", "decay"), donate_argnums=0, keep_unused=True)
+def _step(
+    scratch: Scratch,
+    shown: tuple[jax.Array, ...],
     numbers: jax.Array,
+    offset: jax.Array,
     *,
     dtype: np.dtype,
     decay: str,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> Scratch:
+    """Master, mu, nu and, unless float32, the bits of what is published, of the tile at `offset`;
+    in the memory of `scratch`."""
+    tiles = (jax.lax.dynamic_slice(array, (offset,), scratch[0].shape) for array in shown)
+    master, mu, nu, gradient = tiles
     s = AdamScalars(*numbers)
     gradient = gradient.astype(jnp.float32) * s.factor
     if decay == "l2":
@@ -83,4 +141,7 @@ def _tile(
     if decay == "decoupled":
         step = step + s.decay * master
     master = master - s.rate * step
-    return master, mu, nu, master.astype(dtype)
+    if dtype == _FLOAT32:
+        return master, mu, nu
+    # As bits, since NumPy takes no bfloat16 over DLPack.
+    return master, mu, nu, jax.lax.bitcast_convert_type(master.astype(dtype), jnp.uint16)

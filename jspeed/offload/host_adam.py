@@ -12,10 +12,11 @@ import numpy as np
 from jspeed.core.errors import MissingExtraError
 from jspeed.offload._scalars import AdamRule, Kernel, State, scalars_of
 
-__all__ = ["AdamRule", "Engine", "HostAdam", "State"]
+__all__ = ["AdamRule", "Engine", "HostAdam", "State", "host_zeros"]
 
 Engine = Literal["auto", "numba", "xla"]
 DTYPES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
+_ALIGNMENT = 64
 
 
 class HostAdam:
@@ -115,6 +116,14 @@ class HostAdam:
         return time.perf_counter() - begin
 
 
+def host_zeros(length: int, dtype: np.dtype) -> np.ndarray:
+    """A vector of zeros that begins at a multiple of 64 bytes: XLA reads such arrays where they
+    are, and copies others."""
+    memory = np.zeros(length * dtype.itemsize + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + length * dtype.itemsize].view(dtype)
+
+
 def _choose(engine: str, threads: int) -> tuple[str, str, Kernel]:
     """The engine, why, and its kernel."""
     if engine not in ("auto", "numba", "xla"):
@@ -132,7 +141,7 @@ def _choose(engine: str, threads: int) -> tuple[str, str, Kernel]:
                     f'({error}). Install it with: pip install "jspeed[offload]", or use engine '
                     '"xla".'
                 ) from error
-            why = f'numba cannot be imported ({error}); pip install "jspeed[offload]" is faster'
+            why = f'numba cannot be imported ({error}); pip install "jspeed[offload]" for more speed'
 
     from jspeed.offload._xla_adam import XlaAdam
 
