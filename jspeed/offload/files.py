@@ -1,4 +1,4 @@
-"""`FileStore`: the optimizer's state in a file, read ahead and written behind through few buffers."""
+"""`FileStore`: the state in a file, read ahead and written behind through a few buffers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import weakref
-import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from jspeed.core.errors import OffloadError
+from jspeed.offload.checksums import fastest_checksum
 from jspeed.offload.direct_io import RecordFile, aligned, aligned_buffer, reason
 from jspeed.offload.folders import ProcessFolder
 from jspeed.offload.stores import (
@@ -42,8 +42,9 @@ class FileStore:
     whatever the number of chunks: in a pass one is in the caller's hands, the others are being
     written and read ahead by as many threads.
 
-    The checksum of every tensor of every chunk (CRC-32) stays in memory and is compared at every
-    read, so that a damaged or stale record is an error, never wrong training state.
+    The checksum of every tensor of every chunk (XXH3, or CRC-32 without the extra `offload`) stays
+    in memory and is compared at every read, so that a damaged or stale record is an error, never
+    wrong training state.
 
     The file is working memory, not a checkpoint: a run never resumes from it. `close` removes it,
     as does the end of the process; what a killed process leaves, the next one replaces.
@@ -83,7 +84,8 @@ class FileStore:
         self._tensors = tuple(tensors)
         spans = [len(self._tensors) * aligned(size * _ITEM) for size in self._sizes]
         self._offsets = [0, *np.cumsum(spans, dtype=np.int64).tolist()]
-        self._checksums = np.zeros((len(self._sizes), len(self._tensors)), np.uint32)
+        self._checksum = fastest_checksum()
+        self._checksums = np.zeros((len(self._sizes), len(self._tensors)), np.uint64)
         self._written = np.zeros(len(self._sizes), bool)
 
         self._folder = ProcessFolder(Path(directory), f"jspeed-{name}-{process}")
@@ -98,12 +100,13 @@ class FileStore:
         self._whole = Wholeness(f'The optimizer state in "{self._file.path}"')
         self._remove = weakref.finalize(self, _remove, self._folder, self._file, os.getpid())
         _LOGGER.info(
-            "%s: %.2f GB reserved for the optimizer's state, %s; %d buffers of %.1f MB.",
+            "%s: %.2f GB reserved for the optimizer's state, %s; %d buffers of %.1f MB; %s.",
             self._file.path,
             self._offsets[-1] / 1e9,
             "direct I/O" if self._file.direct else "no direct I/O: through the page cache, emptied",
             buffers,
             max(spans, default=0) / 1e6,
+            self._checksum.name,
         )
 
     @property
@@ -220,7 +223,9 @@ class FileStore:
 
     def _store(self, index: int, buffer: np.ndarray) -> np.ndarray:
         """In a thread: writes a chunk and returns its buffer."""
-        self._checksums[index] = [zlib.crc32(array.data) for array in self._views(index, buffer)]
+        self._checksums[index] = [
+            self._checksum.of(array.data) for array in self._views(index, buffer)
+        ]
         try:
             self._file.write(buffer[: self._span(index)], self._offsets[index])
         except OSError as error:
@@ -240,10 +245,11 @@ class FileStore:
         for tensor, array, expected in zip(
             self._tensors, self._views(index, buffer), self._checksums[index], strict=True
         ):
-            if (found := zlib.crc32(array.data)) != expected:
+            if (found := self._checksum.of(array.data)) != int(expected):
+                shown, wanted = (f"{x:0{self._checksum.digits}x}" for x in (found, int(expected)))
                 raise OffloadError(
                     f'"{self._file.path}": {tensor} of chunk {index} is damaged: its checksum is '
-                    f"{found:08x}; {expected:08x} was written. The disk or its driver lost data."
+                    f"{shown}; {wanted} was written. The disk or its driver lost data."
                 )
         return buffer
 
@@ -265,7 +271,7 @@ def _make_file(path: Path, size: int, direct: bool | None) -> RecordFile:
 
 
 def _settle(jobs: deque[Future[np.ndarray]]) -> None:
-    """Drops the jobs that have not begun and waits for the others: buffers must not change later."""
+    """Drops jobs that have not begun and waits for the others, so that no buffer changes later."""
     for job in jobs:
         job.cancel()
     wait(jobs)
