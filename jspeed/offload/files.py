@@ -10,15 +10,15 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from jspeed.core.errors import OffloadError
+from jspeed.offload.capacity import file_system
 from jspeed.offload.checksums import fastest_checksum
 from jspeed.offload.direct_io import RecordFile, aligned, aligned_buffer, reason
-from jspeed.offload.folders import ProcessFolder
+from jspeed.offload.folders import PREFIX, ProcessFolder, abandoned_folders
 from jspeed.offload.stores import (
     TENSORS,
     State,
@@ -30,6 +30,7 @@ from jspeed.offload.stores import (
 )
 
 _FILE = "state.bin"
+_IN_MEMORY = ("tmpfs", "ramfs")
 _ITEM = np.dtype(np.float32).itemsize
 _LOGGER = logging.getLogger("jspeed.offload")
 
@@ -88,26 +89,18 @@ class FileStore:
         self._checksums = np.zeros((len(self._sizes), len(self._tensors)), np.uint64)
         self._written = np.zeros(len(self._sizes), bool)
 
-        self._folder = ProcessFolder(Path(directory), f"jspeed-{name}-{process}")
+        self._folder = ProcessFolder(Path(directory), f"{PREFIX}{name}-{process}")
         try:
             self._file = _make_file(self._folder.path / _FILE, self._offsets[-1], direct)
         except BaseException:
             self._folder.close()
             raise
+        self._report(buffers, max(spans, default=0))
         self._buffers = [aligned_buffer(max(spans, default=0)) for _ in range(buffers)]
         self._threads = ThreadPoolExecutor(buffers, thread_name_prefix="jspeed-offload")
         self._writes: deque[Future[np.ndarray]] = deque()
         self._whole = Wholeness(f'The optimizer state in "{self._file.path}"')
         self._remove = weakref.finalize(self, _remove, self._folder, self._file, os.getpid())
-        _LOGGER.info(
-            "%s: %.2f GB reserved for the optimizer's state, %s; %d buffers of %.1f MB; %s.",
-            self._file.path,
-            self._offsets[-1] / 1e9,
-            "direct I/O" if self._file.direct else "no direct I/O: through the page cache, emptied",
-            buffers,
-            max(spans, default=0) / 1e6,
-            self._checksum.name,
-        )
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -183,6 +176,24 @@ class FileStore:
             self._threads.shutdown(cancel_futures=True)
             self._remove()
             self._buffers = []
+
+    def _report(self, buffers: int, span: int) -> None:
+        """Says in the log what was made, and how."""
+        _LOGGER.info(
+            "%s: %.2f GB reserved, %s; %d buffers of %.1f MB; checksums %s.",
+            self._file.path,
+            self._file.size / 1e9,
+            "direct I/O" if self._file.direct else "no direct I/O: through the page cache, emptied",
+            buffers,
+            span / 1e6,
+            self._checksum.name,
+        )
+        if (kind := file_system(self._folder.path)) in _IN_MEMORY:
+            _LOGGER.warning(
+                "%s is on %s, which is host memory. Put nvme_path on a disk.",
+                self._file.path,
+                kind,
+            )
 
     def _begin(self) -> None:
         """Before state is read: everything is written, whole, and where it should be."""
@@ -264,9 +275,13 @@ def _make_file(path: Path, size: int, direct: bool | None) -> RecordFile:
         return RecordFile(path, size, direct=direct)
     except OSError as error:
         free = shutil.disk_usage(path.parent).free
+        left = "".join(
+            f' An earlier run left "{folder}" ({size / 1e9:.2f} GB), which may be removed.'
+            for folder, size in abandoned_folders(path.parent.parent)
+        )
         raise OffloadError(
-            f'"{path}" cannot be made: the optimizer\'s state of this process needs {size} bytes '
-            f"({size / 1e9:.2f} GB), {free} ({free / 1e9:.2f} GB) are free: {reason(error)}."
+            f'"{path}" cannot be made: the state needs {size} bytes ({size / 1e9:.2f} GB), {free} '
+            f"({free / 1e9:.2f} GB) are free: {reason(error)}.{left}"
         ) from error
 
 
@@ -280,7 +295,5 @@ def _settle(jobs: deque[Future[np.ndarray]]) -> None:
 def _remove(folder: ProcessFolder, file: RecordFile, owner: int) -> None:
     """Removes the files and gives up the lock; not in a child that was forked."""
     if os.getpid() == owner:
-        file.close()
-        with suppress(OSError):
-            file.path.unlink(missing_ok=True)
+        file.remove()
         folder.close()

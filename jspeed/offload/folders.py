@@ -5,12 +5,15 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 from jspeed.core.errors import OffloadError
-from jspeed.offload.direct_io import reason
+from jspeed.offload.direct_io import reason, remove_ours
 
+PREFIX = "jspeed-"
 _LOCK = "lock"
+_NOW = fcntl.LOCK_EX | fcntl.LOCK_NB
 
 
 class ProcessFolder:
@@ -44,12 +47,10 @@ class ProcessFolder:
 
     def close(self) -> None:
         """Removes the lock and the folder, where nothing else is in it, and gives them up."""
-        (self.path / _LOCK).unlink(missing_ok=True)
-        os.close(self._lock)
-        try:
+        remove_ours(self._lock, self.path / _LOCK)
+        with suppress(OSError):  # gone, or somebody put something there
             self.path.rmdir()
-        except OSError:  # gone, or somebody put something there
-            return
+        os.close(self._lock)
 
     def _acquire(self) -> int:
         while True:
@@ -59,7 +60,7 @@ class ProcessFolder:
             except FileNotFoundError:  # its last owner removed the folder just now
                 continue
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, _NOW)
             except BlockingIOError:
                 owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
                 os.close(descriptor)
@@ -83,3 +84,21 @@ class ProcessFolder:
             return os.path.samestat(os.fstat(descriptor), os.stat(self.path / _LOCK))
         except FileNotFoundError:
             return False
+
+
+def abandoned_folders(directory: Path) -> list[tuple[Path, int]]:
+    """Returns the folders in `directory` that killed runs left, with the bytes of their files.
+
+    The next run with as many processes replaces them; one with fewer does not.
+    """
+    found = []
+    for folder in sorted(directory.glob(f"{PREFIX}*")):
+        with suppress(OSError):  # of another user, or just removed
+            descriptor = os.open(folder / _LOCK, os.O_RDWR)
+            try:
+                fcntl.flock(descriptor, _NOW)
+                size = sum(file.stat().st_blocks * 512 for file in folder.iterdir())
+                found.append((folder, size))
+            finally:
+                os.close(descriptor)
+    return found
