@@ -31,15 +31,17 @@ class ProcessFolder:
 
     def __init__(self, directory: Path, name: str) -> None:
         self.path = directory / name
-        if not directory.exists():
+        try:
+            self._lock = self._acquire()
+        except FileNotFoundError as error:
             raise OffloadError(
                 f'nvme_path "{directory}": there is no such folder. Mount the disk, or make the '
                 "folder."
-            )
-        if not directory.is_dir():
-            raise OffloadError(f'nvme_path "{directory}" is not a folder. Name a folder.')
-        try:
-            self._lock = self._acquire()
+            ) from error
+        except NotADirectoryError as error:
+            raise OffloadError(
+                f'nvme_path "{directory}" is not a folder. Name a folder.'
+            ) from error
         except OSError as error:
             raise OffloadError(
                 f'nvme_path "{directory}": "{name}" cannot be made in it: {reason(error)}.'
