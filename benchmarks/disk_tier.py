@@ -87,8 +87,8 @@ def contestants(
         with_crc = ours("crc", buffers=4)
     size = chunks * elements * TENSORS * 4
     return {
-        "dd, reads then writes": disk_dump(place / "dd", size, at_once=False),
-        "dd, both at once": disk_dump(place / "dd-both", size, at_once=True),
+        "dd, reads then writes": disk_dump(place / "dd", size, parts=0),
+        "dd, 2 reads and 2 writes at once": disk_dump(place / "dd-2", size, parts=2),
         "FileStore, 3 buffers": over(ours("three", buffers=3)),
         "FileStore, 4 buffers": over(ours("four", buffers=4)),
         "FileStore, 8 buffers": over(ours("eight", buffers=8)),
@@ -120,29 +120,42 @@ def checksum(chosen: Checksum) -> Iterator[None]:
         yield
 
 
-def disk_dump(path: Path, size: int, *, at_once: bool) -> Pass:
-    """`dd` past the page cache, the limit: from one file, to another."""
-    count = f"count={size // (16 * MIB)}"
+def disk_dump(path: Path, size: int, *, parts: int) -> Pass:
+    """`dd` past the page cache, from one file and to another: the limit.
+
+    Args:
+      path: the file to read, made here.
+      size: bytes to read and to write.
+      parts: 0: a read, then a write; else as many reads and as many writes at once, of a part each.
+    """
+    blocks = -(-size // (16 * MIB * max(1, parts)))
     other = path.with_suffix(".out")
 
     def start(*options: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(("dd", "bs=16M", count, *options), stderr=subprocess.DEVNULL)
+        command = ("dd", "bs=16M", f"count={blocks}", *options)
+        return subprocess.Popen(command, stderr=subprocess.DEVNULL)
 
-    def write(to: Path) -> subprocess.Popen[bytes]:
-        return start("if=/dev/zero", f"of={to}", "oflag=direct", "conv=notrunc")
+    def write(to: Path, part: int) -> subprocess.Popen[bytes]:
+        place = f"seek={part * blocks}"
+        return start("if=/dev/zero", f"of={to}", place, "oflag=direct", "conv=notrunc")
 
-    def read() -> subprocess.Popen[bytes]:
-        return start(f"if={path}", "of=/dev/null", "iflag=direct")
+    def read(part: int) -> subprocess.Popen[bytes]:
+        return start(f"if={path}", "of=/dev/null", f"skip={part * blocks}", "iflag=direct")
+
+    def finish(*processes: subprocess.Popen[bytes]) -> None:
+        codes = [process.wait() for process in processes]
+        assert not any(codes), f"dd ended with {codes}"
 
     def go() -> float:
-        for batch in (
-            ((read, lambda: write(other)),) if at_once else ((read,), (lambda: write(other),))
-        ):
-            codes = [process.wait() for process in [begin() for begin in batch]]
-            assert codes == [0] * len(codes), codes
+        if parts:
+            finish(*map(read, range(parts)), *(write(other, part) for part in range(parts)))
+        else:
+            finish(read(0))
+            finish(write(other, 0))
         return 0.0
 
-    assert write(path).wait() == 0
+    for part in range(max(1, parts)):
+        finish(write(path, part))
     return go
 
 

@@ -98,7 +98,7 @@ class FileStore:
         self._report(buffers, max(spans, default=0))
         self._buffers = [aligned_buffer(max(spans, default=0)) for _ in range(buffers)]
         self._threads = ThreadPoolExecutor(buffers, thread_name_prefix="jspeed-offload")
-        self._writes: deque[Future[np.ndarray]] = deque()
+        self._writes: deque[tuple[int, Future[np.ndarray]]] = deque()
         self._whole = Wholeness(f'The optimizer state in "{self._file.path}"')
         self._remove = weakref.finalize(self, _remove, self._folder, self._file, os.getpid())
 
@@ -157,11 +157,13 @@ class FileStore:
         """
         self._whole.check()
         check_state(self._sizes, self._tensors, index, state)
+        if any(index == other for other, _ in self._writes):
+            self.flush()  # threads keep no order
         busy = len(self._writes)
         buffer = self._written_one() if busy == len(self._buffers) else self._buffers[busy]
         for kept, array in zip(self._views(index, buffer), state, strict=True):
             kept[...] = array
-        self._writes.append(self._threads.submit(self._store, index, buffer))
+        self._writes.append((index, self._threads.submit(self._store, index, buffer)))
         self._written[index] = True
 
     def flush(self) -> None:
@@ -207,7 +209,7 @@ class FileStore:
     def _written_one(self) -> np.ndarray:
         """Waits for the oldest write and returns its buffer."""
         try:
-            return self._writes.popleft().result()
+            return self._writes.popleft()[1].result()
         except OffloadError as error:
             raise self._torn(error) from error
 

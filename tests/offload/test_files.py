@@ -108,6 +108,23 @@ def test_writes_run_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     store.close()
 
 
+def test_the_last_write_of_a_chunk_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = filled(tmp_path)
+    first, real = threading.Event(), os.pwritev
+
+    def pwritev(descriptor: int, buffers: list[memoryview], at: int) -> int:
+        if not first.is_set():
+            first.set()
+            time.sleep(0.1)  # another thread would be before this one
+        return real(descriptor, buffers, at)
+
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    store.write(1, chunk(1))
+    store.write(1, [array * 2 for array in chunk(1)])
+    np.testing.assert_array_equal(store.read(1)[0], chunk(1)[0] * 2)
+    store.close()
+
+
 @pytest.mark.parametrize("direct", [None, False])
 def test_the_page_cache_keeps_nothing(tmp_path: Path, direct: bool | None) -> None:
     if file_system(tmp_path) == "tmpfs":
