@@ -51,6 +51,21 @@ def aligned_buffer(count: int) -> np.ndarray:
     return np.frombuffer(memory, np.uint8, count)
 
 
+def aligned_buffers(count: int, size: int) -> list[np.ndarray]:
+    """Returns `count` of `aligned_buffer(size)`.
+
+    Raises:
+      OffloadError: a limit on this process's memory is in the way.
+    """
+    try:
+        return [aligned_buffer(size) for _ in range(count)]
+    except (OSError, MemoryError) as error:
+        raise OffloadError(
+            f"buffers: {count} of {size} bytes do not fit what this process may have of host "
+            "memory. Use fewer buffers or smaller chunks."
+        ) from error
+
+
 def reason(error: OSError) -> str:
     """Says what a system error means to the user and what to do."""
     text = error.strerror or str(error)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
-import shutil
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -17,8 +15,8 @@ import numpy as np
 from jspeed.core.errors import OffloadError
 from jspeed.offload.capacity import file_system
 from jspeed.offload.checksums import fastest_checksum
-from jspeed.offload.direct_io import RecordFile, aligned, aligned_buffer, reason
-from jspeed.offload.folders import PREFIX, ProcessFolder, abandoned_folders
+from jspeed.offload.direct_io import RecordFile, aligned, aligned_buffer, aligned_buffers, reason
+from jspeed.offload.folders import PREFIX, ProcessFolder
 from jspeed.offload.stores import (
     TENSORS,
     State,
@@ -61,8 +59,8 @@ class FileStore:
       process: the index of this process in the run.
 
     Raises:
-      OffloadError: the folder cannot be used or another live process uses it, or the disk has too
-        little room.
+      OffloadError: the folder cannot be used or another live process uses it, the disk has too
+        little room, or host memory has none for the buffers.
     """
 
     def __init__(
@@ -89,18 +87,20 @@ class FileStore:
         self._checksums = np.zeros((len(self._sizes), len(self._tensors)), np.uint64)
         self._written = np.zeros(len(self._sizes), bool)
 
+        self._buffers = aligned_buffers(buffers, max(spans, default=0))
+
         self._folder = ProcessFolder(Path(directory), f"{PREFIX}{name}-{process}")
         try:
-            self._file = _make_file(self._folder.path / _FILE, self._offsets[-1], direct)
+            self._file = self._folder.make_file(_FILE, self._offsets[-1], direct=direct)
         except BaseException:
             self._folder.close()
             raise
-        self._report(buffers, max(spans, default=0))
-        self._buffers = [aligned_buffer(max(spans, default=0)) for _ in range(buffers)]
+        self._remove = weakref.finalize(self, _remove, self._folder, self._file, os.getpid())
         self._threads = ThreadPoolExecutor(buffers, thread_name_prefix="jspeed-offload")
+        self._free = list(self._buffers)
         self._writes: deque[tuple[int, Future[np.ndarray]]] = deque()
         self._whole = Wholeness(f'The optimizer state in "{self._file.path}"')
-        self._remove = weakref.finalize(self, _remove, self._folder, self._file, os.getpid())
+        self._report()
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -159,8 +159,7 @@ class FileStore:
         check_state(self._sizes, self._tensors, index, state)
         if any(index == other for other, _ in self._writes):
             self.flush()  # threads keep no order
-        busy = len(self._writes)
-        buffer = self._written_one() if busy == len(self._buffers) else self._buffers[busy]
+        buffer = self._free.pop() if self._free else self._written_one()
         for kept, array in zip(self._views(index, buffer), state, strict=True):
             kept[...] = array
         self._writes.append((index, self._threads.submit(self._store, index, buffer)))
@@ -171,23 +170,24 @@ class FileStore:
         self._whole.check()
         while self._writes:
             self._written_one()
+        self._free = list(self._buffers)
 
     def close(self) -> None:
         """Waits for the threads, removes the files and frees the buffers."""
         if self._whole.close():
             self._threads.shutdown(cancel_futures=True)
             self._remove()
-            self._buffers = []
+            self._buffers = self._free = []
 
-    def _report(self, buffers: int, span: int) -> None:
+    def _report(self) -> None:
         """Says in the log what was made, and how."""
         _LOGGER.info(
             "%s: %.2f GB reserved, %s; %d buffers of %.1f MB; checksums %s.",
             self._file.path,
             self._file.size / 1e9,
             "direct I/O" if self._file.direct else "no direct I/O: through the page cache, emptied",
-            buffers,
-            span / 1e6,
+            len(self._buffers),
+            self._buffers[0].nbytes / 1e6,
             self._checksum.name,
         )
         if (kind := file_system(self._folder.path)) in _IN_MEMORY:
@@ -265,26 +265,6 @@ class FileStore:
                     f"{shown}; {wanted} was written. The disk or its driver lost data."
                 )
         return buffer
-
-
-def _make_file(path: Path, size: int, direct: bool | None) -> RecordFile:
-    """Makes the file, or says what is missing for it."""
-    try:
-        path.unlink(missing_ok=True)  # what a killed run left is no longer needed
-        free = shutil.disk_usage(path.parent).free
-        if free < size:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return RecordFile(path, size, direct=direct)
-    except OSError as error:
-        free = shutil.disk_usage(path.parent).free
-        left = "".join(
-            f' An earlier run left "{folder}" ({size / 1e9:.2f} GB), which may be removed.'
-            for folder, size in abandoned_folders(path.parent.parent)
-        )
-        raise OffloadError(
-            f'"{path}" cannot be made: the state needs {size} bytes ({size / 1e9:.2f} GB), {free} '
-            f"({free / 1e9:.2f} GB) are free: {reason(error)}.{left}"
-        ) from error
 
 
 def _settle(jobs: deque[Future[np.ndarray]]) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import shutil
 import socket
 from contextlib import suppress
 from pathlib import Path
 
 from jspeed.core.errors import OffloadError
-from jspeed.offload.direct_io import reason, remove_ours
+from jspeed.offload.direct_io import RecordFile, reason, remove_ours
 
 PREFIX = "jspeed-"
 _LOCK = "lock"
@@ -45,6 +47,29 @@ class ProcessFolder:
         except OSError as error:
             raise OffloadError(
                 f'nvme_path "{directory}": "{name}" cannot be made in it: {reason(error)}.'
+            ) from error
+
+    def make_file(self, name: str, size: int, *, direct: bool | None) -> RecordFile:
+        """Makes a file in the folder, in place of what a killed run left; see `RecordFile`.
+
+        Raises:
+          OffloadError: there is no room for it, or it cannot be made.
+        """
+        path = self.path / name
+        try:
+            path.unlink(missing_ok=True)
+            if shutil.disk_usage(self.path).free < size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return RecordFile(path, size, direct=direct)
+        except OSError as error:
+            free = shutil.disk_usage(self.path).free
+            left = "".join(
+                f' An earlier run left "{folder}" ({held / 1e9:.2f} GB), which may be removed.'
+                for folder, held in _abandoned_folders(self.path.parent)
+            )
+            raise OffloadError(
+                f'"{path}" cannot be made: the state needs {size} bytes ({size / 1e9:.2f} GB), '
+                f"{free} ({free / 1e9:.2f} GB) are free: {reason(error)}.{left}"
             ) from error
 
     def close(self) -> None:
@@ -88,7 +113,7 @@ class ProcessFolder:
             return False
 
 
-def abandoned_folders(directory: Path) -> list[tuple[Path, int]]:
+def _abandoned_folders(directory: Path) -> list[tuple[Path, int]]:
     """Returns the folders in `directory` that killed runs left, with the bytes of their files.
 
     The next run with as many processes replaces them; one with fewer does not.

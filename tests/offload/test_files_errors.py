@@ -191,16 +191,16 @@ def test_a_folder_that_another_run_took(tmp_path: Path) -> None:
 
 def test_a_disk_without_room(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
-    size = free // 8
+    count = 2 * free // 12_000_000
     message = (
         r"cannot be made: the state needs (\d+) bytes \(\d+\.\d\d GB\), (\d+) \(.* GB\) are free: "
         r"the disk is full\. Free space, or put nvme_path on another disk\.$"
     )
     with pytest.raises(OffloadError, match=message) as caught:
-        FileStore(tmp_path, [size] * 10, buffers=3)
+        FileStore(tmp_path, [1_000_000] * count, buffers=3)
     found = re.search(message, str(caught.value))
     assert found is not None
-    assert int(found[1]) == 10 * 3 * -(-4 * size // PAGE) * PAGE
+    assert int(found[1]) == count * 3 * -(-4_000_000 // PAGE) * PAGE
     assert int(found[2]) == pytest.approx(free, rel=0.2)
     assert list(tmp_path.iterdir()) == []
 
@@ -215,8 +215,9 @@ def test_a_full_disk_names_what_an_earlier_run_left(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", killed, tmp_path], timeout=60)
     assert done.returncode == -9
     running = filled(tmp_path, process=1)
+    count = shutil.disk_usage(tmp_path).free // 6_000_000
     with pytest.raises(OffloadError, match="the disk is full") as caught:
-        FileStore(tmp_path, [shutil.disk_usage(tmp_path).free], buffers=3)
+        FileStore(tmp_path, [1_000_000] * count, buffers=3)
     left = tmp_path / "jspeed-optimizer-7"
     assert f'An earlier run left "{left}" (0.01 GB), which may be removed.' in str(caught.value)
     assert str(caught.value).count("An earlier run") == 1
@@ -239,6 +240,24 @@ def test_the_file_size_limit_of_the_process(tmp_path: Path) -> None:
     )
     assert "the state needs 1204224 bytes (0.00 GB), " in done.stdout, done.stderr
     assert "larger than a process may write. Raise the limit (ulimit -f)." in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_buffers_beyond_the_memory_limit_of_the_process(tmp_path: Path) -> None:
+    limited = (
+        "import resource, sys\n"
+        "from jspeed.core.errors import OffloadError\n"
+        "from jspeed.offload import FileStore\n"
+        "resource.setrlimit(resource.RLIMIT_DATA, (500_000_000, 500_000_000))\n"
+        "try:\n"
+        "    FileStore(sys.argv[1], [20_000_000], buffers=4)\n"
+        "except OffloadError as error:\n"
+        "    print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", limited, tmp_path], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.startswith("buffers: 4 of 240009216 bytes do not fit"), done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
