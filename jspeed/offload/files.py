@@ -7,7 +7,7 @@ import os
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -137,7 +137,8 @@ class FileStore:
         except OffloadError as error:
             raise self._torn(error) from error
         finally:
-            _settle(jobs)
+            for job in jobs:  # those that have begun end by themselves; `close` waits for them
+                job.cancel()
         self._whole.end()
 
     def read(self, index: int) -> State:
@@ -265,13 +266,6 @@ class FileStore:
                     f"{shown}; {wanted} was written. The disk or its driver lost data."
                 )
         return buffer
-
-
-def _settle(jobs: deque[Future[np.ndarray]]) -> None:
-    """Drops jobs that have not begun and waits for the others, so that no buffer changes later."""
-    for job in jobs:
-        job.cancel()
-    wait(jobs)
 
 
 def _remove(folder: ProcessFolder, file: RecordFile, owner: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import signal
@@ -109,6 +110,26 @@ def test_processes_and_names_have_folders_of_their_own(tmp_path: Path) -> None:
 def test_a_store_that_nobody_holds_is_removed(tmp_path: Path) -> None:
     filled(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_its_owner_removes_while_we_take_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, real = tmp_path / FILE.parent / "lock", fcntl.flock
+    calls = []
+
+    def flock(descriptor: int, operation: int) -> None:
+        if not calls:
+            lock.unlink()
+        calls.append(descriptor)
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    store = filled(tmp_path)
+    assert len(calls) == 2
+    with pytest.raises(OffloadError, match="in use by process"):
+        filled(tmp_path)
+    store.close()
 
 
 def test_what_others_put_there_stays(tmp_path: Path) -> None:
