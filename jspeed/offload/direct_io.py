@@ -51,10 +51,32 @@ def aligned_buffer(count: int) -> np.ndarray:
     return np.frombuffer(memory, np.uint8, count)
 
 
+def aligned_buffers(count: int, size: int) -> list[np.ndarray]:
+    """Returns `count` of `aligned_buffer(size)`.
+
+    Raises:
+      OffloadError: a limit on this process's memory is in the way.
+    """
+    try:
+        return [aligned_buffer(size) for _ in range(count)]
+    except (OSError, MemoryError) as error:
+        raise OffloadError(
+            f"buffers: {count} of {size} bytes do not fit what this process may have of host "
+            "memory. Use fewer buffers or smaller chunks."
+        ) from error
+
+
 def reason(error: OSError) -> str:
     """Says what a system error means to the user and what to do."""
     text = error.strerror or str(error)
     return _REASONS.get(error.errno or 0, f"{text[:1].lower()}{text[1:]}")
+
+
+def remove_ours(descriptor: int, path: Path) -> None:
+    """Removes the open file `descriptor` from `path`, if that is what lies there; never raises."""
+    with suppress(OSError):
+        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            path.unlink()
 
 
 class RecordFile:
@@ -94,7 +116,7 @@ class RecordFile:
             there = os.stat(self.path)
         except OSError as error:
             raise OffloadError(f'"{self.path}" is gone: {reason(error)}.') from error
-        if (ours.st_dev, ours.st_ino) != (there.st_dev, there.st_ino):
+        if not os.path.samestat(ours, there):
             raise OffloadError(f'"{self.path}" was replaced by another file.')
         if ours.st_size != self.size:
             raise self._truncated(ours.st_size)
@@ -128,8 +150,9 @@ class RecordFile:
             os.fdatasync(self._descriptor)  # what is not on disk yet cannot be dropped
             self._uncache(offset, buffer.size)
 
-    def close(self) -> None:
-        """Closes the file and leaves it where it is."""
+    def remove(self) -> None:
+        """Removes the file, unless another one is in its place by now, and closes it."""
+        remove_ours(self._descriptor, self.path)
         os.close(self._descriptor)
 
     def _uncache(self, offset: int, count: int) -> None:

@@ -1,24 +1,22 @@
-"""`FileStore`: the optimizer's state in a file, read ahead and written behind."""
+"""`FileStore`: the state in a file, read ahead and written behind through a few buffers."""
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
-import shutil
 import weakref
-import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from jspeed.core.errors import OffloadError
-from jspeed.offload.direct_io import RecordFile, aligned, aligned_buffer, reason
-from jspeed.offload.folders import ProcessFolder
+from jspeed.offload.capacity import file_system
+from jspeed.offload.checksums import fastest_checksum
+from jspeed.offload.direct_io import RecordFile, aligned, aligned_buffer, aligned_buffers, reason
+from jspeed.offload.folders import PREFIX, ProcessFolder
 from jspeed.offload.stores import (
     TENSORS,
     State,
@@ -30,6 +28,7 @@ from jspeed.offload.stores import (
 )
 
 _FILE = "state.bin"
+_IN_MEMORY = ("tmpfs", "ramfs")
 _ITEM = np.dtype(np.float32).itemsize
 _LOGGER = logging.getLogger("jspeed.offload")
 
@@ -42,8 +41,9 @@ class FileStore:
     whatever the number of chunks: in a pass one is in the caller's hands, the others are being
     written and read ahead by as many threads.
 
-    The checksum of every tensor of every chunk (CRC-32) stays in memory and is compared at every
-    read, so that a damaged or stale record is an error, never wrong training state.
+    The checksum of every tensor of every chunk (XXH3, or CRC-32 without the extra `offload`) stays
+    in memory and is compared at every read, so that a damaged or stale record is an error, never
+    wrong training state.
 
     The file is working memory, not a checkpoint: a run never resumes from it. `close` removes it,
     as does the end of the process; what a killed process leaves, the next one replaces.
@@ -59,8 +59,8 @@ class FileStore:
       process: the index of this process in the run.
 
     Raises:
-      OffloadError: the folder cannot be used or another live process uses it, or the disk has too
-        little room.
+      OffloadError: the folder cannot be used or another live process uses it, the disk has too
+        little room, or host memory has none for the buffers.
     """
 
     def __init__(
@@ -83,28 +83,24 @@ class FileStore:
         self._tensors = tuple(tensors)
         spans = [len(self._tensors) * aligned(size * _ITEM) for size in self._sizes]
         self._offsets = [0, *np.cumsum(spans, dtype=np.int64).tolist()]
-        self._checksums = np.zeros((len(self._sizes), len(self._tensors)), np.uint32)
+        self._checksum = fastest_checksum()
+        self._checksums = np.zeros((len(self._sizes), len(self._tensors)), np.uint64)
         self._written = np.zeros(len(self._sizes), bool)
 
-        self._folder = ProcessFolder(Path(directory), f"jspeed-{name}-{process}")
+        self._buffers = aligned_buffers(buffers, max(spans, default=0))
+
+        self._folder = ProcessFolder(Path(directory), f"{PREFIX}{name}-{process}")
         try:
-            self._file = _make_file(self._folder.path / _FILE, self._offsets[-1], direct)
+            self._file = self._folder.make_file(_FILE, self._offsets[-1], direct=direct)
         except BaseException:
             self._folder.close()
             raise
-        self._buffers = [aligned_buffer(max(spans, default=0)) for _ in range(buffers)]
-        self._threads = ThreadPoolExecutor(buffers, thread_name_prefix="jspeed-offload")
-        self._writes: deque[Future[np.ndarray]] = deque()
-        self._whole = Wholeness(f'The optimizer state in "{self._file.path}"')
         self._remove = weakref.finalize(self, _remove, self._folder, self._file, os.getpid())
-        _LOGGER.info(
-            "%s: %.2f GB reserved for the optimizer's state, %s; %d buffers of %.1f MB.",
-            self._file.path,
-            self._offsets[-1] / 1e9,
-            "direct I/O" if self._file.direct else "no direct I/O: through the page cache, emptied",
-            buffers,
-            max(spans, default=0) / 1e6,
-        )
+        self._threads = ThreadPoolExecutor(buffers, thread_name_prefix="jspeed-offload")
+        self._free = list(self._buffers)
+        self._writes: deque[tuple[int, Future[np.ndarray]]] = deque()
+        self._whole = Wholeness(f'The optimizer state in "{self._file.path}"')
+        self._report()
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -141,7 +137,8 @@ class FileStore:
         except OffloadError as error:
             raise self._torn(error) from error
         finally:
-            _settle(jobs)
+            for job in jobs:  # those that have begun end by themselves; `close` waits for them
+                job.cancel()
         self._whole.end()
 
     def read(self, index: int) -> State:
@@ -161,11 +158,12 @@ class FileStore:
         """
         self._whole.check()
         check_state(self._sizes, self._tensors, index, state)
-        busy = len(self._writes)
-        buffer = self._written_one() if busy == len(self._buffers) else self._buffers[busy]
+        if any(index == other for other, _ in self._writes):
+            self.flush()  # threads keep no order
+        buffer = self._free.pop() if self._free else self._written_one()
         for kept, array in zip(self._views(index, buffer), state, strict=True):
             kept[...] = array
-        self._writes.append(self._threads.submit(self._store, index, buffer))
+        self._writes.append((index, self._threads.submit(self._store, index, buffer)))
         self._written[index] = True
 
     def flush(self) -> None:
@@ -173,13 +171,32 @@ class FileStore:
         self._whole.check()
         while self._writes:
             self._written_one()
+        self._free = list(self._buffers)
 
     def close(self) -> None:
         """Waits for the threads, removes the files and frees the buffers."""
         if self._whole.close():
             self._threads.shutdown(cancel_futures=True)
             self._remove()
-            self._buffers = []
+            self._buffers = self._free = []
+
+    def _report(self) -> None:
+        """Says in the log what was made, and how."""
+        _LOGGER.info(
+            "%s: %.2f GB reserved, %s; %d buffers of %.1f MB; checksums %s.",
+            self._file.path,
+            self._file.size / 1e9,
+            "direct I/O" if self._file.direct else "no direct I/O: through the page cache, emptied",
+            len(self._buffers),
+            self._buffers[0].nbytes / 1e6,
+            self._checksum.name,
+        )
+        if (kind := file_system(self._folder.path)) in _IN_MEMORY:
+            _LOGGER.warning(
+                "%s is on %s, which is host memory. Put nvme_path on a disk.",
+                self._file.path,
+                kind,
+            )
 
     def _begin(self) -> None:
         """Before state is read: everything is written, whole, and where it should be."""
@@ -193,7 +210,7 @@ class FileStore:
     def _written_one(self) -> np.ndarray:
         """Waits for the oldest write and returns its buffer."""
         try:
-            return self._writes.popleft().result()
+            return self._writes.popleft()[1].result()
         except OffloadError as error:
             raise self._torn(error) from error
 
@@ -220,7 +237,9 @@ class FileStore:
 
     def _store(self, index: int, buffer: np.ndarray) -> np.ndarray:
         """In a thread: writes a chunk and returns its buffer."""
-        self._checksums[index] = [zlib.crc32(array.data) for array in self._views(index, buffer)]
+        self._checksums[index] = [
+            self._checksum.of(array.data) for array in self._views(index, buffer)
+        ]
         try:
             self._file.write(buffer[: self._span(index)], self._offsets[index])
         except OSError as error:
@@ -240,41 +259,17 @@ class FileStore:
         for tensor, array, expected in zip(
             self._tensors, self._views(index, buffer), self._checksums[index], strict=True
         ):
-            if (found := zlib.crc32(array.data)) != expected:
+            if (found := self._checksum.of(array.data)) != int(expected):
+                shown, wanted = (f"{x:0{self._checksum.digits}x}" for x in (found, int(expected)))
                 raise OffloadError(
                     f'"{self._file.path}": {tensor} of chunk {index} is damaged: its checksum is '
-                    f"{found:08x}; {expected:08x} was written. The disk or its driver lost data."
+                    f"{shown}; {wanted} was written. The disk or its driver lost data."
                 )
         return buffer
-
-
-def _make_file(path: Path, size: int, direct: bool | None) -> RecordFile:
-    """Makes the file, or says what is missing for it."""
-    try:
-        path.unlink(missing_ok=True)  # what a killed run left is no longer needed
-        free = shutil.disk_usage(path.parent).free
-        if free < size:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return RecordFile(path, size, direct=direct)
-    except OSError as error:
-        free = shutil.disk_usage(path.parent).free
-        raise OffloadError(
-            f'"{path}" cannot be made: the optimizer\'s state of this process needs {size} bytes '
-            f"({size / 1e9:.2f} GB), {free} ({free / 1e9:.2f} GB) are free: {reason(error)}."
-        ) from error
-
-
-def _settle(jobs: deque[Future[np.ndarray]]) -> None:
-    """Drops the jobs that have not begun and waits for the others."""
-    for job in jobs:
-        job.cancel()
-    wait(jobs)
 
 
 def _remove(folder: ProcessFolder, file: RecordFile, owner: int) -> None:
     """Removes the files and gives up the lock; not in a child that was forked."""
     if os.getpid() == owner:
-        file.close()
-        with suppress(OSError):
-            file.path.unlink(missing_ok=True)
+        file.remove()
         folder.close()

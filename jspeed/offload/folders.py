@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import shutil
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 from jspeed.core.errors import OffloadError
-from jspeed.offload.direct_io import reason
+from jspeed.offload.direct_io import RecordFile, reason, remove_ours
 
+PREFIX = "jspeed-"
 _LOCK = "lock"
+_NOW = fcntl.LOCK_EX | fcntl.LOCK_NB
 
 
 class ProcessFolder:
@@ -28,28 +33,51 @@ class ProcessFolder:
 
     def __init__(self, directory: Path, name: str) -> None:
         self.path = directory / name
-        if not directory.exists():
+        try:
+            self._lock = self._acquire()
+        except FileNotFoundError as error:
             raise OffloadError(
                 f'nvme_path "{directory}": there is no such folder. Mount the disk, or make the '
                 "folder."
-            )
-        if not directory.is_dir():
-            raise OffloadError(f'nvme_path "{directory}" is not a folder. Name a folder.')
-        try:
-            self._lock = self._acquire()
+            ) from error
+        except NotADirectoryError as error:
+            raise OffloadError(
+                f'nvme_path "{directory}" is not a folder. Name a folder.'
+            ) from error
         except OSError as error:
             raise OffloadError(
                 f'nvme_path "{directory}": "{name}" cannot be made in it: {reason(error)}.'
             ) from error
 
+    def make_file(self, name: str, size: int, *, direct: bool | None) -> RecordFile:
+        """Makes a file in the folder, in place of what a killed run left; see `RecordFile`.
+
+        Raises:
+          OffloadError: there is no room for it, or it cannot be made.
+        """
+        path = self.path / name
+        try:
+            path.unlink(missing_ok=True)
+            if shutil.disk_usage(self.path).free < size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return RecordFile(path, size, direct=direct)
+        except OSError as error:
+            free = shutil.disk_usage(self.path).free
+            left = "".join(
+                f' An earlier run left "{folder}" ({held / 1e9:.2f} GB), which may be removed.'
+                for folder, held in _abandoned_folders(self.path.parent)
+            )
+            raise OffloadError(
+                f'"{path}" cannot be made: the state needs {size} bytes ({size / 1e9:.2f} GB), '
+                f"{free} ({free / 1e9:.2f} GB) are free: {reason(error)}.{left}"
+            ) from error
+
     def close(self) -> None:
         """Removes the lock and the folder, where nothing else is in it, and gives them up."""
-        (self.path / _LOCK).unlink(missing_ok=True)
-        os.close(self._lock)
-        try:
+        remove_ours(self._lock, self.path / _LOCK)
+        with suppress(OSError):  # gone, or somebody put something there
             self.path.rmdir()
-        except OSError:  # gone, or somebody put something there
-            return
+        os.close(self._lock)
 
     def _acquire(self) -> int:
         while True:
@@ -59,7 +87,7 @@ class ProcessFolder:
             except FileNotFoundError:  # its last owner removed the folder just now
                 continue
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, _NOW)
             except BlockingIOError:
                 owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
                 os.close(descriptor)
@@ -83,3 +111,21 @@ class ProcessFolder:
             return os.path.samestat(os.fstat(descriptor), os.stat(self.path / _LOCK))
         except FileNotFoundError:
             return False
+
+
+def _abandoned_folders(directory: Path) -> list[tuple[Path, int]]:
+    """Returns the folders in `directory` that killed runs left, with the bytes of their files.
+
+    The next run with as many processes replaces them; one with fewer does not.
+    """
+    found = []
+    for folder in sorted(directory.glob(f"{PREFIX}*")):
+        with suppress(OSError):  # of another user, or just removed
+            descriptor = os.open(folder / _LOCK, os.O_RDWR)
+            try:
+                fcntl.flock(descriptor, _NOW)
+                size = sum(file.stat().st_blocks * 512 for file in folder.iterdir())
+                found.append((folder, size))
+            finally:
+                os.close(descriptor)
+    return found

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from jspeed.offload.capacity import machine_memory
+
 WORKER_BYTES = 3 * 2**30
 """What a worker is counted with: XLA compiles of large programs take 1 to 3 GiB."""
 
@@ -22,16 +24,7 @@ def resident_bytes(pid: int) -> int:
 
 def available_bytes() -> int | None:
     """Memory that can still be taken, or None where that cannot be known."""
-    found = []
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
-    except (OSError, ValueError, IndexError):
-        pass
-    limit, used = _number(_CGROUP / "memory.max"), _number(_CGROUP / "memory.current")
-    if limit is not None and used is not None:
-        found.append(max(0, limit - used))
-    return min(found, default=None)
+    return min((room.free for room in machine_memory()), default=None)
 
 
 def cores() -> int:
@@ -64,10 +57,3 @@ def worker_memory() -> int | None:
     """What all workers together may take: nine tenths of what is free, or None if unknown."""
     free = available_bytes()
     return None if free is None else free * 9 // 10
-
-
-def _number(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):  # "max" is no limit
-        return None
