@@ -211,6 +211,11 @@ def _totals(state: Explanation) -> Iterator[str]:
         )
         + f"; counters, keys and other state add {bytes_text(other)} to each."
     )
+    if state.host_bytes:
+        yield (
+            f"Master and moments of {state.parameters_on_host:,} parameters are offloaded: "
+            f"{bytes_text(state.host_bytes)} for each device."
+        )
     if Role.PARAM not in {role for leaf in state.leaves for role in leaf.shares}:
         yield (
             "No copy in the compute dtype is stored: "

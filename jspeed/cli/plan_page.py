@@ -134,7 +134,7 @@ def _memory_rows(memory: Plan) -> Iterator[tuple[str, ...]]:
     yield "in all", bytes_text(memory["peak_bytes"])
     yield "the device has", bytes_text(memory["limit_bytes"])
     if memory["host_bytes"]:
-        yield "in the host's memory", bytes_text(memory["host_bytes"])
+        yield "on the host, for each device", bytes_text(memory["host_bytes"])
 
 
 def _buffer_rows(memory: Plan) -> Iterator[tuple[str, ...]]:

@@ -53,7 +53,7 @@ AUTOMATIC = (
     automatic("allgather_partitions", Bool(), True, _PLACED),
     automatic("round_robin_gradients", Bool(), False, _PLACED),
     mapped("sub_group_size", SIZE, 1_000_000_000,
-           "elements up to which an offloaded optimizer takes state at a time, at most 16777216"),
+           "elements up to which an offloaded optimizer takes state at a time, at most 8388608"),
     automatic("ignore_unused_parameters", Bool(), True,
               "an unused parameter has a zero gradient in JAX"),
     automatic("stage3_module_granularity_threshold", Int(), 0, _HOOKS),

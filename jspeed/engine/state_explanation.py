@@ -38,7 +38,10 @@ def state_arrays(state: TrainState, layout: Layout) -> list[StateArray]:
             leaf = jax.eval_shape(jax.random.key_data, leaf)
         return StateArray(path, role, tuple(leaf.shape), leaf.dtype.name, tuple(spec))
 
-    rows = [row(path, Role.MASTER, leaf) for path, leaf in named_leaves(state.master)]
+    rows = [
+        row(path, Role.PARAM if path in layout.on_host else Role.MASTER, leaf)
+        for path, leaf in named_leaves(state.master)
+    ]
     rows += [row(path, Role.PARAM, leaf) for path, leaf in state.copies.items()]
     for path, leaf in named_leaves(state.opt_state):
         owner = layout.owner(path, leaf.shape)

@@ -78,6 +78,7 @@ class LeafExplanation:
       whole_because: why ZeRO keeps it whole although the stage splits; empty if it does not.
       shares: by role; a role that is not stored is missing.
       logical_axes: one name per dimension, or None for a model that names none.
+      host_bytes: of the master and the moments in a host's memory or on its disk, for one device.
     """
 
     path: str
@@ -86,6 +87,7 @@ class LeafExplanation:
     whole_because: str
     shares: Mapping[Role, Share]
     logical_axes: tuple[str, ...] | None = None
+    host_bytes: int = 0
 
     @property
     def elements(self) -> int:
@@ -93,8 +95,8 @@ class LeafExplanation:
 
     @property
     def home(self) -> Share:
-        """The share of the fp32 master, which every parameter has."""
-        return self.shares[Role.MASTER]
+        """The share of the fp32 master, or of the parameter whose master is on the host."""
+        return self.shares[Role.MASTER if Role.MASTER in self.shares else Role.PARAM]
 
     @property
     def bytes_per_device(self) -> int:
@@ -110,6 +112,7 @@ class LeafExplanation:
             "rule": self.rule,
             "spec": _spec_json(self.home.spec),
             "bytes_per_device": self.bytes_per_device,
+            "host_bytes": self.host_bytes,
             "whole_because": self.whole_because or None,
             "roles": {role.value: share.to_json() for role, share in self.shares.items()},
         }
@@ -154,6 +157,16 @@ class Explanation:
         return sum(share.bytes_per_device for share in shares)
 
     @property
+    def parameters_on_host(self) -> int:
+        """Elements whose master and moments are not on the devices."""
+        return sum(leaf.elements for leaf in self.leaves if leaf.host_bytes)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes in a host's memory or on its disk, for one device."""
+        return sum(leaf.host_bytes for leaf in self.leaves)
+
+    @property
     def total_bytes(self) -> int:
         """Bytes of all roles on one device, without `other_bytes`."""
         return sum(map(self.role_bytes, STATE_ROLES))
@@ -169,6 +182,7 @@ class Explanation:
             "compute_dtype": self.compute_dtype,
             "state_bytes_per_device": {**by_role, "total": self.total_bytes},
             "other_bytes_per_device": sum(self.other_bytes.values()),
+            "host_bytes_per_device": self.host_bytes,
             "leaves": [leaf.to_json() for leaf in self.leaves],
             "stayed_whole": [
                 {"path": leaf.path, "because": leaf.whole_because} for leaf in self.stayed_whole
@@ -216,10 +230,21 @@ def explain(
                 if role in found[path]
             },
             logical_axes=(logical_axes or {}).get(path),
+            host_bytes=_host_bytes(layout, path),
         )
         for path, leaf in layout.leaves.items()
     )
     return Explanation(sizes, layout.stage, layout.compute_dtype, leaves, other, tuple(notes))
+
+
+def _host_bytes(layout: Layout, path: str) -> int:
+    """Master and two moments in fp32 of the part that one device updates, if the host does."""
+    if path not in layout.on_host:
+        return 0
+    spec = layout.role_spec(path, Role.MOMENTS)
+    return 3 * shard_bytes(
+        StateArray(path, Role.MOMENTS, layout.leaves[path].shape, "float32", spec), layout.sizes
+    )
 
 
 def placed_by(layout: Layout, leaf: LeafPlacement) -> str:
@@ -235,6 +260,8 @@ def placed_by(layout: Layout, leaf: LeafPlacement) -> str:
         parts.append(f"ZeRO-{layout.stage}, kept whole")
     elif not parts:
         parts.append(f"ZeRO-{layout.stage}, nothing to split")
+    if leaf.path in layout.on_host:
+        parts.append("master and moments offloaded")
     return "; ".join(parts)
 
 

@@ -1,7 +1,7 @@
 """Memory beyond the devices: the optimizer's state in host memory or on its disk, in chunks."""
 
 from jspeed.offload.files import FileStore
-from jspeed.offload.host_adam import AdamRule, HostAdam
+from jspeed.offload.host_adam import AdamRule, HostAdam, host_zeros
 from jspeed.offload.host_optimizer import HOST_MEMORY, HostOptimizer, HostStep
 from jspeed.offload.stores import ChunkStore, HostStore, State
 
@@ -15,4 +15,5 @@ __all__ = [
     "HostStep",
     "HostStore",
     "State",
+    "host_zeros",
 ]

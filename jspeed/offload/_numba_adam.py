@@ -13,12 +13,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from llvmlite import ir
-from numba import config, njit, types
+from numba import njit, types
+from numba.core.config import DISABLE_JIT  # pyright: ignore[reportAttributeAccessIssue]
 from numba.extending import intrinsic
 
 from jspeed.offload._scalars import AdamScalars, State
 
-if config.DISABLE_JIT:
+if DISABLE_JIT:
     raise ImportError("NUMBA_DISABLE_JIT is set")
 
 # A tile is what a thread takes at a time; a block's parameters are still in the core's cache when

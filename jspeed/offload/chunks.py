@@ -19,8 +19,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jspeed.core._compat import shard_map
 
-CHUNK_ELEMENTS = 2**24
-"""The most elements of a chunk: 64 MiB in fp32, long enough for a link's full speed."""
+CHUNK_ELEMENTS = 2**23
+"""The most elements of a chunk: long enough for the full speed of a link or disk, and short enough
+that the buffers of a tier on disk stay small: 96 MiB of state each."""
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class Memory:
       largest: of the temporaries alive at the peak.
       peak: what the step needs in all.
       limit: what the device has for it.
-      host: in the host's memory.
+      host: in the host's memory or on its disk, for one device.
     """
 
     parameters: int
@@ -150,7 +150,7 @@ def account(
         largest=tuple(buffers[:_LARGEST]),
         peak=compiled.peak_bytes,
         limit=limit,
-        host=compiled.host_bytes,
+        host=compiled.host_bytes + state.host_bytes,
     )
 
 

@@ -169,6 +169,11 @@ def _plan(step: _Step, cluster: Cluster, remarks: list[str]) -> Plan:
             "cuDNN's attention cannot be compiled without a GPU: planned with attention block by "
             "block, which holds the same arrays, and timed as one kernel."
         )
+    if layout.on_host:
+        remarks.append(
+            "the optimizer's update on the host, and what moves for it between host and devices, "
+            "take time that is not in the predicted step."
+        )
     remarks += [f"not in this plan: {key}" for key in map(str, step.config.switched_on_later())]
     state = explain_plan(step.program, run)
     origins = Origins(compiled.text, module_classes(step.program.blueprint))
