@@ -141,7 +141,9 @@ def _choose(engine: str, threads: int) -> tuple[str, str, Kernel]:
                     f'({error}). Install it with: pip install "jspeed[offload]", or use engine '
                     '"xla".'
                 ) from error
-            why = f'numba cannot be imported ({error}); "jspeed[offload]" has it, which is faster'
+            why = (
+                f'numba cannot be imported ({error}); pip install "jspeed[offload]" for more speed'
+            )
 
     from jspeed.offload._xla_adam import XlaAdam
 

@@ -16,7 +16,7 @@ import optax
 import pytest
 
 from jspeed.core.errors import MissingExtraError
-from jspeed.offload import AdamRule, HostAdam
+from jspeed.offload import AdamRule, HostAdam, host_zeros
 from jspeed.optim import make_optimizer
 
 BFLOAT16, FLOAT16, FLOAT32 = (
@@ -272,6 +272,17 @@ def test_without_numba_xla_takes_its_place(monkeypatch: pytest.MonkeyPatch) -> N
     assert 'pip install "jspeed[offload]"' in adam.reason
     with pytest.raises(MissingExtraError, match=r'pip install "jspeed\[offload\]"'):
         HostAdam(RULE, "numba")
+
+
+@pytest.mark.parametrize("length", [0, 1, 1_000_001])
+def test_xla_reads_zeros_of_the_host_where_they_are(length: int) -> None:
+    for dtype in (FLOAT32, BFLOAT16):
+        zeros = host_zeros(length, dtype)
+        assert (zeros.shape, zeros.dtype, zeros.flags.writeable) == ((length,), dtype, True)
+        assert not zeros.any()
+        if length:
+            shown = jax.device_put(zeros, jax.local_devices(backend="cpu")[0])
+            assert shown.unsafe_buffer_pointer() == zeros.ctypes.data
 
 
 @needs_numba
