@@ -1,115 +1,30 @@
-"""The part of an engine's state that the host has: which it is, the step over it, and its place in
+"""The part of an engine's state that the host has: the step over it, and its place in
 checkpoints."""
 
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import jax
 import optax
 
-from jspeed.config import Config, OffloadOptimizerConfig, OptimizerConfig
-from jspeed.core.errors import ConfigError, OffloadError
+from jspeed.config import Config
+from jspeed.core.errors import OffloadError
 from jspeed.core.tree import map_named, named_leaves
+from jspeed.engine.offload_setup import adam_rule, make_store
 from jspeed.layout.zero import Layout, Role
 from jspeed.offload import (
     HOST_MEMORY,
-    AdamRule,
-    ChunkStore,
-    FileStore,
     HostAdam,
     HostOptimizer,
     HostStep,
-    HostStore,
 )
 from jspeed.offload.chunks import CHUNK_ELEMENTS
 from jspeed.training.program import Program
 from jspeed.training.state import TrainState, abstract_state, create_parameters
 from jspeed.training.step import HostUpdate, Metrics
-
-SECTION = "zero_optimization.offload_optimizer"
-_STORES = itertools.count()  # engines of one process may share a folder
-_ON_HOST = ("Adam", "AdamW", "FusedAdam")
-
-
-def parameters_on_host(
-    config: Config, layout: Layout, optimizer: optax.GradientTransformation | None
-) -> frozenset[str]:
-    """The parameters whose optimizer state is offloaded.
-
-    Args:
-      config: resolved.
-      layout: of the parameters.
-      optimizer: that was passed in, in place of the configuration's.
-
-    Raises:
-      ConfigError: the optimizer has no update on the host.
-    """
-    section = config.zero.offload_optimizer
-    if section is None or not layout.leaves:
-        return frozenset()
-    if optimizer is not None:
-        raise ConfigError(
-            f'"{SECTION}.device": "{section.device}" needs an optimizer of the configuration, one '
-            f"of {', '.join(_ON_HOST)}, whose update runs on the host; an optax optimizer that is "
-            'passed in runs on the devices only. Name it under "optimizer", or remove the section.'
-        )
-    kind = config.optimizer.type if config.optimizer else None
-    if kind not in _ON_HOST:
-        raise ConfigError(
-            f'"{SECTION}.device": "{section.device}" does not go with "optimizer.type": "{kind}", '
-            f"which has no update on the host. Use one of {', '.join(_ON_HOST)}, or remove the "
-            "section."
-        )
-    return _share({path: _elements(leaf.shape) for path, leaf in layout.leaves.items()}, section)
-
-
-def _share(sizes: Mapping[str, int], section: OffloadOptimizerConfig) -> frozenset[str]:
-    """Parameters that make up the ratio as nearly as whole ones can, largest first."""
-    if section.ratio == 1:
-        return frozenset(sizes)
-    left = section.ratio * sum(sizes.values())
-    chosen = set()
-    for path in sorted(sizes, key=lambda path: (-sizes[path], path)):
-        if sizes[path] / 2 <= left:  # nearer with it than without
-            chosen.add(path)
-            left -= sizes[path]
-    return frozenset(chosen)
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
-
-
-def adam_rule(section: OptimizerConfig) -> AdamRule:
-    """Adam's constants as the configuration says them."""
-    params = section.params
-    return AdamRule(
-        eps=params["eps"],
-        weight_decay=params["weight_decay"],
-        decoupled=params["adam_w_mode"],
-        bias_corrected=params["bias_correction"],
-    )
-
-
-def _make_store(section: OffloadOptimizerConfig, sizes: Sequence[int]) -> ChunkStore:
-    if section.device == "cpu":
-        return HostStore(sizes)
-    assert section.nvme_path is not None
-    return FileStore(
-        section.nvme_path,
-        sizes,
-        buffers=section.buffer_count,
-        name=f"optimizer{next(_STORES)}",
-        process=jax.process_index(),
-    )
 
 
 class Offloading:
@@ -141,7 +56,7 @@ class Offloading:
         self._host = HostOptimizer(
             layout,
             HostAdam(adam_rule(config.optimizer)),
-            functools.partial(_make_store, section),
+            functools.partial(make_store, section, layout),
             most=min(section.chunk_size, CHUNK_ELEMENTS),
         )
 

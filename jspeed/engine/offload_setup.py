@@ -1,0 +1,135 @@
+"""What of a run is offloaded, by its configuration, and whether host and disk have room for it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jspeed.config import Config, OffloadOptimizerConfig, OptimizerConfig
+from jspeed.core.errors import ConfigError
+from jspeed.layout.zero import Layout, Role
+from jspeed.offload import AdamRule, ChunkStore, FileStore, HostStore
+from jspeed.offload.needs import Need, check_disk, check_host_memory
+
+SECTION = "zero_optimization.offload_optimizer"
+_STORES = itertools.count()  # engines of one process may share a folder
+_ON_HOST = ("Adam", "AdamW", "FusedAdam")
+
+
+def parameters_on_host(
+    config: Config, layout: Layout, optimizer: optax.GradientTransformation | None
+) -> frozenset[str]:
+    """The parameters whose optimizer state is offloaded.
+
+    Args:
+      config: resolved.
+      layout: of the parameters.
+      optimizer: that was passed in, in place of the configuration's.
+
+    Raises:
+      ConfigError: the optimizer has no update on the host.
+    """
+    section = config.zero.offload_optimizer
+    if section is None or not layout.leaves:
+        return frozenset()
+    if optimizer is not None:
+        raise ConfigError(
+            f'"{SECTION}.device": "{section.device}" needs an optimizer of the configuration, one '
+            f"of {', '.join(_ON_HOST)}, whose update runs on the host; an optax optimizer that is "
+            'passed in runs on the devices only. Name it under "optimizer", or remove the section.'
+        )
+    kind = config.optimizer.type if config.optimizer else None
+    if kind not in _ON_HOST:
+        raise ConfigError(
+            f'"{SECTION}.device": "{section.device}" does not go with "optimizer.type": "{kind}", '
+            f"which has no update on the host. Use one of {', '.join(_ON_HOST)}, or remove the "
+            "section."
+        )
+    return _share({path: math.prod(leaf.shape) for path, leaf in layout.leaves.items()}, section)
+
+
+def _share(sizes: Mapping[str, int], section: OffloadOptimizerConfig) -> frozenset[str]:
+    """Parameters that make up the ratio as nearly as whole ones can, largest first."""
+    if section.ratio == 1:
+        return frozenset(sizes)
+    left = section.ratio * sum(sizes.values())
+    chosen = set()
+    for path in sorted(sizes, key=lambda path: (-sizes[path], path)):
+        if sizes[path] / 2 <= left:  # nearer with it than without
+            chosen.add(path)
+            left -= sizes[path]
+    return frozenset(chosen)
+
+
+def adam_rule(section: OptimizerConfig) -> AdamRule:
+    """Adam's constants as the configuration says them."""
+    params = section.params
+    return AdamRule(
+        eps=params["eps"],
+        weight_decay=params["weight_decay"],
+        decoupled=params["adam_w_mode"],
+        bias_corrected=params["bias_correction"],
+    )
+
+
+def make_store(section: OffloadOptimizerConfig, layout: Layout, sizes: Sequence[int]) -> ChunkStore:
+    """The store of a tier.
+
+    Args:
+      section: which tier.
+      layout: with parameters `on_host`.
+      sizes: elements of each chunk.
+
+    Raises:
+      OffloadError: host or disk has too little room, or the folder cannot be used.
+    """
+    _check_room(section, layout, sizes)
+    if section.device == "cpu":
+        return HostStore(sizes)
+    assert section.nvme_path is not None
+    return FileStore(
+        section.nvme_path,
+        sizes,
+        buffers=section.buffer_count,
+        name=f"optimizer{next(_STORES)}",
+        process=jax.process_index(),
+    )
+
+
+def _check_room(section: OffloadOptimizerConfig, layout: Layout, sizes: Sequence[int]) -> None:
+    """Refuses a run that its host or disk is too small for, before it has made anything."""
+    widest, state = max(sizes, default=0), 12 * sum(sizes)
+    itemsize = jnp.dtype(layout.compute_dtype).itemsize
+    moving = Need("chunks on their way to the devices and back", 8 * widest * itemsize)
+    of_state = Need("master weights and Adam's moments", state)
+    needs = [of_state, moving]
+    if section.device == "nvme":
+        assert section.nvme_path is not None
+        check_disk(
+            [of_state],
+            Path(section.nvme_path),
+            "Free some, name a folder on another disk, or train on more processes, which share the "
+            "state.",
+        )
+        needs = [
+            Need("buffers between file and update", 12 * widest * section.buffer_count),
+            moving,
+        ]
+    if jax.default_backend() == "cpu":
+        held = sum(
+            itemsize * math.prod(layout.sharding(path, Role.MASTER).shard_shape(leaf.shape))
+            for path, leaf in layout.leaves.items()
+        )
+        devices = len(layout.sharding(next(iter(layout.leaves)), Role.MASTER).addressable_devices)
+        needs += [Need("parameters and gradients of the CPU's own devices", 2 * held * devices)]
+    check_host_memory(
+        needs,
+        'Train on more processes or hosts with "zero_optimization.stage" 1 or more, which share '
+        'the state; offload less of it with "ratio"; or put it on the disk with "device": "nvme".',
+    )
