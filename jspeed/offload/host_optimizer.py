@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from jspeed.layout.zero import Layout, Role
-from jspeed.offload.chunks import CHUNK_ELEMENTS, Shards
+from jspeed.offload.chunks import CHUNK_ELEMENTS, Piece, Shards
 from jspeed.offload.host_adam import HostAdam
 from jspeed.offload.stores import TENSORS, ChunkStore, State
 
@@ -50,8 +50,7 @@ class HostStep:
 @dataclass(frozen=True)
 class _Chunk:
     path: str
-    start: int
-    rows: int
+    piece: Piece
     is_last: bool
 
 
@@ -86,7 +85,7 @@ class HostOptimizer:
         for chunk in self._chunks:
             shards = self._shards[chunk.path]
             self._first.setdefault(chunk.path, len(sizes))
-            sizes += [chunk.rows * shards.cut.row] * len(shards.indices)
+            sizes += [chunk.piece.size] * len(shards.indices)
         self._store = make_store(sizes)
         widest = max((sum(1 for _ in s.indices) for s in self._shards.values()), default=0)
         self._buffers = _Ring(
@@ -112,8 +111,8 @@ class HostOptimizer:
         """Takes tensors of a parameter's state, fp32 and placed as its moments; the others stay."""
         shards = self._shards[path]
         number = itertools.count(self._first[path])
-        for start, rows in shards.cut.chunks():
-            taken = {name: shards.take(array, start, rows) for name, array in arrays.items()}
+        for piece in shards.pieces:
+            taken = {name: shards.take(array, piece) for name, array in arrays.items()}
             for part in range(len(shards.indices)):
                 index = next(number)
                 state = self._kept(index, {*arrays, *zeros})
@@ -134,7 +133,7 @@ class HostOptimizer:
         count = len(shards.indices)
         chunks = [
             self._store.read(self._first[path] + n)[which]
-            for n in range(len(shards.cut.chunks()) * count)
+            for n in range(len(shards.pieces) * count)
         ]
         arrays = []
         for part, devices in enumerate(shards.devices):
@@ -173,7 +172,7 @@ class HostOptimizer:
                 self._update(next(states)[1], gradient, out, step)
             if target is None:
                 target = self._target(path, new)
-            target, done = shards.put(target, outs, chunk.start)
+            target, done = shards.put(target, outs, chunk.piece)
             self._buffers.used_until(done)
             if chunk.is_last:
                 new[path], target = self._whole(path, target), None
@@ -194,9 +193,9 @@ class HostOptimizer:
 
     def _all_chunks(self) -> Iterator[_Chunk]:
         for path in self._paths:
-            chunks = self._shards[path].cut.chunks()
-            for start, rows in chunks:
-                yield _Chunk(path, start, rows, (start, rows) == chunks[-1])
+            pieces = self._shards[path].pieces
+            for piece in pieces:
+                yield _Chunk(path, piece, piece == pieces[-1])
 
     def _downloads(
         self, gradients: dict[str, jax.Array]
@@ -210,7 +209,7 @@ class HostOptimizer:
 
         for chunk in self._chunks:
             gradient = gradients[chunk.path]
-            coming.append((chunk, self._shards[chunk.path].take(gradient, chunk.start, chunk.rows)))
+            coming.append((chunk, self._shards[chunk.path].take(gradient, chunk.piece)))
             if chunk.is_last:
                 del gradients[chunk.path]  # its memory is free once its chunks have left
             if len(coming) > _AHEAD:
