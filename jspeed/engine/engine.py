@@ -159,7 +159,7 @@ class Engine(Checkpointing):
             self._offloading = Offloading(
                 config, program, self.plan.optimizer, self.layout, self.plan.loss_scale
             )
-            self._offloading.start(seed)
+            self._state = self._offloading.start(self._state, seed)
         self._steps: int | None = 0
         self._counters = Counters()
         # Virtual CPU devices share one pool of threads: two programs with collectives in flight

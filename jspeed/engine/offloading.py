@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jspeed.config import Config
@@ -23,7 +24,7 @@ from jspeed.offload import (
 )
 from jspeed.offload.chunks import CHUNK_ELEMENTS
 from jspeed.training.program import Program
-from jspeed.training.state import TrainState, abstract_state, create_parameters
+from jspeed.training.state import TrainState, abstract_parameters, abstract_state, create_parameters
 from jspeed.training.step import HostUpdate, Metrics
 
 
@@ -60,10 +61,15 @@ class Offloading:
             most=min(section.chunk_size, CHUNK_ELEMENTS),
         )
 
-    def start(self, seed: int) -> None:
-        """Takes the initial parameters, one after another."""
+    def start(self, state: TrainState, seed: int) -> TrainState:
+        """Takes the initial parameters, one after another; the state with them on the devices."""
+        placed: dict[str, jax.Array] = {}
         for path, leaf in create_parameters(self._program, self._layout, seed=seed):
             self._host.start(path, leaf)
+            placed[path] = self._on_devices(path, leaf)
+        placed |= named_leaves(state.master)
+        shapes, _ = abstract_parameters(self._program)
+        return replace(state, master=map_named(lambda path, _: placed[path], shapes))
 
     def step(self, compiled: Any) -> OffloadedStep:
         """The whole step around the one on the devices."""
@@ -163,7 +169,11 @@ class Offloading:
         """What the devices hold of a parameter whose master the host takes."""
         master = jax.device_put(leaf, self._layout.sharding(path, Role.MOMENTS))
         self._host.load(path, {"master": master})
-        held = master.astype(self._layout.compute_dtype)
+        return self._on_devices(path, master)
+
+    def _on_devices(self, path: str, master: jax.Array) -> jax.Array:
+        """A parameter as the devices hold it; a copy even where nothing changes."""
+        held = jnp.copy(master.astype(self._layout.compute_dtype))
         return jax.device_put(held, self._layout.sharding(path, Role.MASTER))
 
     def _owner(self, path: str, leaf: Any) -> str | None:

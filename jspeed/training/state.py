@@ -3,8 +3,9 @@ creation on."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -216,11 +217,12 @@ def create_state(
     """Creates the state on the mesh, each device making only its own part.
 
     A model that exists already is copied into place leaf by leaf. Random initial values do not
-    depend on the layout.
+    depend on the layout. Parameters `on_host` are missing: `create_parameters` makes those.
     """
     shardings = jax.tree.map(
         lambda leaf: leaf.sharding, abstract_state(program, optimizer, layout, loss_scale)
     )
+    shardings = replace(shardings, master=on_device(shardings.master, layout))
     init_key, run_key = jax.random.split(jax.random.key(seed))
     rng = jax.random.key_data(run_key)
     given = program.given()
@@ -228,6 +230,7 @@ def create_state(
 
         def create(key: jax.Array, rng: jax.Array) -> TrainState:
             params, mutable = program.init(key)
+            params = on_device(params, layout)
             return _build(params, mutable, rng, optimizer, layout, loss_scale)
 
         return jax.jit(create, out_shardings=shardings)(init_key, rng)
@@ -237,7 +240,7 @@ def create_state(
             leaf.astype(layout.stored_dtype(path)),
             model_sharding(layout, path, leaf.shape, sharding),
         ),
-        params,
+        on_device(params, layout),
         shardings.master,
     )
     mutable = jax.tree.map(jax.device_put, mutable, shardings.mutable)
@@ -250,18 +253,26 @@ def create_state(
 def create_parameters(
     program: Program, layout: Layout, *, seed: int
 ) -> Iterator[tuple[str, jax.Array]]:
-    """The initial parameters `on_host`, as `create_state` makes them but in fp32, placed as their
-    moments: path and array, made one after another, so that devices hold one at a time."""
+    """The initial parameters `on_host` in fp32, placed as their moments: path and array, made one
+    after another, so that devices hold one at a time."""
     init_key, _ = jax.random.split(jax.random.key(seed))
     given = program.given()
+    leaves = {} if given is None else dict(named_leaves(given[0]))
+
+    def stored(path: str, leaf: jax.Array) -> jax.Array:
+        named = in_stage_order({path: leaf.astype(jnp.float32)}, layout)
+        return dict(named_leaves(named))[path]
+
     for path in layout.leaves:
         if path not in layout.on_host:
             continue
-        sharding = layout.sharding(path, Role.MOMENTS)
 
         def create(key: jax.Array, path: str = path) -> jax.Array:
-            params = given[0] if given is not None else program.init(key)[0]
-            leaf = dict(named_leaves(params))[path].astype(jnp.float32)
-            return dict(named_leaves(in_stage_order({path: leaf}, layout)))[path]
+            return stored(path, dict(named_leaves(program.init(key)[0]))[path])
 
-        yield path, jax.jit(create, out_shardings=sharding)(init_key)
+        sharding = layout.sharding(path, Role.MOMENTS)
+        if given is None:
+            yield path, jax.jit(create, out_shardings=sharding)(init_key)
+        else:
+            place = jax.jit(functools.partial(stored, path), out_shardings=sharding)
+            yield path, place(leaves[path])
