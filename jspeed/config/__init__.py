@@ -7,6 +7,7 @@ from jspeed.config.dump import KeyReport
 from jspeed.config.key import Auto, Key, Treatment
 from jspeed.config.keys import KEYS
 from jspeed.config.load import load_config, resolve_optimizer, resolve_scheduler
+from jspeed.config.remat import Checkpoint, LayerRange, Remat, RematPolicy, TensorName
 from jspeed.config.sections import (
     ActivationCheckpointingConfig,
     AttentionConfig,
@@ -39,12 +40,14 @@ __all__ = [
     "AutoFacts",
     "Batch",
     "BatchConfig",
+    "Checkpoint",
     "CheckpointConfig",
     "ClusterConfig",
     "Config",
     "DataConfig",
     "Key",
     "KeyReport",
+    "LayerRange",
     "LayerSpec",
     "LossScaleConfig",
     "MeshConfig",
@@ -52,11 +55,14 @@ __all__ = [
     "MonitorConfig",
     "OptimizerConfig",
     "PrecisionConfig",
+    "Remat",
+    "RematPolicy",
     "RopeScalingConfig",
     "RunConfig",
     "SchedulerConfig",
     "SparseAttentionConfig",
     "SweepConfig",
+    "TensorName",
     "TensorParallelConfig",
     "TokenizerConfig",
     "Treatment",

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 from jax._src import source_info_util
+from jax._src.ad_checkpoint import name_p as name_p
 from jax._src.interpreters import partial_eval
 from jax.extend import core as jax_core
 
