@@ -22,7 +22,7 @@ TensorName = Literal[
 ]
 
 TENSORS: Mapping[TensorName, str] = MappingProxyType({
-    "layer_in": "the residual stream that enters a layer",
+    "layer_in": "the residual stream that enters a layer, or a group of layers",
     "attention_norm": "what the norm of the attention half gives",
     "attention_qkv": "query, key and value as attention takes them, after rotary positions",
     "attention_out": "the heads' output before its projection, with the softmax's statistics",

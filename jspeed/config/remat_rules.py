@@ -47,6 +47,17 @@ def rules(values: Values) -> Iterator[Problem]:
         yield from _ranges(remat, layers, line)
     elif isinstance(remat, Checkpoint) and layers % remat.layers and not values.get(_NUMBER):
         yield Problem(PATH, _uneven(remat.layers, layers), line)
+    for policy in policies(remat):
+        inner = isinstance(policy, Checkpoint) and policy.layers > 1 and set(policy.offload)
+        if inner and inner != {"layer_in"}:
+            names = ", ".join(sorted(inner - {"layer_in"}))
+            yield Problem(
+                PATH,
+                f"offload {names} is not for checkpoints of several layers: XLA does not compile "
+                "arrays in host memory that a loop inside a loop reads. There only layer_in can "
+                "be offloaded; save the others.",
+                line,
+            )
     if values.get("mesh.pipe") > 1:
         yield from _in_pipelines(remat, values)
 

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jspeed.core._compat import Jaxpr, JaxprEqn, Literal, equation_context, open_jaxpr, scan_counts
-from jspeed.layout.cut import Step, cut, with_put_off
+from jspeed.layout.cut import Step, cut, with_put_off, without_gradients
 from jspeed.layout.gather import AtHome
 from jspeed.layout.homes import (
     REMAT,
@@ -32,7 +32,13 @@ from jspeed.layout.homes import (
     slicing_uses,
 )
 from jspeed.layout.operations import Operation, evaluate, flatten, read
-from jspeed.layout.segments import Segment, held_together, is_differentiable, no_order
+from jspeed.layout.segments import (
+    Segment,
+    held_together,
+    is_differentiable,
+    no_order,
+    without_tangent,
+)
 
 _GATHERS = frozenset({"all_gather", "shard_map"})
 
@@ -141,6 +147,8 @@ class _Interpreter:
             evaluate(operations, local)
             env.update((key, local[key]) for key in results)
             return
+        evaluate(without_gradients(operations, results, env), env)
+        results = [key for key in results if key not in env]
         defined = {key for operation in operations for key in operation.outputs}
         used = {key for operation in operations for key in operation.reads}
         values = [key for key in env if key in used and key not in defined and key not in homes]
@@ -182,7 +190,7 @@ class _Interpreter:
                 unroll=params["unroll"],
                 _split_transpose=params.get("_split_transpose", False),
             )
-        return [*carry, *ys]
+        return [without_tangent(value) for value in (*carry, *ys)]
 
     def _constant(self, eqn: JaxprEqn, position: int, value: Any) -> Any:
         """A constant of a loop; it stays at home if each turn takes out a slice of it."""

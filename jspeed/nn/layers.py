@@ -40,7 +40,8 @@ def scan_layers(stacked: Layer, x: jax.Array, call: _Call[Layer], *, remat: Rema
 
     Args:
       stacked: from `stack_layers`.
-      x: what enters the first layer; policies know what enters each as `layer_in`.
+      x: what enters the first layer; policies know what enters each, or each group of them,
+        as `layer_in`.
       call: `(layer, x, recompute_attention) -> x`; given True, the layer's attention keeps nothing
         but its inputs.
       remat: of a run file, as `jspeed.config.remat` has it; it must fit the number of layers.
@@ -74,10 +75,11 @@ def _cut(ranges: tuple[LayerRange, ...], layers: int) -> Iterator[tuple[int, int
 def _run(stacked: Layer, x: jax.Array, call: _Call[Layer], policy: RematPolicy) -> jax.Array:
     """Runs stacked layers of one policy."""
 
-    def one(x: jax.Array, layer: Layer) -> jax.Array:
-        return call(layer, tagged(x, "layer_in"), policy == "attention")
-
     if not isinstance(policy, Checkpoint) or policy.layers == 1:
+
+        def one(x: jax.Array, layer: Layer) -> jax.Array:
+            return call(layer, tagged(x, "layer_in"), policy == "attention")
+
         return _scan(one, policy, stacked, x)
     # A loop over groups of layers. Inside a group the backward pass keeps everything, once it has
     # computed the group again: a checkpoint of each layer as well would compute it a third time.
@@ -85,7 +87,7 @@ def _run(stacked: Layer, x: jax.Array, call: _Call[Layer], policy: RematPolicy) 
     grouped = nnx.merge(graph, jax.tree.map(functools.partial(_in_groups, policy.layers), state))
 
     def group(x: jax.Array, layers: Layer) -> jax.Array:
-        return _scan(one, "none", layers, x)
+        return _scan(lambda x, layer: call(layer, x, False), "none", layers, tagged(x, "layer_in"))
 
     x = _scan(group, policy, grouped, x, metadata={})
     _update(stacked, _out_of_groups, nnx.state(grouped, nnx.Not(nnx.Param)))
