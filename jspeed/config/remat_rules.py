@@ -48,6 +48,9 @@ def rules(values: Values) -> Iterator[Problem]:
     elif isinstance(remat, Checkpoint) and layers % remat.layers and not values.get(_NUMBER):
         yield Problem(PATH, _uneven(remat.layers, layers), line)
     for policy in policies(remat):
+        if isinstance(policy, Checkpoint) and set(policy.save) & set(policy.offload):
+            twice = ", ".join(sorted(set(policy.save) & set(policy.offload)))
+            yield Problem(PATH, f"{twice} is to be saved and offloaded; name it once.", line)
         inner = isinstance(policy, Checkpoint) and policy.layers > 1 and set(policy.offload)
         if inner and inner != {"layer_in"}:
             names = ", ".join(sorted(inner - {"layer_in"}))

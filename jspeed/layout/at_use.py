@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jspeed.core._compat import Jaxpr, JaxprEqn, Literal, equation_context, open_jaxpr, scan_counts
-from jspeed.layout.cut import Step, cut, with_put_off, without_gradients
+from jspeed.layout.cut import Step, cut, with_put_off
 from jspeed.layout.gather import AtHome
 from jspeed.layout.homes import (
     REMAT,
@@ -147,8 +147,6 @@ class _Interpreter:
             evaluate(operations, local)
             env.update((key, local[key]) for key in results)
             return
-        evaluate(without_gradients(operations, results, env), env)
-        results = [key for key in results if key not in env]
         defined = {key for operation in operations for key in operation.outputs}
         used = {key for operation in operations for key in operation.reads}
         values = [key for key in env if key in used and key not in defined and key not in homes]

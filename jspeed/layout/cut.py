@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
-
 from jspeed.layout.homes import PutOff, done_at_home, homes_of, is_structure, put_off
 from jspeed.layout.operations import Operation
 
@@ -103,35 +101,3 @@ def with_put_off(
         operations[operation] = None
         homes.update(dict.fromkeys(homes_of(env, operation)))
     return list(operations), list(homes)
-
-
-def without_gradients(
-    operations: Sequence[Operation], results: Sequence[Any], env: dict[Any, Any]
-) -> list[Operation]:
-    """Those operations, in order, that lead to integer results by way of integers alone.
-
-    They need no parameter and have no gradient. Evaluated with others that have one, their results
-    would get tangents of no dtype, and a scan over such values cannot be transposed in JAX.
-
-    Args:
-      operations: of a step, in order.
-      results: the keys of what later steps use.
-      env: the values known before.
-    """
-    free = {key for key, value in env.items() if _is_integer(value)}
-    for operation in operations:
-        values = [var.aval for var in operation.eqn.outvars]
-        if free.issuperset(operation.reads) and all(map(_is_integer, values)):
-            free.update(operation.outputs)
-    wanted = free.intersection(results)
-    found = []
-    for operation in reversed(operations):
-        if wanted.intersection(operation.outputs):
-            found.append(operation)
-            wanted.update(operation.reads)
-    return found[::-1]
-
-
-def _is_integer(value: Any) -> bool:
-    """Whether a value, or an abstract one, has no gradient."""
-    return hasattr(value, "dtype") and not jnp.issubdtype(value.dtype, jnp.inexact)

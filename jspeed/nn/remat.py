@@ -13,12 +13,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name, checkpoint_policies
 
 from jspeed.config.remat import Checkpoint, RematPolicy, TensorName
-from jspeed.core._compat import name_p
+from jspeed.core._compat import CUDNN_ATTENTION, name_p
 from jspeed.core.shapes import Array
-
-# cuDNN's attention is one primitive of JAX's, whose results are the output and the softmax's
-# statistics. They cannot be tagged from outside without keeping the output twice.
-_CUDNN_ATTENTION = frozenset({"dot_product_attention_fwd", "dot_product_attention_fwd_wrapper"})
 
 _Policy = Callable[..., Any]
 
@@ -60,7 +56,9 @@ def _policy_of(policy: RematPolicy) -> _Policy | None:
         return by_name
 
     def policy_of_attention(primitive: Any, *avals: Any, **params: Any) -> Any:
-        if primitive.name in _CUDNN_ATTENTION:
+        # Its results are the output and the softmax's statistics; a tag from outside would keep
+        # the output twice.
+        if primitive.name == CUDNN_ATTENTION:
             return by_name(name_p, *avals, name="attention_out")
         return by_name(primitive, *avals, **params)
 
