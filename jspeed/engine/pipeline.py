@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jspeed.config import Config
+from jspeed.config.remat import recomputes_layers
 from jspeed.engine.build import RunPlan
 from jspeed.layout.stages import StageOrder
 from jspeed.pipeline import Schedule
@@ -55,7 +56,7 @@ def pipeline_of(config: Config, plan: RunPlan) -> Pipeline | None:
     schedule, layout = plan.step.gradients.schedule, plan.layout
     if schedule is None or layout.order is None:
         return None
-    remat = config.model is not None and config.model.remat == "full"
+    remat = config.model is not None and recomputes_layers(config.model.remat)
     return Pipeline(
         schedule,
         figures(schedule, Costs(recompute=int(remat))),
