@@ -1,10 +1,11 @@
 """Memory and FLOPs of every policy of rematerialisation, as compiled for one described H200.
 
-    JAX_PLATFORMS=cpu python -m benchmarks.rematerialisation        # writes docs/rematerialisation.md
+    JAX_PLATFORMS=cpu python -m benchmarks.rematerialisation
     JAX_PLATFORMS=cpu python -m benchmarks.rematerialisation --stage 3 --gpus 8 --no-write
 
 One Llama, small enough to compile in seconds and with so many tokens that what its layers keep is
-most of what the device holds beside the state. Bytes are XLA's memory analysis of the whole train
+most of what the device holds beside the state. The table goes into
+docs/rematerialisation.md. Bytes are XLA's memory analysis of the whole train
 step; FLOPs are those of its matrix products. Nothing is run.
 """
 

@@ -7,7 +7,7 @@ from jspeed.config.dump import KeyReport
 from jspeed.config.key import Auto, Key, Treatment
 from jspeed.config.keys import KEYS
 from jspeed.config.load import load_config, resolve_optimizer, resolve_scheduler
-from jspeed.config.remat import Checkpoint, LayerRange, Remat, RematPolicy, TensorName
+from jspeed.config.remat import Budget, Checkpoint, LayerRange, Remat, RematPolicy, TensorName
 from jspeed.config.sections import (
     ActivationCheckpointingConfig,
     AttentionConfig,
@@ -40,6 +40,7 @@ __all__ = [
     "AutoFacts",
     "Batch",
     "BatchConfig",
+    "Budget",
     "Checkpoint",
     "CheckpointConfig",
     "ClusterConfig",

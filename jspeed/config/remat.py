@@ -69,6 +69,17 @@ Remat = RematPolicy | tuple[LayerRange, ...]
 """What `model.remat` says. Layers that no range covers keep everything."""
 
 
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """A policy that is still to be chosen, by what the step may need on a device.
+
+    Args:
+        bytes: at the peak of a step, state included; None: all that the device has.
+    """
+
+    bytes: int | None = None
+
+
 def policies(remat: Remat) -> tuple[RematPolicy, ...]:
     """Return every policy that `remat` holds."""
     return tuple(part.policy for part in remat) if isinstance(remat, tuple) else (remat,)
@@ -88,7 +99,7 @@ _EXPECTED = (
 
 @dataclass(frozen=True, slots=True)
 class RematKind:
-    """A policy by its word or as an object, or a list of policies of layer ranges."""
+    """A policy by its word or as an object, a list of policies of layer ranges, or a budget."""
 
     @property
     def expected(self) -> str:
@@ -97,7 +108,19 @@ class RematKind:
     def convert(self, value: Any) -> Any:
         if isinstance(value, list) and value:
             return [_converted_range(item) for item in value]
+        if isinstance(value, Mapping) and ("budget" in value or "budget_bytes" in value):
+            return _converted_budget(value)
         return _converted_policy(value)
+
+
+def _converted_budget(value: Mapping[str, Any]) -> dict[str, Any]:
+    size = value.get("budget_bytes")
+    whole = type(size) is int and size > 0
+    if len(value) != 1 or not (whole or value.get("budget") == "auto"):
+        raise RefusedError(
+            'a budget is {"budget_bytes": n}, of at least 1 byte, or {"budget": "auto"}, alone'
+        )
+    return dict(value)
 
 
 def _converted_range(item: Any) -> dict[str, Any]:
@@ -145,8 +168,10 @@ def _names(key: str, value: Any) -> list[str]:
     return list(dict.fromkeys(value))
 
 
-def parse(value: Any) -> Remat:
-    """Return the policy that a value accepted by `RematKind` stands for."""
+def parse(value: Any) -> Remat | Budget:
+    """Return what a value accepted by `RematKind` stands for."""
+    if isinstance(value, Mapping) and ("budget" in value or "budget_bytes" in value):
+        return Budget(value.get("budget_bytes"))
     if isinstance(value, list):
         return tuple(_range(*item["layers"], policy=item["policy"]) for item in value)
     return _policy(value)

@@ -4,7 +4,7 @@ and what must hold between them and the other keys."""
 from collections.abc import Iterator
 
 from jspeed.config.problem import Problem, shown
-from jspeed.config.remat import Checkpoint, LayerRange, Remat, parse, policies
+from jspeed.config.remat import Budget, Checkpoint, LayerRange, Remat, parse, policies
 from jspeed.config.values import Values
 
 PATH, _SECTION = "model.remat", "activation_checkpointing"
@@ -12,7 +12,7 @@ _CPU, _NUMBER = f"{_SECTION}.cpu_checkpointing", f"{_SECTION}.number_checkpoints
 _PARTITION = f"{_SECTION}.partition_activations"
 
 
-def of_model(values: Values) -> Remat:
+def of_model(values: Values) -> Remat | Budget:
     """Return what DeepSpeed's `activation_checkpointing` asks for, or else `model.remat`."""
     count, layers = values.get(_NUMBER), values.get("model.layers")
     if not values.get(_CPU) and count is None:
@@ -43,6 +43,8 @@ def rules(values: Values) -> Iterator[Problem]:
         return
     yield from _deepspeed(values, layers)
     remat, line = of_model(values), values.line(PATH)
+    if isinstance(remat, Budget):
+        return
     if isinstance(remat, tuple):
         yield from _ranges(remat, layers, line)
     elif isinstance(remat, Checkpoint) and layers % remat.layers and not values.get(_NUMBER):

@@ -1,8 +1,9 @@
 """What a model may do to a parameter before the parameter has to be gathered.
 
-Slicing layers out of a stack, grouping them and casting to a narrower dtype are done on the shard. Whatever
-else needs nothing but parameters (a transpose, a concatenation) is put off until its result meets
-other values, so that casting all parameters at the start of a model does not gather them there.
+Slicing layers out of a stack, grouping them and casting to a narrower dtype are done on the shard.
+Whatever else needs nothing but parameters (a transpose, a concatenation) is put off until its
+result meets other values, so that casting all parameters at the start of a model does not gather
+them there.
 """
 
 from __future__ import annotations

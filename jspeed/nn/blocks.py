@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jspeed.config.remat import TensorName
 from jspeed.core.loss import LossSum
 from jspeed.core.shapes import Array, Float
 from jspeed.nn.dense import SplitSide, dense
 from jspeed.nn.logical_axes import LogicalAxes
 from jspeed.nn.losses import default_chunk_size, linear_cross_entropy
 from jspeed.nn.recompute import keeping_only_inputs
+from jspeed.nn.remat import tagged
 from jspeed.nn.sequence import SequenceOrder, in_zigzag_order
 from pallas_kernels.rms_norm import add_rms_norm
 
@@ -79,6 +81,7 @@ class RMSNorm(nnx.Module):
         delta: Float[Array, "*tokens features"] | None,
         *,
         sequence_axes: Sequence[str] = ("seq",),
+        name: TensorName | None = None,
     ) -> tuple[Float[Array, "*tokens features"], Float[Array, "*tokens features"]]:
         """`(x + delta, norm(x + delta))`, or `(x, norm(x))` without a delta.
 
@@ -86,11 +89,19 @@ class RMSNorm(nnx.Module):
           x: the residual stream.
           delta: what is added to it.
           sequence_axes: mesh axes that the sequence is split over.
+          name: that policies of rematerialisation know the sum by.
         """
+
+        def named(total: jax.Array) -> jax.Array:
+            return total if name is None else tagged(total, name)
+
         if self.implementation == "kernel":
             scale = self.scale[...].astype(jnp.float32)
-            return add_rms_norm(x, delta, scale, epsilon=self.epsilon, sequence_axes=sequence_axes)
-        total = x if delta is None else x + delta
+            total, normed = add_rms_norm(
+                x, delta, scale, epsilon=self.epsilon, sequence_axes=sequence_axes
+            )
+            return named(total), normed
+        total = named(x if delta is None else x + delta)
         return total, self(total)
 
 

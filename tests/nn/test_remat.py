@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from typing import Any
 
@@ -46,6 +47,48 @@ def names_in(jaxpr: Any) -> Counter[str]:
 def count(jaxpr: Any, primitive: str) -> int:
     inner = sum(count(sub, primitive) for eqn in jaxpr.eqns for sub in sub_jaxprs(eqn))
     return inner + sum(eqn.primitive.name == primitive for eqn in jaxpr.eqns)
+
+
+def products(family: str, policy: Any) -> int:
+    """Matrix products of a layer's forward and backward pass."""
+    config = dataclasses.replace(FAMILIES[family], remat=policy)
+    graph, state = nnx.split(ModelFactory(family, config)(nnx.Rngs(0)))
+    ids = jnp.zeros((2, 16), jnp.int32)
+
+    def total(state: Any) -> Any:
+        merged: Any = nnx.merge(graph, state)
+        return merged.hidden(ids).sum()
+
+    return count(jax.make_jaxpr(jax.grad(total))(state).jaxpr, "dot_general")
+
+
+@pytest.mark.parametrize(
+    ("family", "saved"),
+    [
+        # Of the four (seven) products with weights, and attention's two, that each layer computes
+        # again: those that lead to the tensor and to nothing else that is still needed.
+        (
+            "gpt2",
+            {"attention_qkv": 1, "attention_out": 2, "attention_proj": 1, "layer_mid": 1,
+             "mlp_in": 1, "mlp_out": 0, "attention_norm": 0, "mlp_norm": 0, "layer_in": 0},
+        ),
+        (
+            "llama",
+            {"attention_qkv": 3, "attention_out": 2, "attention_proj": 1, "layer_mid": 1,
+             "mlp_in": 2, "mlp_out": 0, "attention_norm": 0, "mlp_norm": 0, "layer_in": 0},
+        ),
+        # Its last norm needs the last product's result again.
+        (
+            "bert",
+            {"attention_qkv": 1, "attention_out": 2, "attention_proj": 1, "layer_mid": 1,
+             "mlp_in": 1, "mlp_out": 1, "attention_norm": 0, "mlp_norm": 0, "layer_in": 0},
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_saved_is_not_computed_again(family, saved):
+    full = products(family, "full")
+    found = {name: full - products(family, Checkpoint(save=(name,))) for name in saved}
+    assert found == saved
 
 
 def forward_of(model: nnx.Module) -> Any:

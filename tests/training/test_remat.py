@@ -19,7 +19,6 @@ from jspeed.models import BertConfig, GPT2Config, LlamaConfig, ModelFactory
 from tests.training.curves import (
     BATCH,
     SEQ,
-    TINY,
     VOCAB,
     Curve,
     batches,

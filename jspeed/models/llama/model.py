@@ -153,8 +153,8 @@ class Block(nnx.Module):
         x, normed = self.attention_norm.add(split(x), None, sequence_axes=axes)
         normed = tagged(split(normed), "attention_norm")
         attended = self.attn(normed, positions, segment_ids, order, recompute=recompute_attention)
-        x, normed = self.mlp_norm.add(x, split(attended), sequence_axes=axes)
-        x, normed = tagged(x, "layer_mid"), tagged(split(normed), "mlp_norm")
+        x, normed = self.mlp_norm.add(x, split(attended), sequence_axes=axes, name="layer_mid")
+        normed = tagged(split(normed), "mlp_norm")
         inner = in_chunks(self.mlp, normed, chunk_size=self.mlp_chunk_size)
         return split(x + split(inner))
 
