@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from jspeed.config import Checkpoint, LayerRange, load_config
+from jspeed.config import Budget, Checkpoint, LayerRange, load_config
 from jspeed.config.remat import TENSORS
 from jspeed.core.errors import ConfigError
 
@@ -39,6 +39,8 @@ def checkpointing(**keys: Any) -> dict[str, Any]:
             [{"layers": [0, 1], "policy": "full"}, {"layers": [3, 3], "policy": {"save": []}}],
             (LayerRange(0, 1, "full"), LayerRange(3, 3, Checkpoint())),
         ),
+        ({"budget_bytes": 10**9}, Budget(10**9)),
+        ({"budget": "auto"}, Budget()),
     ],
 )
 def test_what_a_policy_means(written, meant):
@@ -94,6 +96,11 @@ EXPECTED = (
             run_file({"keep": ["mlp_in"]}),
             f'"model.remat": {{"keep": ["mlp_in"]}}: the key "keep" is no part of a policy; '
             f"{EXPECTED}",
+        ),
+        (
+            run_file({"budget": "auto", "save": ["mlp_in"]}),
+            '"model.remat": {"budget": "auto", "save": ["mlp_in"]}: a budget is '
+            '{"budget_bytes": n}, of at least 1 byte, or {"budget": "auto"}, alone; ' + EXPECTED,
         ),
         (
             run_file([{"layers": [2], "policy": "full"}]),
