@@ -13,9 +13,11 @@ from rich.console import Console
 
 from jspeed.cli.console import make_console
 from jspeed.cli.plan_page import render
+from jspeed.config import Budget
 from jspeed.core.errors import JspeedError
 from jspeed.planner.cluster import Cluster
 from jspeed.planner.pool import Ending, Job, run_jobs
+from jspeed.planner.remat_budget import choose
 from jspeed.planner.resources import worker_count, worker_memory
 from jspeed.planner.run_file import RunFile
 from jspeed.planner.suggest import Where, suggest
@@ -38,7 +40,7 @@ class PlanRequest:
 
 def plan_command(request: PlanRequest) -> None:
     """Compiles a run for a cluster and prints what it needs; of one that does not fit, what would
-    make it fit.
+    make it fit; of one with a budget for rematerialisation, what is kept within it.
 
     Raises:
       JspeedError: the run cannot be laid out or compiled there, and what would.
@@ -54,16 +56,22 @@ def plan_command(request: PlanRequest) -> None:
     )
     waiting = Console(stderr=True)
     # The compiler may end the process it runs in, so it gets one of its own.
-    with waiting.status(f"Compiling for {cluster.gpus} x {target.description}"):
-        plan = _compiled(where.job("plan", run.changed({})))
+    jobs = functools.partial(
+        run_jobs,
+        workers=worker_count(),
+        memory_limit_bytes=worker_memory(),
+        timeout_seconds=_TIMEOUT_SECONDS,
+    )
+    if run.config.model is not None and isinstance(run.config.model.remat, Budget):
+        with waiting.status(f"Choosing what to keep on {cluster.gpus} x {target.description}"):
+            chosen = choose(run, where, jobs)
+        plan = {**chosen.plan, "remat": chosen.to_json()}
+        run = RunFile.read(run.changed({"model.remat": chosen.policy}))
+    else:
+        with waiting.status(f"Compiling for {cluster.gpus} x {target.description}"):
+            plan = _compiled(where.job("plan", run.changed({})))
     if not plan["fits"]:
         with waiting.status("It does not fit: compiling what could be changed"):
-            jobs = functools.partial(
-                run_jobs,
-                workers=worker_count(),
-                memory_limit_bytes=worker_memory(),
-                timeout_seconds=_TIMEOUT_SECONDS,
-            )
             plan["suggestions"] = suggest(run, where, plan, jobs)
     if request.as_json:
         print(json.dumps(plan, indent=2))

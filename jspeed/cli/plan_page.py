@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -34,6 +35,8 @@ def render(plan: Plan, console: Console) -> None:
     """
     console.print(Text(heading(plan), "bold"))
     console.print(Text(verdict(plan), "bold green" if plan["fits"] else "bold red"))
+    if plan.get("remat") is not None:
+        _rematerialisation(console, plan["remat"])
     _table(console, "Memory of one device", _memory_rows(plan["memory"]), right=(1,))
     _table(console, "Largest temporaries at the peak", _buffer_rows(plan["memory"]), right=(0,))
     head = ("collective", "axis", "dtype", "count", "bytes")
@@ -56,6 +59,23 @@ def render(plan: Plan, console: Console) -> None:
     _lines(console, "Held whole by every device", _whole(plan))
     _suggestions(console, plan)
     _lines(console, "Assumed", plan["remarks"])
+
+
+def _rematerialisation(console: Console, chosen: Plan) -> None:
+    """What was tried within a budget, and the line of a run file that was chosen."""
+    rows = [
+        (
+            json.dumps(entry["policy"]),
+            bytes_text(entry["peak_bytes"]),
+            f"{entry['flops']:.3g} FLOPs",
+            entry["reason"],
+        )
+        for entry in chosen["tried"]
+    ]
+    title = f"What to keep of each layer within {bytes_text(chosen['budget_bytes'])}, compiled"
+    _table(console, title, rows, head=("model.remat", "needs", "", ""), right=(1, 2))
+    line = f'To train so: "model": {{"remat": {json.dumps(chosen["policy"])}}}'
+    console.print(Padding(Text(line), _INDENT, expand=False))
 
 
 def heading(plan: Plan) -> str:

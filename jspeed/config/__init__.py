@@ -7,6 +7,7 @@ from jspeed.config.dump import KeyReport
 from jspeed.config.key import Auto, Key, Treatment
 from jspeed.config.keys import KEYS
 from jspeed.config.load import load_config, resolve_optimizer, resolve_scheduler
+from jspeed.config.remat import Budget, Checkpoint, LayerRange, Remat, RematPolicy, TensorName
 from jspeed.config.sections import (
     ActivationCheckpointingConfig,
     AttentionConfig,
@@ -40,12 +41,15 @@ __all__ = [
     "AutoFacts",
     "Batch",
     "BatchConfig",
+    "Budget",
+    "Checkpoint",
     "CheckpointConfig",
     "ClusterConfig",
     "Config",
     "DataConfig",
     "Key",
     "KeyReport",
+    "LayerRange",
     "LayerSpec",
     "LossScaleConfig",
     "MeshConfig",
@@ -54,11 +58,14 @@ __all__ = [
     "OffloadOptimizerConfig",
     "OptimizerConfig",
     "PrecisionConfig",
+    "Remat",
+    "RematPolicy",
     "RopeScalingConfig",
     "RunConfig",
     "SchedulerConfig",
     "SparseAttentionConfig",
     "SweepConfig",
+    "TensorName",
     "TensorParallelConfig",
     "TokenizerConfig",
     "Treatment",

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from jspeed.config import patterns
+from jspeed.config import patterns, remat_rules
 from jspeed.config import sections as types
 from jspeed.config.batch import ACCUMULATION, MICRO, TRAIN
 from jspeed.config.check import Entry, Source
@@ -236,8 +236,11 @@ def model(values: Values) -> types.ModelConfig | None:
         **_fields(values, "model.attention", types.AttentionConfig, leave_out=("pattern",)),
         pattern=patterns.of_model(values),
     )
-    fields = _fields(values, "model", types.ModelConfig, leave_out=("rope_scaling", "attention"))
-    return types.ModelConfig(**fields, rope_scaling=scaling, attention=attention)
+    apart = ("rope_scaling", "attention", "remat")
+    fields = _fields(values, "model", types.ModelConfig, leave_out=apart)
+    return types.ModelConfig(
+        **fields, rope_scaling=scaling, attention=attention, remat=remat_rules.of_model(values)
+    )
 
 
 def data(values: Values) -> types.DataConfig | None:

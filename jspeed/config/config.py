@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from jspeed.config import build, patterns
+from jspeed.config import build, patterns, remat_rules
 from jspeed.config.auto import AutoFacts, resolve, unresolved
 from jspeed.config.batch import resolve_batch
 from jspeed.config.dump import KeyReport, dump, key_reports
@@ -87,8 +87,9 @@ class Config:
         return dump(self._values, self)
 
     def switched_on_later(self) -> tuple[Problem, ...]:
-        """Return a problem for every key that asks for a feature that is not built yet."""
-        return tuple(_later(self._values))
+        """Return a problem for every key that asks for what is not built yet, or not for models
+        that are not jspeed's own."""
+        return (*_later(self._values), *remat_rules.without_model(self._values))
 
     def require_trainable(self) -> None:
         """Check that a training run can honour every key.
@@ -97,7 +98,10 @@ class Config:
             ConfigError: keys ask for features that are understood but not built yet, or hold an
                 "auto" that nothing has resolved; all of them are listed.
         """
-        problems = [*self.switched_on_later(), *map(unresolved, self.autos)]
+        problems = [
+            *self.switched_on_later(),
+            *map(unresolved, self.autos),
+        ]
         if problems:
             raise config_error(problems)
 

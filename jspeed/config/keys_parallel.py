@@ -20,7 +20,6 @@ _AUTOTP = (
 _EXPERTS = "expert parallelism is not built yet"
 _HYBRID = "the hybrid (train and generate) engine is not built yet"
 _COMPILE = "XLA compiles every jspeed step, so this is a DeepSpeed compiler setting without object"
-_REMAT = 'activation checkpointing by this section is not built yet; use "model": {"remat": "full"}'
 _AUTO = Choice(("auto",))
 _COUNT = Int(0)
 
@@ -35,7 +34,8 @@ PIPELINE_KEYS = section(
            "layers per stage: uniform, parameters, or type:<regex>; best: the model's, or uniform"),
     automatic("seed_layers", Bool(), False,
               "each layer's initial values are the same whatever stage it is on"),
-    later("activation_checkpoint_interval", _COUNT, 0, _REMAT),
+    later("activation_checkpoint_interval", _COUNT, 0,
+          "not taken from the file yet; give it to jspeed.PipelineModule, or set model.remat"),
     automatic("pipe_partitioned", Bool(), True,
               "between stages, devices that hold the same activations send a part each"),
     automatic("grad_partitioned", Bool(), True, "gradients travel as activations do"),
@@ -182,12 +182,43 @@ COMPILE_KEYS = section(
 
 ACTIVATION_CHECKPOINTING_KEYS = section(
     "activation_checkpointing",
-    later("partition_activations", Bool(), False, _REMAT),
-    later("number_checkpoints", Int(1), None, _REMAT),
-    later("contiguous_memory_optimization", Bool(), False, _REMAT),
-    later("synchronize_checkpoint_boundary", Bool(), False, _REMAT),
-    later("profile", Bool(), False, _REMAT),
-    later("cpu_checkpointing", Bool(), False, _REMAT),
+    mapped(
+        "partition_activations",
+        Bool(),
+        False,
+        "what layers keep is split over mesh.tensor: model.sequence_sharding, which is on",
+    ),
+    mapped(
+        "number_checkpoints",
+        Int(1),
+        None,
+        "model.remat with so many checkpoints, of equal groups of layers",
+    ),
+    automatic(
+        "contiguous_memory_optimization",
+        Bool(),
+        False,
+        "what layers keep is one array for all of them, allocated before the step",
+    ),
+    refused(
+        "synchronize_checkpoint_boundary",
+        Bool(),
+        False,
+        "a step is one program, in which there is no boundary to wait at; leave it out",
+    ),
+    refused(
+        "profile",
+        Bool(),
+        False,
+        "a step is one program; `jspeed plan` shows what recomputation costs in it, and "
+        "jax.profiler how long each part takes",
+    ),
+    mapped(
+        "cpu_checkpointing",
+        Bool(),
+        False,
+        "model.remat with the inputs of layers in the host's pinned memory",
+    ),
 )
 
 _ORDER = "one fixed order of mesh axes, slowest network first, holds for every layout"

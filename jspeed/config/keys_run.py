@@ -6,6 +6,7 @@ from jspeed.config.keys_attention import MODEL_ATTENTION_KEYS
 from jspeed.config.keys_sweep import SWEEP_KEYS
 from jspeed.config.kinds import Bool, Int, Number, ShardingRules, Text, choice
 from jspeed.config.model_families import MODEL_FAMILIES
+from jspeed.config.remat import RematKind
 
 _EXPERT = "expert parallelism is not built yet"
 _COUNT = Int(1)
@@ -55,7 +56,8 @@ MODEL_KEYS = section(
                required=True),
     ),
     mapped("norm_epsilon", Number(above=0), 1e-5, "epsilon of the normalisation layers"),
-    mapped("remat", choice("none", "full"), "none", "what the backward pass computes again"),
+    mapped("remat", RematKind(), "none",
+           "what the backward pass computes again, see rematerialisation.md"),
     mapped("attention.implementation", choice("auto", "xla", "cudnn", "cpu", "blockwise"), "auto",
            "which attention computes the same; auto picks by platform"),
     mapped("attention.sequence_parallel", choice("auto", "ulysses", "ring", "allgather"), "auto",

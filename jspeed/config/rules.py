@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from jspeed.config import patterns
+from jspeed.config import patterns, remat_rules
 from jspeed.config.batch import ACCUMULATION, MICRO, TRAIN, check
 from jspeed.config.build import BYTE_VOCABULARY
 from jspeed.config.key import REFUSED
@@ -368,6 +368,7 @@ RULES: tuple[Rule, ...] = (
     batch_triangle,
     model,
     patterns.rules,
+    remat_rules.rules,
     data,
     sweep,
 )

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from jspeed.config.keys_attention import KEYS_OF_MODE
 from jspeed.config.model_families import MODEL_FAMILIES, ModelFamily
+from jspeed.config.remat import Budget, Remat
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -212,7 +213,7 @@ class ModelConfig:
     rope_theta: float
     rope_scaling: RopeScalingConfig | None
     norm_epsilon: float
-    remat: Literal["none", "full"]
+    remat: Remat | Budget
     attention: AttentionConfig
     mlp_chunk_size: int | None
     sequence_sharding: bool

@@ -13,8 +13,12 @@ from typing import Any
 
 import jax
 from jax._src import source_info_util
+from jax._src.ad_checkpoint import name_p as name_p
 from jax._src.interpreters import partial_eval
 from jax.extend import core as jax_core
+
+CUDNN_ATTENTION = "dot_product_attention_fwd_wrapper"
+"""The name of the primitive that is cuDNN's attention, forwards."""
 
 Jaxpr = jax_core.Jaxpr
 ClosedJaxpr = jax_core.ClosedJaxpr

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from jspeed.config import Config
+from jspeed.config import Budget, Config
+from jspeed.config.remat import recomputes_layers
 from jspeed.engine.build import RunPlan
 from jspeed.layout.stages import StageOrder
 from jspeed.pipeline import Schedule
@@ -55,7 +56,8 @@ def pipeline_of(config: Config, plan: RunPlan) -> Pipeline | None:
     schedule, layout = plan.step.gradients.schedule, plan.layout
     if schedule is None or layout.order is None:
         return None
-    remat = config.model is not None and config.model.remat == "full"
+    policy = "none" if config.model is None else config.model.remat
+    remat = not isinstance(policy, Budget) and recomputes_layers(policy)
     return Pipeline(
         schedule,
         figures(schedule, Costs(recompute=int(remat))),

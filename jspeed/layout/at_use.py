@@ -32,7 +32,13 @@ from jspeed.layout.homes import (
     slicing_uses,
 )
 from jspeed.layout.operations import Operation, evaluate, flatten, read
-from jspeed.layout.segments import Segment, held_together, is_differentiable, no_order
+from jspeed.layout.segments import (
+    Segment,
+    held_together,
+    is_differentiable,
+    no_order,
+    without_tangent,
+)
 
 _GATHERS = frozenset({"all_gather", "shard_map"})
 
@@ -182,7 +188,7 @@ class _Interpreter:
                 unroll=params["unroll"],
                 _split_transpose=params.get("_split_transpose", False),
             )
-        return [*carry, *ys]
+        return [without_tangent(value) for value in (*carry, *ys)]
 
     def _constant(self, eqn: JaxprEqn, position: int, value: Any) -> Any:
         """A constant of a loop; it stays at home if each turn takes out a slice of it."""

@@ -1,8 +1,9 @@
 """What a model may do to a parameter before the parameter has to be gathered.
 
-Slicing one layer out of a stack and casting to a narrower dtype are done on the shard. Whatever
-else needs nothing but parameters (a transpose, a concatenation) is put off until its result meets
-other values, so that casting all parameters at the start of a model does not gather them there.
+Slicing layers out of a stack, grouping them and casting to a narrower dtype are done on the shard.
+Whatever else needs nothing but parameters (a transpose, a concatenation) is put off until its
+result meets other values, so that casting all parameters at the start of a model does not gather
+them there.
 """
 
 from __future__ import annotations
@@ -124,6 +125,11 @@ def _on_shard(
         if start[dim] == 0 and limit[dim] == value.shape[dim]:
             limit[dim] = shape[dim]
             return plan, lambda shard: [jax.lax.slice(shard, start, limit)]
+    if name == "reshape" and params["dimensions"] is None:
+        new, kept = params["new_sizes"], len(shape) - dim
+        if len(new) > kept and new[len(new) - kept :] == value.shape[dim:]:  # layers in groups
+            local = (*new[: len(new) - kept], *shape[dim:])
+            return plan, lambda shard: [jax.lax.reshape(shard, local)]
     if name == "dynamic_slice" and slices_home(
         operation, operation.inputs[0], value.shape, plan.dim
     ):

@@ -62,6 +62,20 @@ def is_differentiable(value: Any) -> bool:
     return jnp.issubdtype(value.dtype, jnp.inexact)
 
 
+def without_tangent(value: Any) -> Any:
+    """The same value; if it is of integers or keys, it has no tangent from here on.
+
+    A custom derivative rule gives its integer results tangents of no dtype, and what later combines
+    such values, as a concatenation, cannot be transposed in JAX.
+    """
+    if is_differentiable(value):
+        return value
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        data = without_tangent(jax.random.key_data(value))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(value))
+    return jax.lax.bitwise_or(value, jnp.zeros_like(value))
+
+
 @dataclass(frozen=True)
 class Linearised:
     """A segment's computation with what its backward pass needs, traced once.

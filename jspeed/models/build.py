@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jspeed.config import ModelConfig
+from jspeed.config import Budget, ModelConfig
 from jspeed.core.errors import ConfigError
 from jspeed.core.loss import LossSum
 from jspeed.models.bert import Bert, BertConfig
@@ -105,12 +105,18 @@ def build_model(model: ModelConfig, *, vocab_size: int, platform: str) -> ModelF
       platform: of the devices, which decides what attention `auto` means.
 
     Raises:
-      ConfigError: the section's vocabulary is smaller than the tokenizer's.
+      ConfigError: the section's vocabulary is smaller than the tokenizer's, or its `remat` is a
+        budget.
     """
     if model.vocab_size is not None and model.vocab_size < vocab_size:
         raise ConfigError(
             f'"model.vocab_size": {model.vocab_size} is smaller than the tokenizer\'s {vocab_size} '
             "ids. Leave it out to use the tokenizer's size."
+        )
+    if isinstance(model.remat, Budget):
+        raise ConfigError(
+            '"model.remat" is a budget, from which a policy is still to be chosen. `jspeed plan` '
+            "chooses by compiling for the target and prints the policy; write that instead."
         )
     common: dict[str, Any] = {
         "vocab_size": model.vocab_size or vocab_size,

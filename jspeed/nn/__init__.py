@@ -10,13 +10,13 @@ from jspeed.nn.blocks import (
     language_model_loss,
     masked_language_model_loss,
     normal_param,
-    scan_layers,
-    stack_layers,
 )
 from jspeed.nn.dense import dense
 from jspeed.nn.embedding import embed
+from jspeed.nn.layers import scan_layers, stack_layers
 from jspeed.nn.logical_axes import LOGICAL_AXES, LogicalAxes
 from jspeed.nn.losses import IGNORED, cross_entropy, linear_cross_entropy
+from jspeed.nn.remat import tagged
 from jspeed.nn.residual import split_sequence
 from jspeed.nn.sparse_self_attention import SparseSelfAttention
 
@@ -44,4 +44,5 @@ __all__ = [
     "split_sequence",
     "stack_layers",
     "swiglu",
+    "tagged",
 ]

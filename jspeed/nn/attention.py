@@ -7,7 +7,7 @@ Shapes follow `jax.nn.dot_product_attention`: queries `[batch, seq, heads, dim]`
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ from jspeed.nn.attention_blockwise import blockwise_attention
 from jspeed.nn.attention_cpu import cpu_attention
 from jspeed.nn.attention_island import island_axes, sharded_attention
 from jspeed.nn.attention_sparse import OwnHeads, Pattern, attend_sparse, layout_of
+from jspeed.nn.recompute import keeping_only_inputs
+from jspeed.nn.remat import tagged
 from jspeed.nn.sequence import SequenceOrder, SequenceParallel
 
 Implementation = Literal[
@@ -78,6 +80,7 @@ def self_attention(
     implementation: Implementation = "xla",
     sequence_parallel: SequenceParallel = "auto",
     order: SequenceOrder = "natural",
+    recompute: bool = False,
 ) -> Float[Array, "batch seq heads dim"]:
     """Softmax attention of the tokens of a sequence to each other.
 
@@ -106,9 +109,11 @@ def self_attention(
       sequence_parallel: see `jspeed.nn.attention_island`; without effect where `seq` is 1. Only
         causal attention without a pattern has more than `ulysses`.
       order: that tokens lie in along the sequence; `zigzag` only where the ring is used.
+      recompute: keep nothing but the arguments for the backward pass, which computes all again.
 
     Returns:
-      `[batch, seq, heads, dim]` in the query's dtype.
+      `[batch, seq, heads, dim]` in the query's dtype. Policies of rematerialisation know it, and
+      what its backward pass needs beside it and the arguments, as `attention_out`.
 
     Raises:
       ValueError: `implementation` is none of these.
@@ -126,18 +131,24 @@ def self_attention(
         attend = functools.partial(
             attend_sparse, layout=layout, causal=causal, implementation=implementation
         )
-    if not island_axes():
-        return attend(query, key, value, segment_ids, key_valid=key_padding_mask, own_heads=None)
-    return sharded_attention(
-        query,
-        key,
-        value,
-        segment_ids,
-        attend=attend,
-        sequence_parallel=sequence_parallel,
-        order=order,
-        key_valid=key_padding_mask,
-        only_ulysses=only_ulysses,
+
+    def call(query: Any, key: Any, value: Any, segments: Any, key_valid: Any) -> jax.Array:
+        if not island_axes():
+            return attend(query, key, value, segments, key_valid=key_valid, own_heads=None)
+        return sharded_attention(
+            query,
+            key,
+            value,
+            segments,
+            attend=attend,
+            sequence_parallel=sequence_parallel,
+            order=order,
+            key_valid=key_valid,
+            only_ulysses=only_ulysses,
+        )
+
+    return (keeping_only_inputs(call) if recompute else call)(
+        query, key, value, segment_ids, key_padding_mask
     )
 
 
@@ -183,9 +194,10 @@ def _attend(
     mask = None
     if segment_ids is not None:
         mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-    return jax.nn.dot_product_attention(
+    out = jax.nn.dot_product_attention(
         query, key, value, mask=mask, is_causal=causal, implementation=implementation
     )
+    return out if implementation == "cudnn" else tagged(out, "attention_out")
 
 
 def _fits_cudnn(query: jax.Array) -> bool:

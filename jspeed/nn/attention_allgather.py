@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from jspeed.nn.attention_blockwise import attend_blocks, attend_blocks_backward, row_sums
 from jspeed.nn.attention_ring import block_size, merge
+from jspeed.nn.remat import tagged
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -54,6 +55,7 @@ def _forward(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: An
 
     (out, normaliser), _ = jax.lax.scan(step, own, jnp.arange(devices - 1))
     out = out.astype(query.dtype)
+    out, normaliser = tagged(out, "attention_out"), tagged(normaliser, "attention_out")
     return out, (query, key, value, segment_ids, out, normaliser)
 
 

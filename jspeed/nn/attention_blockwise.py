@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jspeed.core.shapes import Array, Float, Int
+from jspeed.nn.remat import tagged
 
 _MASKED = -1e30
 BLOCK = 512
@@ -94,6 +95,7 @@ def _forward(
     out, normaliser = attend_blocks(
         query, key, value, segment_ids, segment_ids, causal=causal, block=block, dtype=query.dtype
     )
+    out, normaliser = tagged(out, "attention_out"), tagged(normaliser, "attention_out")
     return out, (query, key, value, out, normaliser, segment_ids)
 
 

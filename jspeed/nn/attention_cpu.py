@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jspeed.core.shapes import Array, Float, Int
+from jspeed.nn.remat import tagged
 
 _MASKED = -1e30
 # Smaller blocks make the products too small to be worth their dispatch, more blocks save little.
@@ -85,8 +86,9 @@ def _forward(
         outputs.append(out.astype(query.dtype).reshape(*q.shape[:2], stop - start, dim))
         normaliser = highest + jnp.log(total)
         normalisers.append(normaliser.reshape(*q.shape[:2], stop - start))
-    out = _from_heads(jnp.concatenate(outputs, axis=2), batch)
-    return out, (q, k, v, out, jnp.concatenate(normalisers, axis=2), segment_ids)
+    out = tagged(_from_heads(jnp.concatenate(outputs, axis=2), batch), "attention_out")
+    normaliser = tagged(jnp.concatenate(normalisers, axis=2), "attention_out")
+    return out, (q, k, v, out, normaliser, segment_ids)
 
 
 def _backward(causal: bool, saved: _Saved, d_out: jax.Array):

@@ -30,6 +30,7 @@ from jspeed.nn.attention_blockwise import (
     attend_blocks_backward,
     row_sums,
 )
+from jspeed.nn.remat import tagged
 from jspeed.nn.sequence import largest_divisor
 
 # So low that what comes with it has no weight in a merge.
@@ -106,6 +107,7 @@ def _forward(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: An
         parts = turn(parts, arriving, devices - 1)
     out = jnp.concatenate([part[0] for part in parts], axis=1).astype(query.dtype)
     normaliser = jnp.concatenate([part[1] for part in parts], axis=3)
+    out, normaliser = tagged(out, "attention_out"), tagged(normaliser, "attention_out")
     return out, (query, key, value, segment_ids, out, normaliser)
 
 

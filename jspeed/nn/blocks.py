@@ -1,30 +1,27 @@
-"""What the model families share: normalisation, stacking of layers, and the language-model head
-with its loss."""
+"""What the model families share: normalisation, linear layers, and the language-model loss."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jspeed.config.remat import TensorName
 from jspeed.core.loss import LossSum
 from jspeed.core.shapes import Array, Float
 from jspeed.nn.dense import SplitSide, dense
 from jspeed.nn.logical_axes import LogicalAxes
 from jspeed.nn.losses import default_chunk_size, linear_cross_entropy
 from jspeed.nn.recompute import keeping_only_inputs
+from jspeed.nn.remat import tagged
 from jspeed.nn.sequence import SequenceOrder, in_zigzag_order
 from pallas_kernels.rms_norm import add_rms_norm
 
-Layer = TypeVar("Layer", bound=nnx.Module)
 NormImplementation = Literal["xla", "kernel"]
-
-# How stacking and slicing change the metadata of a Variable: its first dimension is named "layers".
-_STACKED = {nnx.PARTITION_NAME: "layers", "logical_axes": "layers"}
 
 
 class LayerNorm(nnx.Module):
@@ -84,6 +81,7 @@ class RMSNorm(nnx.Module):
         delta: Float[Array, "*tokens features"] | None,
         *,
         sequence_axes: Sequence[str] = ("seq",),
+        name: TensorName | None = None,
     ) -> tuple[Float[Array, "*tokens features"], Float[Array, "*tokens features"]]:
         """`(x + delta, norm(x + delta))`, or `(x, norm(x))` without a delta.
 
@@ -91,11 +89,19 @@ class RMSNorm(nnx.Module):
           x: the residual stream.
           delta: what is added to it.
           sequence_axes: mesh axes that the sequence is split over.
+          name: that policies of rematerialisation know the sum by.
         """
+
+        def named(total: jax.Array) -> jax.Array:
+            return total if name is None else tagged(total, name)
+
         if self.implementation == "kernel":
             scale = self.scale[...].astype(jnp.float32)
-            return add_rms_norm(x, delta, scale, epsilon=self.epsilon, sequence_axes=sequence_axes)
-        total = x if delta is None else x + delta
+            total, normed = add_rms_norm(
+                x, delta, scale, epsilon=self.epsilon, sequence_axes=sequence_axes
+            )
+            return named(total), normed
+        total = named(x if delta is None else x + delta)
         return total, self(total)
 
 
@@ -143,36 +149,6 @@ def normal_param(
 ) -> nnx.Param[jax.Array]:
     """A parameter `shape` that starts normal, in float32; `axes` names its dimensions."""
     return nnx.Param(stddev * jax.random.normal(rngs.params(), shape), logical_axes=axes)
-
-
-def stack_layers(create: Callable[[nnx.Rngs], Layer], layers: int, rngs: nnx.Rngs) -> Layer:
-    """One module whose every parameter has a first dimension of `layers`, named so too."""
-
-    @nnx.split_rngs(splits=layers)
-    @nnx.vmap(in_axes=0, out_axes=0, transform_metadata=_STACKED)
-    def make(rngs: nnx.Rngs) -> Layer:
-        return create(rngs)
-
-    return make(rngs)
-
-
-def scan_layers(
-    stacked: Layer,
-    x: jax.Array,
-    call: Callable[[Layer, jax.Array], jax.Array],
-    *,
-    remat: str,
-) -> jax.Array:
-    """Runs stacked layers one after another; `remat: full` keeps only each layer's input for the
-    backward pass."""
-
-    def body(x: jax.Array, layer: Layer) -> jax.Array:
-        return call(layer, x)
-
-    if remat == "full":
-        body = nnx.remat(body, prevent_cse=False)
-    scan = nnx.scan(body, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry, transform_metadata=_STACKED)
-    return scan(x, stacked)
 
 
 def language_model_loss(model: Any, batch: Any, rng: jax.Array) -> LossSum:

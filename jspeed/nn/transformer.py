@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jspeed.config.remat import Remat
 from jspeed.nn.activations import gelu
 from jspeed.nn.attention import Implementation, self_attention
 from jspeed.nn.attention_island import preferred_order
 from jspeed.nn.attention_sparse import Pattern
 from jspeed.nn.blocks import Linear
 from jspeed.nn.recompute import Recomputed
+from jspeed.nn.remat import tagged
 from jspeed.nn.sequence import SequenceOrder, SequenceParallel
 
 
@@ -24,7 +26,7 @@ class TransformerConfig:
     """The shape of a transformer, as far as all families have it.
 
     Attributes:
-      remat: "full" computes each layer again in the backward pass; "none" keeps what it needs.
+      remat: what the backward pass computes again; see `jspeed.config.remat`.
       pattern: which blocks of tokens see each other, None for all, as
         `pallas_kernels.block_sparse_attention.BigBird(block=64)`.
       mlp_chunk_size: tokens that the feed-forward network takes at a time; None is all.
@@ -40,7 +42,7 @@ class TransformerConfig:
     intermediate_size: int
     norm_epsilon: float = 1e-5
     tie_embeddings: bool = True
-    remat: str = "none"
+    remat: Remat = "none"
     attention: Implementation = "xla"
     pattern: Pattern | None = None
     sequence_parallel: SequenceParallel = "auto"
@@ -89,11 +91,16 @@ class Attention(PatternedAttention):
         self.sequence_parallel: SequenceParallel = config.sequence_parallel
 
     def __call__(
-        self, x: jax.Array, segment_ids: jax.Array | None, order: SequenceOrder = "natural"
+        self,
+        x: jax.Array,
+        segment_ids: jax.Array | None,
+        order: SequenceOrder = "natural",
+        *,
+        recompute: bool = False,
     ) -> jax.Array:
         batch, seq, width = x.shape
         query, key, value = (
-            part.reshape(batch, seq, self.heads, width // self.heads)
+            tagged(part.reshape(batch, seq, self.heads, width // self.heads), "attention_qkv")
             for part in jnp.unstack(self.qkv(x), axis=2)
         )
         out = self_attention(
@@ -106,8 +113,9 @@ class Attention(PatternedAttention):
             implementation=self.implementation,
             sequence_parallel=self.sequence_parallel,
             order=order,
+            recompute=recompute,
         )
-        return self.proj(out.reshape(batch, seq, width))
+        return tagged(self.proj(out.reshape(batch, seq, width)), "attention_proj")
 
     def token_order(self, length: int) -> SequenceOrder:
         """The order of the tokens of a sequence in which attention moves least."""
@@ -132,4 +140,5 @@ class MLP(nnx.Module):
         self.recompute = "activation" in config.recompute
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.proj(gelu(self.fc(x), recompute=self.recompute))
+        inner = tagged(self.fc(x), "mlp_in")
+        return tagged(self.proj(gelu(inner, recompute=self.recompute)), "mlp_out")

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 from flax import nnx
 
+from jspeed.config.remat import Remat
 from jspeed.core.errors import ModelError
-from jspeed.nn.blocks import scan_layers, stack_layers
+from jspeed.nn.layers import scan_layers, stack_layers
 
 
 class LayerSpec:
@@ -162,7 +163,7 @@ class LayerList(nnx.Module):
         self.steps: tuple[Any, ...] = tuple(spec.layers)
         self.span = (start, end)
         self.partition_method = spec.partition_method
-        self.remat = "full" if spec.activation_checkpoint_interval else "none"
+        self.remat: Remat = "full" if spec.activation_checkpoint_interval else "none"
         first: Any = spec.layers[start]
         self.stack = stack_layers(first.build, end - start, rngs) if end > start else None
         for number, layer in enumerate(spec.layers):
@@ -211,7 +212,7 @@ class LayerList(nnx.Module):
         for number, layer in enumerate(self.steps):
             if start <= number < end:
                 if number == start and self.stack is not None:
-                    x = scan_layers(self.stack, x, lambda one, x: one(x), remat=self.remat)
+                    x = scan_layers(self.stack, x, lambda one, x, _: one(x), remat=self.remat)
             elif isinstance(layer, TiedLayerSpec):
                 tied = self.tied[layer.key]
                 x = tied(x) if layer.forward_fn is None else layer.forward_fn(tied, x)

@@ -17,6 +17,7 @@ from pallas_kernels import _compat, _dispatch
 from pallas_kernels.block_sparse_attention import mosaic_forward, triton
 from pallas_kernels.block_sparse_attention._triton_tiles import Shape, Walk
 from pallas_kernels.block_sparse_attention.block_layout import BlockLayout
+from pallas_kernels.block_sparse_attention.residuals import named
 from pallas_kernels.block_sparse_attention.tiles import choose_tiles
 from pallas_kernels.block_sparse_attention.triton_combine import combine_attention
 from pallas_kernels.block_sparse_attention.work_lists import query_lists
@@ -107,7 +108,7 @@ def _attend(
 
 
 def _forward(shape: Shape, walks: tuple[Walk, ...], layout: BlockLayout, lists, names, q, k, v):
-    out, sums = forward(q, k, v, names, layout=layout, shape=shape)
+    out, sums = named(*forward(q, k, v, names, layout=layout, shape=shape))
     # Without a remainder: what the forward kernel rounded off its result is not known here.
     return out, (lists, names, q, k, v, out, sums, None)
 

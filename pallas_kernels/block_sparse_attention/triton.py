@@ -21,6 +21,7 @@ from pallas_kernels import _compat
 from pallas_kernels.block_sparse_attention import work_lists
 from pallas_kernels.block_sparse_attention._triton_tiles import Lists, Shape, Walk
 from pallas_kernels.block_sparse_attention.block_layout import BlockLayout
+from pallas_kernels.block_sparse_attention.residuals import named
 from pallas_kernels.block_sparse_attention.tiles import Tile, Tiles, choose_tiles
 from pallas_kernels.block_sparse_attention.triton_backward import key_gradients, query_gradient
 from pallas_kernels.block_sparse_attention.triton_forward import forward
@@ -118,6 +119,7 @@ def _forward(shape: Shape, walks: tuple[Walk, ...], lists, names, q, k, v):
     out, sums, rest = forward(
         q, k, v, names, lists[0], shape=shape, walk=walks[0], remainder=remainder
     )
+    out, sums, rest = named(out, sums, rest)
     return out, (lists, names, q, k, v, out, sums, rest)
 
 

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.block_sparse_attention.block_layout import BlockLayout
+from pallas_kernels.block_sparse_attention.residuals import named
 from pallas_kernels.block_sparse_attention.xla_plan import Plan, make_plan
 from pallas_kernels.block_sparse_attention.xla_walk import Items, Walker
 
@@ -82,7 +83,7 @@ def _forward(
         out = _dot("nqk,nkd->nqd", weights.astype(v.dtype), at.other(v_tiles))
         return (out / total[..., None]).astype(q.dtype), top + jnp.log(total)
 
-    out, lse = (walker.join_own(one, q) for one in walker.run(part))
+    out, lse = named(*(walker.join_own(one, q) for one in walker.run(part)))
     return out, (q, k, v, segment_ids, key_valid, lse)
 
 

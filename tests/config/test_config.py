@@ -144,8 +144,9 @@ def test_warm_up_takes_two_steps_at_least():
          '"mesh.expert": 2: expert parallelism is not built yet. '
          "Switch it off to train."),
         ({"activation_checkpointing": {"cpu_checkpointing": True}},
-         '"activation_checkpointing.cpu_checkpointing": true: activation checkpointing by this '
-         'section is not built yet; use "model": {"remat": "full"}. Switch it off to train.'),
+         '"activation_checkpointing.cpu_checkpointing": true is for jspeed\'s own models (section '
+         '"model"). In a model of your own put jax.checkpoint, nnx.remat or nn.remat around its '
+         "layers."),
         ({"optimizer": {"type": "onebitadam", "params": {"freeze_step": 7}}},
          '"optimizer.type": "OneBitAdam": 1-bit optimizers (compressed communication) are not '
          "built yet. Switch it off to train."),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from jspeed.core import _compat
@@ -92,3 +93,8 @@ def test_shard_map_nests_over_automatic_axes():
         )
     )(x)
     np.testing.assert_array_equal(whole, x)
+
+
+def test_a_checkpoint_name_is_the_primitive_that_policies_ask_for():
+    jaxpr = jax.make_jaxpr(lambda x: checkpoint_name(x, "x"))(1.0).jaxpr
+    assert [eqn.primitive for eqn in jaxpr.eqns] == [_compat.name_p]

@@ -128,9 +128,21 @@ def parameter_alone(p: dict, x: jax.Array) -> jax.Array:
     return mean(x @ p["out"]) + 0.1 * mean(p["out"]) + 0.1 * mean(p["wides"])
 
 
+def grouped(p: dict, x: jax.Array) -> jax.Array:
+    """A loop over groups of layers, each a loop over its layers that a checkpoint encloses."""
+    groups = [w.reshape(2, LAYERS // 2, *w.shape[1:]) for w in (p["wides"], p["backs"])]
+
+    @jax.checkpoint
+    def group(x: jax.Array, layers: Any) -> tuple[jax.Array, None]:
+        return jax.lax.scan(lambda x, w: (block(x, *w), None), x, layers)
+
+    return mean(jax.lax.scan(group, x, tuple(groups))[0] @ p["out"])
+
+
 CASES = [
     unrolled,
     scanned,
+    grouped,
     indexed,
     shared,
     cast_first,
@@ -240,6 +252,8 @@ def test_each_use_is_one_gather_a_pass_and_one_reduction(params, batch):
     assert collectives(scanned, params, batch) == (3 + 3 + 2 + 2, 3 + 2)
     # The same of layers that the loop takes out of the stack by number.
     assert collectives(indexed, params, batch) == (3 + 3, 3)
+    # Of groups the inner body's: forwards, again for the group, and backwards.
+    assert collectives(grouped, params, batch) == (2 + 2 + 2 + 2, 2 + 1)
 
 
 def residual_shapes(function: Any, params: dict, batch: jax.Array) -> set[tuple[int, ...]]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jspeed.config.remat import Remat
 from jspeed.models.bert.config import BertConfig
 from jspeed.nn import (
     LayerNorm,
@@ -19,6 +20,7 @@ from jspeed.nn import (
     scan_layers,
     split_sequence,
     stack_layers,
+    tagged,
 )
 from jspeed.nn.tiling import in_chunks
 from jspeed.nn.transformer import MLP, Attention
@@ -44,12 +46,16 @@ class Block(nnx.Module):
         self.dropout = nnx.Dropout(config.dropout, rngs=rngs) if config.dropout else None
         self.sequence_sharding = config.sequence_sharding
 
-    def __call__(self, x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, segment_ids: jax.Array | None, *, recompute_attention: bool = False
+    ) -> jax.Array:
         split = functools.partial(split_sequence, over_tensor=self.sequence_sharding)
         x = split(x)
-        x = split(self.ln_1(x + self._drop(split(self.attn(x, segment_ids)))))
+        attended = self.attn(x, segment_ids, recompute=recompute_attention)
+        x = tagged(x + self._drop(split(attended)), "layer_mid")
+        x = tagged(split(self.ln_1(x)), "attention_norm")
         inner = in_chunks(self.mlp, x, chunk_size=self.mlp_chunk_size)
-        return split(self.ln_2(x + self._drop(split(inner))))
+        return tagged(split(self.ln_2(x + self._drop(split(inner)))), "mlp_norm")
 
     def _drop(self, x: jax.Array) -> jax.Array:
         return x if self.dropout is None else self.dropout(x)
@@ -76,7 +82,7 @@ class Bert(nnx.Module):
         self.lm_head = (
             None if config.tie_embeddings else normal(width, vocabulary, axes=("embed", "vocab"))
         )
-        self.remat = config.remat
+        self.remat: Remat = config.remat
         self.sequence_sharding = config.sequence_sharding
         self.loss_chunk_size = config.loss_chunk_size
 
@@ -119,7 +125,11 @@ class Bert(nnx.Module):
         if attention_mask is not None:
             own = jnp.int32(1) if segment_ids is None else segment_ids + 1
             segment_ids = jnp.where(attention_mask.astype(bool), own, 0)
-        x = scan_layers(self.blocks, x, lambda layer, x: layer(x, segment_ids), remat=self.remat)
+
+        def call(layer: Block, x: jax.Array, again: bool) -> jax.Array:
+            return layer(x, segment_ids, recompute_attention=again)
+
+        x = scan_layers(self.blocks, x, call, remat=self.remat)
         return self.ln_head(gelu(self.transform(x)))
 
     def head(self) -> jax.Array:

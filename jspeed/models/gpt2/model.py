@@ -9,8 +9,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jspeed.config.remat import Remat
 from jspeed.models.gpt2.config import GPT2Config
-from jspeed.nn import LayerNorm, embed, normal_param, scan_layers, split_sequence, stack_layers
+from jspeed.nn import (
+    LayerNorm,
+    embed,
+    normal_param,
+    scan_layers,
+    split_sequence,
+    stack_layers,
+    tagged,
+)
 from jspeed.nn.sequence import SequenceOrder
 from jspeed.nn.tiling import in_chunks
 from jspeed.nn.transformer import MLP, Attention
@@ -38,12 +47,20 @@ class Block(nnx.Module):
         self.sequence_sharding = config.sequence_sharding
 
     def __call__(
-        self, x: jax.Array, segment_ids: jax.Array | None, order: SequenceOrder = "natural"
+        self,
+        x: jax.Array,
+        segment_ids: jax.Array | None,
+        order: SequenceOrder = "natural",
+        *,
+        recompute_attention: bool = False,
     ) -> jax.Array:
         split = functools.partial(split_sequence, over_tensor=self.sequence_sharding)
         x = split(x)
-        x = x + self._drop(split(self.attn(split(self.ln_1(x)), segment_ids, order)))
-        inner = in_chunks(self.mlp, split(self.ln_2(x)), chunk_size=self.mlp_chunk_size)
+        normed = tagged(split(self.ln_1(x)), "attention_norm")
+        attended = self.attn(normed, segment_ids, order, recompute=recompute_attention)
+        x = tagged(x + self._drop(split(attended)), "layer_mid")
+        normed = tagged(split(self.ln_2(x)), "mlp_norm")
+        inner = in_chunks(self.mlp, normed, chunk_size=self.mlp_chunk_size)
         return split(x + self._drop(split(inner)))
 
     def _drop(self, x: jax.Array) -> jax.Array:
@@ -68,7 +85,7 @@ class GPT2(nnx.Module):
         self.lm_head = (
             None if config.tie_embeddings else normal(width, vocabulary, axes=("embed", "vocab"))
         )
-        self.remat = config.remat
+        self.remat: Remat = config.remat
         self.sequence_sharding = config.sequence_sharding
         self.loss_chunk_size = config.loss_chunk_size
 
@@ -93,9 +110,11 @@ class GPT2(nnx.Module):
             positions = jnp.arange(input_ids.shape[1])[None]
         x = embed(self.wte[...], input_ids) + embed(self.wpe[...], positions, over_tensor=False)
         x = split_sequence(x, over_tensor=self.sequence_sharding)
-        x = scan_layers(
-            self.blocks, x, lambda layer, x: layer(x, segment_ids, order), remat=self.remat
-        )
+
+        def call(layer: Block, x: jax.Array, again: bool) -> jax.Array:
+            return layer(x, segment_ids, order, recompute_attention=again)
+
+        x = scan_layers(self.blocks, x, call, remat=self.remat)
         return self.ln_f(x)
 
     def token_order(self, length: int) -> SequenceOrder:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jspeed.config.remat import Remat
 from jspeed.models.llama.config import LlamaConfig
 from jspeed.nn import (
     Linear,
@@ -20,6 +21,7 @@ from jspeed.nn import (
     split_sequence,
     stack_layers,
     swiglu,
+    tagged,
 )
 from jspeed.nn.attention import Implementation
 from jspeed.nn.attention_island import preferred_order
@@ -64,6 +66,8 @@ class Attention(PatternedAttention):
         positions: jax.Array,
         segment_ids: jax.Array | None,
         order: SequenceOrder = "natural",
+        *,
+        recompute: bool = False,
     ) -> jax.Array:
         batch, seq, _ = x.shape
         frequencies = rope_frequencies(self.dim, self.theta, self.scaling)
@@ -71,17 +75,18 @@ class Attention(PatternedAttention):
         k = self.k(x).reshape(batch, seq, self.kv_heads, self.dim)
         v = self.v(x).reshape(batch, seq, self.kv_heads, self.dim)
         out = self_attention(
-            apply_rope(q, positions, frequencies),
-            apply_rope(k, positions, frequencies),
-            v,
+            tagged(apply_rope(q, positions, frequencies), "attention_qkv"),
+            tagged(apply_rope(k, positions, frequencies), "attention_qkv"),
+            tagged(v, "attention_qkv"),
             causal=self.causal,
             pattern=self.pattern,
             segment_ids=segment_ids,
             implementation=self.implementation,
             sequence_parallel=self.sequence_parallel,
             order=order,
+            recompute=recompute,
         )
-        return self.o(out.reshape(batch, seq, self.heads * self.dim))
+        return tagged(self.o(out.reshape(batch, seq, self.heads * self.dim)), "attention_proj")
 
     def token_order(self, length: int) -> SequenceOrder:
         """The order of the tokens of a sequence in which attention moves least."""
@@ -113,7 +118,8 @@ class MLP(nnx.Module):
         self.recompute = "activation" in config.recompute
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(swiglu(self.gate(x), self.up(x), recompute=self.recompute))
+        gate, up = tagged(self.gate(x), "mlp_in"), tagged(self.up(x), "mlp_in")
+        return tagged(self.down(swiglu(gate, up, recompute=self.recompute)), "mlp_out")
 
 
 class Block(nnx.Module):
@@ -139,13 +145,17 @@ class Block(nnx.Module):
         positions: jax.Array,
         segment_ids: jax.Array | None,
         order: SequenceOrder = "natural",
+        *,
+        recompute_attention: bool = False,
     ) -> jax.Array:
         split = functools.partial(split_sequence, over_tensor=self.sequence_sharding)
         axes = ("seq", "tensor") if self.sequence_sharding else ("seq",)
         x, normed = self.attention_norm.add(split(x), None, sequence_axes=axes)
-        attended = split(self.attn(split(normed), positions, segment_ids, order))
-        x, normed = self.mlp_norm.add(x, attended, sequence_axes=axes)
-        inner = in_chunks(self.mlp, split(normed), chunk_size=self.mlp_chunk_size)
+        normed = tagged(split(normed), "attention_norm")
+        attended = self.attn(normed, positions, segment_ids, order, recompute=recompute_attention)
+        x, normed = self.mlp_norm.add(x, split(attended), sequence_axes=axes, name="layer_mid")
+        normed = tagged(split(normed), "mlp_norm")
+        inner = in_chunks(self.mlp, normed, chunk_size=self.mlp_chunk_size)
         return split(x + split(inner))
 
 
@@ -166,7 +176,7 @@ class Llama(nnx.Module):
         self.lm_head = (
             None if config.tie_embeddings else normal(width, vocabulary, axes=("embed", "vocab"))
         )
-        self.remat = config.remat
+        self.remat: Remat = config.remat
         self.sequence_sharding = config.sequence_sharding
         self.loss_chunk_size = config.loss_chunk_size
 
@@ -190,9 +200,11 @@ class Llama(nnx.Module):
         where = jnp.arange(input_ids.shape[1])[None] if positions is None else positions
         x = embed(self.embedding[...], input_ids)
         x = split_sequence(x, over_tensor=self.sequence_sharding)
-        x = scan_layers(
-            self.blocks, x, lambda layer, x: layer(x, where, segment_ids, order), remat=self.remat
-        )
+
+        def call(layer: Block, x: jax.Array, again: bool) -> jax.Array:
+            return layer(x, where, segment_ids, order, recompute_attention=again)
+
+        x = scan_layers(self.blocks, x, call, remat=self.remat)
         return self.norm(x)
 
     def token_order(self, length: int) -> SequenceOrder:

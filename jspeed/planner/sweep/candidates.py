@@ -88,6 +88,9 @@ class Candidate:
             "pipeline.schedule": self.schedule if pipelined else None,
             "pipeline.chunks": self.chunks if pipelined else None,
             "model.remat": self.remat,
+            # DeepSpeed's way to say the same.
+            "activation_checkpointing.cpu_checkpointing": None,
+            "activation_checkpointing.number_checkpoints": None,
         }
 
     def to_json(self) -> dict[str, Any]:
