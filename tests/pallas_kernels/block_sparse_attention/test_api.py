@@ -97,6 +97,8 @@ def on_mesh(case: Case, shape: tuple[int, ...], names: tuple[str, ...]):
         # More devices than heads of keys: each takes the one that its queries share.
         (Fixed(), 8, 2),
         (Fixed(), 8, 1),
+        # Heads of a device that share one head of keys in part.
+        (Fixed(), 12, 3),
         # A layout per head, of which devices have different parts, or the same.
         (PER_HEAD, 8, 8),
         (PER_HEAD, 16, 4),
@@ -134,6 +136,39 @@ def test_devices_get_the_layouts_of_their_heads():
     mesh, attend = on_mesh(case, *MESHES["data 2, tensor 4"])
     with jax.set_mesh(mesh):
         assert_matches(case, attend)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_mesh_that_is_not_set(kind):
+    """That of the operands is taken, Explicit axes and Auto ones; nothing is gathered."""
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(kind, kind))
+    layout = BigBird(different_layout_per_head=True).layout(8, 64)
+    place = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
+    x = jax.random.normal(jax.random.key(0), (2, 64, 8, 16))
+    attend = functools.partial(block_sparse_attention, layout=layout, causal=True)
+    placed = jax.device_put(x, place)
+    compiled = jax.jit(lambda x: attend(x, x, x)).lower(placed).compile()
+    assert "all-gather" not in compiled.as_text()
+    np.testing.assert_allclose(compiled(placed), attend(x, x, x), atol=1e-6)
+
+
+def test_explicit_axes_of_a_mesh_that_is_set():
+    """As `jax.make_mesh` makes them, forward and backward, wherever the operands lie."""
+    layout = PER_HEAD.layout(12, 64)
+    random = np.random.default_rng(2)
+    case = make_case(random, layout, 64, batch=2, heads=12, kv_heads=3, causal=True, segments=True)
+    arrays, _, others = case.arguments()
+
+    def gradients(implementation):
+        attend = functools.partial(
+            block_sparse_attention, layout=layout, implementation=implementation, **others
+        )
+        return jax.jit(jax.grad(lambda *qkv: (attend(*qkv) ** 2).sum(), (0, 1, 2)))(*arrays)
+
+    with jax.set_mesh(jax.make_mesh((2, 4), ("data", "tensor"))):
+        got = gradients("xla")
+    for mine, right in zip(got, gradients("reference"), strict=True):
+        np.testing.assert_allclose(mine, right, atol=1e-5 * np.abs(right).max())
 
 
 def test_a_layout_is_a_static_argument():

@@ -180,6 +180,26 @@ def test_each_device_updates_its_own_part():
 COPIES = {"a": "bfloat16", "b": None, "c": "float16"}
 
 
+@pytest.mark.parametrize("jitted", [True, False])
+def test_arrays_that_say_where_they_lie_need_no_shardings(jitted):
+    """On Explicit axes, as of `jax.make_mesh`; gradients and moments may lie elsewhere."""
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"))
+    split = NamedSharding(mesh, P("data", "tensor"))
+    params = {"w": jax.device_put(jnp.ones((8, 6)), split), "b": jnp.ones(3)}
+    others = [{"w": jnp.full((8, 6), value), "b": jnp.full(3, value)} for value in (1.0, 2.0, 3.0)]
+    update = functools.partial(fused_adamw_update, scalars=AdamWScalars(1e-2), **KERNEL)
+    run = jax.jit(update) if jitted else update
+    with jax.set_mesh(mesh):
+        got = run(*others, params)
+        text = jax.jit(update).lower(*others, params).compile().as_text()
+    assert "all-gather" not in text
+    assert got.params["w"].sharding.is_equivalent_to(split, 2)
+    want = fused_adamw_update(
+        *others, jax.tree.map(np.asarray, params), AdamWScalars(1e-2), implementation="xla"
+    )
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), got, want)
+
+
 def test_empty_arrays_are_left_alone():
     empty = [jnp.zeros((0, 3)) for _ in range(4)]
     new = fused_adamw_update(*empty, AdamWScalars(1e-3), copy_dtypes="bfloat16", **KERNEL)
