@@ -179,6 +179,12 @@ def shard_map(
     return jax.jit(call_on_mesh)
 
 
+def platform() -> str:
+    """What is being lowered for: of the mesh being traced under, or else the default device's."""
+    described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return jax.default_backend() if described is None else described.platform
+
+
 def gpu_kind() -> str:
     """The kind of GPU that is being lowered for, such as "NVIDIA H200"; "" where there is none."""
     described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)

@@ -14,6 +14,7 @@ from pallas_kernels.block_sparse_attention import mosaic, triton, xla
 from pallas_kernels.block_sparse_attention._checks import check
 from pallas_kernels.block_sparse_attention.block_layout import BlockLayout
 from pallas_kernels.block_sparse_attention.reference import reference_attention
+from pallas_kernels.block_sparse_attention.tiles import WIDEST
 
 Attend = Callable[..., jax.Array]
 """`(q, k, v, segment_ids, key_valid, *, layout, causal, scale) -> out`, differentiable in q, k, v.
@@ -63,7 +64,8 @@ def block_sparse_attention(
       key_padding_mask: `[batch, seq]` bool, True for tokens that are real. The others are not seen,
         their own results are zeros, and whatever they hold, NaN too, reaches no result and no
         gradient.
-      implementation: None chooses for the platform; a name never falls back.
+      implementation: None is the Triton kernel on NVIDIA GPUs, for heads of at most 256, and XLA
+        elsewhere; a name (`triton`, `mosaic`, `xla`, `reference`) never falls back.
       interpret: kernels are interpreted, on any platform; for tests.
       batch_axes: mesh axes that the batch may be split over.
       head_axes: mesh axes that the heads may be split over.
@@ -181,7 +183,7 @@ def _pad(x: jax.Array, missing: int) -> jax.Array:
 
 
 def _dispatched(
-    *operands: jax.Array | None,
+    *operands: Any,
     implementation: _dispatch.Implementation | None,
     interpret: bool,
     **static: Any,
@@ -190,7 +192,11 @@ def _dispatched(
         name: functools.partial(attend, **static)
         for name, attend in _implementations(interpret).items()
     }
-    return _dispatch.call("block_sparse_attention", there, implementation, *operands)
+    if implementation is None and operands[0].shape[3] > WIDEST:
+        del there["triton"]
+    return _dispatch.call(
+        "block_sparse_attention", there, implementation, *operands, interpret=interpret
+    )
 
 
 def _implementations(interpret: bool) -> Mapping[_dispatch.Implementation, Attend]:

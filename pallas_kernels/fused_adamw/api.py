@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pallas_kernels import _dispatch
-from pallas_kernels.fused_adamw.reference import AdamWScalars, LeafUpdate, WeightDecay
+from pallas_kernels.fused_adamw.reference import AdamWScalars, LeafUpdate, WeightDecay, check_decay
 from pallas_kernels.fused_adamw.reference import reference_update as _reference
 from pallas_kernels.fused_adamw.triton import MOST_ELEMENTS, triton_update
 
@@ -80,6 +80,7 @@ def fused_adamw_update(
     Raises:
       ValueError: trees, shapes or dtypes do not fit, or the implementation cannot be had.
     """
+    check_decay(decay)
     leaves, tree = jax.tree.flatten(params)
     columns = [
         _column(name, value, tree, leaves)
@@ -124,7 +125,9 @@ def _leaf(
         implementations["triton"] = functools.partial(
             triton_update, decay=decay, copy_dtype=copy_dtype, interpret=interpret
         )
-    return _dispatch.call("fused_adamw", implementations, implementation, *row, scalars, overflow)
+    return _dispatch.call(
+        "fused_adamw", implementations, implementation, *row, scalars, overflow, interpret=interpret
+    )
 
 
 def _on_own_parts(
@@ -207,11 +210,23 @@ def _copies(dtypes: Any, tree: Any) -> list[Any]:
     if dtypes is None:
         return [None] * tree.num_leaves
     if isinstance(dtypes, str | type | np.dtype) or hasattr(dtypes, "dtype"):
-        return [jnp.dtype(dtypes)] * tree.num_leaves
+        return [_copy_dtype(dtypes)] * tree.num_leaves
     each = jax.tree.leaves(dtypes, is_leaf=lambda one: one is None)
     if len(each) != tree.num_leaves:
         raise ValueError(
             f"copy_dtypes: {len(each)} for {tree.num_leaves} parameters; expected one dtype, or a "
             "dtype or None for each parameter."
         )
-    return [None if one is None else jnp.dtype(one) for one in each]
+    return [None if one is None else _copy_dtype(one) for one in each]
+
+
+def _copy_dtype(given: Any) -> Any:
+    try:
+        dtype = jnp.dtype(given)
+    except TypeError:
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f'copy_dtypes: {given!r}; expected a floating dtype, such as "bfloat16" or "float16".'
+        )
+    return dtype

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.fused_adamw import AdamWScalars, fused_adamw_update
+from pallas_kernels.fused_adamw import AdamWScalars, fused_adamw, fused_adamw_update
 from pallas_kernels.fused_adamw.triton import BLOCK
 
 GRADIENTS = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -230,3 +230,18 @@ def test_copies_and_shardings_are_for_every_parameter():
     mesh = Mesh(np.array(jax.devices()[:1]), ("x",))
     with pytest.raises(ValueError, match="shardings: 1 for 2 parameters"):
         fused_adamw_update(*trees, AdamWScalars(1e-3), shardings={"w": NamedSharding(mesh, P())})
+
+
+@pytest.mark.parametrize("given", ["bf16", jnp.int8, "int8", [None, "bool"]])
+def test_copies_are_of_floating_dtypes(given):
+    trees = [[jnp.ones(3), jnp.ones(4)]] * 4
+    with pytest.raises(ValueError, match=r"copy_dtypes: .*; expected a floating dtype, such as"):
+        fused_adamw_update(*trees, AdamWScalars(1e-3), copy_dtypes=given)
+
+
+def test_decay_is_one_of_two():
+    arrays = [jnp.ones(3)] * 4
+    with pytest.raises(ValueError, match=r"decay: 'L2'; expected \"decoupled\" or \"l2\""):
+        fused_adamw_update(*arrays, AdamWScalars(1e-3), decay="L2")
+    with pytest.raises(ValueError, match=r"decay: 'none'; .* a weight_decay of 0"):
+        fused_adamw(1e-3, decay="none")
