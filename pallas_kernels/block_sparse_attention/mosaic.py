@@ -48,8 +48,7 @@ def attend(
         the layout's blocks.
       k, v: `[batch, sequence, key heads, dim]`; the key heads divide the heads. Finite where
         `key_valid` is False, too.
-      segment_ids: int32 `[batch, sequence]`; queries attend to keys of their own segment. Above
-        the least int32.
+      segment_ids: int32 `[batch, sequence]`; queries attend to keys of their own segment.
       key_valid: bool `[batch, sequence]`; no query attends to the other keys.
       layout: of all heads or of each.
       causal: no query attends to keys after it.
