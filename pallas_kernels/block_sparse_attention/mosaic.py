@@ -165,7 +165,7 @@ def forward(
     whole, parts = list(results[: 2 + remainder]), results[2 + remainder :]
     if parts:
         padded = dataclasses.replace(shape, sequence=shape.sequence + rows, dim=dim)
-        whole = combine_attention(jnp.asarray(lists.cuts), *parts, whole, shape=padded)
+        whole = combine_attention(jnp.asarray(lists.cuts), parts[0], parts[1], whole, shape=padded)
     out, sums, *rest = (_cut(one, shape) for one in whole)
     return out, sums, rest[0] if remainder else None
 

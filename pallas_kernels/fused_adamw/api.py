@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pallas_kernels import _dispatch
@@ -173,7 +174,7 @@ def _on_own_parts(
 def _placed(leaves: list[Any]) -> list[NamedSharding]:
     """How arrays are split over a mesh, as far as it can be seen; nothing if none is."""
     found = [
-        jax.typeof(one).sharding if isinstance(one, jax.core.Tracer) else one.sharding
+        jax.typeof(one).sharding if isinstance(one, Tracer) else one.sharding
         for one in leaves
         if isinstance(one, jax.Array)
     ]
@@ -181,7 +182,7 @@ def _placed(leaves: list[Any]) -> list[NamedSharding]:
     if not split or len(found) < len(leaves):
         return []
     whole = NamedSharding(split[0].mesh, PartitionSpec())
-    return [one if one in split else whole for one in found]
+    return [one if isinstance(one, NamedSharding) and one in split else whole for one in found]
 
 
 def _column(name: str, value: Any, tree: Any, leaves: list[Any]) -> list[jax.Array]:
