@@ -40,12 +40,13 @@ from benchmarks.report import markdown_table
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = {
     "device": 30.0,
-    "correctness": 115.0,
+    "correctness": 110.0,
     "limits": 25.0,
-    "attention": 130.0,
+    "attention": 125.0,
     "torch attention": 90.0,
     "adamw": 40.0,
     "torch adamw": 25.0,
+    "rms_norm": 25.0,
 }
 """Of each section; together under 8 minutes."""
 _GRACE = 15.0

@@ -1,6 +1,6 @@
 """GPU kernels as pure functions of arrays, independent of jspeed: one folder per operation.
 
 Each folder has `api.py` (signature, checks, choice of implementation), `reference.py` (plain
-jnp) and a file per implementation; `benchmarks.gpu` times attention and AdamW,
-`rms_norm.bench` the norm.
+jnp), a file per implementation, and `bench.py`: of attention and AdamW it finds the fastest tiles,
+of the norm it takes the times. `benchmarks.gpu` checks and times all of them beside their peers.
 """

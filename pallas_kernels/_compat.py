@@ -114,29 +114,75 @@ def described_gpu(kind: str = "NVIDIA H200", cores: int = 132) -> AbstractContex
     return jax.sharding.use_abstract_mesh(mesh)
 
 
-def automatic_axes() -> dict[str, int]:
-    """The axes larger than 1 of the mesh being traced under that the compiler partitions over."""
+def mesh_of(operands: Sequence[Any]) -> Any:
+    """The mesh being traced under; if there is none, that of the first operand placed on one."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return {}
+    for one in operands:
+        if not mesh.empty:
+            break
+        mesh = mesh if one is None else jax.typeof(one).sharding.mesh
+    return mesh
+
+
+def split_axes(mesh: Any) -> dict[str, int]:
+    """The axes larger than 1 of a mesh over which a program is still one: Auto, or Explicit."""
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     manual = jax.sharding.AxisType.Manual
     return {name: n for name, n in mesh.shape.items() if n > 1 and types[name] != manual}
 
 
+def explicit_part(spec: jax.sharding.PartitionSpec, mesh: Any) -> jax.sharding.PartitionSpec:
+    """What a spec says of a mesh's Explicit axes."""
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+
+    def explicit(entry: Any) -> Any:
+        names = entry if isinstance(entry, tuple) else (entry,) if entry else ()
+        return tuple(n for n in names if types[n] == jax.sharding.AxisType.Explicit) or None
+
+    return jax.sharding.PartitionSpec(*map(explicit, spec))
+
+
 def shard_map(
-    function: Callable[..., Any], *, in_specs: Any, out_specs: Any, axis_names: frozenset[str]
+    function: Callable[..., Any], *, mesh: Any, in_specs: Sequence[Any], out_specs: Any
 ) -> Callable[..., Any]:
-    """`jax.shard_map` over axes of the mesh being traced under, without the check of varying
-    axes, which kernels do not know."""
-    return jax.shard_map(
+    """`jax.shard_map` over all axes of an abstract mesh that are not manual yet, without the check
+    of varying axes, which kernels do not know. The mesh need not be set, and of Explicit axes
+    operands may be split otherwise: then they are brought to where they are needed."""
+    mapped = jax.shard_map(
         function,
-        mesh=jax.sharding.get_abstract_mesh(),
-        in_specs=in_specs,
+        mesh=mesh,
+        in_specs=tuple(in_specs),
         out_specs=out_specs,
-        axis_names=axis_names,
+        axis_names=frozenset(split_axes(mesh)),
         check_vma=False,
     )
+    explicit = jax.sharding.AxisType.Explicit in mesh.axis_types
+
+    def call(*operands: Any) -> Any:
+        if explicit:
+            operands = tuple(
+                jax.sharding.reshard(
+                    one, jax.sharding.NamedSharding(mesh, explicit_part(spec, mesh))
+                )
+                for one, spec in zip(operands, in_specs, strict=True)
+            )
+        return mapped(*operands)
+
+    if not jax.sharding.get_abstract_mesh().empty:
+        return call
+
+    def call_on_mesh(*operands: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh):
+            return call(*operands)
+
+    # The devices of an abstract mesh are those of the arguments of a `jit`.
+    return jax.jit(call_on_mesh)
+
+
+def platform() -> str:
+    """What is being lowered for: of the mesh being traced under, or else the default device's."""
+    described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return jax.default_backend() if described is None else described.platform
 
 
 def gpu_kind() -> str:

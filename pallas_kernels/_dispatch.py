@@ -37,6 +37,7 @@ def call(
     requested: Implementation | None,
     *operands: Any,
     on_gpu: Implementation = "triton",
+    interpret: bool = False,
 ) -> Any:
     """Calls the implementation asked for, or the best for the platform being lowered for.
 
@@ -47,10 +48,11 @@ def call(
         elsewhere.
       operands: arrays, or None.
       on_gpu: the choice on GPUs.
+      interpret: whether kernels are interpreted, for which any platform will do.
 
     Raises:
-      ValueError: the requested implementation is unknown, not built for the operation, or not in
-        this JAX.
+      ValueError: the requested implementation is unknown, not built for the operation, not in this
+        JAX, or not for the CPU that is there.
     """
     if requested is not None:
         if requested not in implementations:
@@ -61,6 +63,11 @@ def call(
         reason = unavailable(requested)
         if reason is not None:
             raise ValueError(f"{operation}: implementation {requested!r}: {reason}")
+        if requested in ("triton", "mosaic") and not interpret and _compat.platform() == "cpu":
+            raise ValueError(
+                f"{operation}: implementation {requested!r} is for NVIDIA GPUs, this is a CPU. "
+                'Leave it out, or ask for "xla"; for tests of the kernel, interpret=True.'
+            )
         return implementations[requested](*operands)
     if on_gpu not in implementations:
         return implementations["xla"](*operands)

@@ -33,11 +33,12 @@ def on_each_device(
       operands: arrays of their global shapes, or None.
       dims: of each operand.
       out_dims: of the results, a tree of `Dims` of the results' structure.
-      axes: dimension name -> the mesh axes that may split it. Used are those that the mesh being
-        traced under has as automatic axes, as many of them, from the first, as divide every
-        operand's dimension of that name.
+      axes: dimension name -> the mesh axes that may split it. Used are those that the mesh has and
+        that are not manual, as many of them, from the first, as divide every operand's dimension
+        of that name. The mesh is that being traced under, or else the one operands lie on.
     """
-    there = _compat.automatic_axes()
+    mesh = _compat.mesh_of(operands)
+    there = _compat.split_axes(mesh)
     if not there:
         return function(*operands)
     split = {name: _dividing(name, names, there, operands, dims) for name, names in axes.items()}
@@ -54,18 +55,15 @@ def on_each_device(
 
     is_dims = lambda of: isinstance(of, tuple) and all(n is None or isinstance(n, str) for n in of)  # noqa: E731
     return _compat.shard_map(
-        call,
-        in_specs=tuple(specs),
-        out_specs=jax.tree.map(spec, out_dims, is_leaf=is_dims),
-        axis_names=frozenset(there),
+        call, mesh=mesh, in_specs=specs, out_specs=jax.tree.map(spec, out_dims, is_leaf=is_dims)
     )(*given)
 
 
-def parts(axes: Sequence[str], *sizes: int) -> int:
-    """Into how many parts those axes split dimensions of these sizes: axes of the mesh being traced
-    under that are automatic, as many, from the first, as divide all sizes."""
-    there = _compat.automatic_axes()
-    return math.prod(there[axis] for axis in _dividing_all(axes, there, sizes))
+def parts(axes: Sequence[str], size: int, operands: Sequence[jax.Array | None] = ()) -> int:
+    """Into how many parts those axes split a dimension of this size in `on_each_device` of these
+    operands."""
+    there = _compat.split_axes(_compat.mesh_of(operands))
+    return math.prod(there[axis] for axis in _dividing_all(axes, there, [size]))
 
 
 def _dividing(

@@ -16,6 +16,7 @@ MODULES = {
     "torch attention": "flex",
     "adamw": "adamw",
     "torch adamw": "adamw_torch",
+    "rms_norm": "norm",
 }
 
 

@@ -21,6 +21,7 @@ from pallas_kernels.block_sparse_attention import (
     block_sparse_attention,
 )
 from pallas_kernels.block_sparse_attention.reference import reference_attention
+from pallas_kernels.rms_norm import add_rms_norm
 
 SECTION = "correctness"
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 1e-3, "adamw": 1e-5}
@@ -37,12 +38,15 @@ CASES: tuple[dict[str, Any], ...] = (
 
 
 def run(plan: Plan, clock: Clock) -> None:
-    """Attention, forward and backward, by both kernels, then AdamW."""
+    """Attention, forward and backward, by both kernels, then AdamW and RMSNorm."""
     for number in range(plan.checks):
         for name in ("triton", "mosaic"):
             _check_attention(plan, clock, name, number)
     if not clock.over(SECTION, "fused_adamw", "3 steps"):
         _emit(clock, "fused_adamw", "3 steps", functools.partial(_adamw_error, plan), "adamw")
+    for dtype in ("float32", "bfloat16"):
+        if not clock.over(SECTION, "rms_norm", dtype):
+            _emit(clock, "rms_norm", dtype, functools.partial(_norm_error, plan, dtype), dtype)
 
 
 def _emit(
@@ -114,6 +118,37 @@ def _attention_error(
         raise ArithmeticError("two runs on the same inputs differ")
     wide = [one.astype(jnp.float32) for one in (q, k, v, grad)]
     return max(map(_relative, got, results(reference_attention, *wide)))
+
+
+def _norm_error(plan: Plan, dtype: str) -> float:
+    """Of residual sum, its RMS normalisation and their gradients, against the formulas in fp64.
+
+    Raises:
+      ArithmeticError: a second run gives other bits.
+    """
+    random = np.random.default_rng(plan.seed)
+    rows, width, epsilon = (12, 96, 1e-6) if plan.smoke else (1000, 1536, 1e-6)
+    x, delta, *grads = (jnp.asarray(random.standard_normal((rows, width)), dtype) for _ in range(4))
+    scale = jnp.asarray(random.standard_normal(width), jnp.float32)
+
+    @jax.jit
+    def both(x: jax.Array, delta: jax.Array, scale: jax.Array, *grads: jax.Array) -> Any:
+        norm = functools.partial(
+            add_rms_norm, epsilon=epsilon, implementation="triton", interpret=plan.smoke
+        )
+        results, backward = jax.vjp(norm, x, delta, scale)
+        return *results, *backward(grads)
+
+    got, again = (both(x, delta, scale, *grads) for _ in range(2))
+    if not all(bool(jnp.array_equal(a, b)) for a, b in zip(got, again, strict=True)):
+        raise ArithmeticError("two runs on the same inputs differ")
+    total = np.asarray(x + delta, np.float64)  # rounded as it is kept
+    d_total, d_normed = (np.asarray(one, np.float64) for one in grads)
+    rstd = 1 / np.sqrt((total**2).mean(-1, keepdims=True) + epsilon)
+    normed, scaled = total * rstd, d_normed * np.asarray(scale, np.float64)
+    dx = d_total + rstd * (scaled - normed * (scaled * normed).mean(-1, keepdims=True))
+    right = total, normed * np.asarray(scale, np.float64), dx, dx, (d_normed * normed).sum(0)
+    return max(map(_relative, got, right))
 
 
 def _relative(got: Any, right: Any) -> float:

@@ -111,6 +111,7 @@ class Plan:
       matmul: rows and columns of the large product.
       attention: problems.
       parameters: sizes of the arrays that AdamW updates.
+      norms: rows and widths of the arrays that are normalised.
       checks: how many cases of each kernel are checked.
       l2_bytes: inputs are taken in turn from sets of more than this.
     """
@@ -122,6 +123,7 @@ class Plan:
     matmul: int
     attention: tuple[Attention, ...]
     parameters: tuple[tuple[int, ...], ...]
+    norms: tuple[tuple[int, int], ...]
     checks: int
     l2_bytes: int = 128 * 2**20
 
@@ -132,7 +134,8 @@ class Plan:
     def from_json(text: str) -> Plan:
         values: dict[str, Any] = json.loads(text)
         values["attention"] = tuple(Attention(**one) for one in values["attention"])
-        values["parameters"] = tuple(tuple(one) for one in values["parameters"])
+        for name in ("parameters", "norms"):
+            values[name] = tuple(tuple(one) for one in values[name])
         return Plan(**values)
 
 
@@ -140,7 +143,9 @@ def plan(seed: int, *, quick: bool = False, smoke: bool = False) -> Plan:
     """The sizes of a run; a quick one takes about a third of the time."""
     if smoke:
         problems = (Attention("smoke", 256, 64, 1, 1, heads=2, dim=64, backward=True),)
-        return Plan(True, seed, 2, 2**16, 64, problems, ((64, 32), (48,)), 1, l2_bytes=1)
+        return Plan(
+            True, seed, 2, 2**16, 64, problems, ((64, 32), (48,)), ((8, 96),), 1, l2_bytes=1
+        )
     problems = (
         Attention("64k, 10%", 65536, 128, 26, 25),
         Attention("16k, 10%", 16384, 128, 6, 5, backward=True),
@@ -158,6 +163,7 @@ def plan(seed: int, *, quick: bool = False, smoke: bool = False) -> Plan:
         8192,
         problems[:3] if quick else problems,
         layer * (1 if quick else 3),
+        ((32768, 4096),) if quick else ((32768, 4096), (16384, 8192)),
         2 if quick else 6,
     )
 

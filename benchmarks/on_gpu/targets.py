@@ -77,6 +77,14 @@ def comparisons(rows: Sequence[Row]) -> list[Comparison]:
             None,
         ),
     ]
+    for problem in dict.fromkeys(row.problem for row in rows if row.section == "rms_norm"):
+        mine, xla = (found.get(("rms_norm", name, problem)) for name in ("triton", "xla"))
+        made += [
+            _compared(f"RMSNorm, {problem}: times faster than XLA's", _speed, mine, xla, None),
+            _compared(
+                f"RMSNorm, {problem}: bytes per second by a copy's", _bandwidth, mine, copy, None
+            ),
+        ]
     return made
 
 

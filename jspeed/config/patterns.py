@@ -13,6 +13,12 @@ from jspeed.config.values import Values
 
 SECTION, OF_MODEL = "sparse_attention", "model.attention"
 _BLOCKS = (16, 32, 64, 128)
+_AT_MOST_ALL = {
+    "variable": ("num_random_blocks",),
+    "bigbird": ("num_random_blocks", "num_sliding_window_blocks", "num_global_blocks"),
+}
+"""Of each pattern, what cannot be more than a sequence has; wider windows than that see all."""
+_WITH_INDICES = ("variable", "bslongformer")
 _NAMES = (*(key.path for key in PATTERN_KEYS), "seed")
 
 
@@ -22,8 +28,16 @@ def is_asked(values: Values) -> bool:
 
 
 def of_section(values: Values) -> SparseAttentionConfig | None:
-    """Return what `sparse_attention` says, or None without one; its random blocks are of seed 0."""
-    return _read(values, SECTION, values.get(f"{SECTION}.mode")) if is_asked(values) else None
+    """Return what `sparse_attention` says, or None without one.
+
+    It has no seed: its random blocks are of that of a pattern in the model, or else of seed 0.
+    """
+    if not is_asked(values):
+        return None
+    section = _read(values, SECTION, values.get(f"{SECTION}.mode"))
+    if values.get(f"{OF_MODEL}.kind") is None:
+        return section
+    return replace(section, seed=values.get(f"{OF_MODEL}.seed"))
 
 
 def of_model(values: Values) -> SparseAttentionConfig | None:
@@ -62,7 +76,8 @@ def rules(values: Values) -> Iterator[Problem]:
     for prefix, mode in places.items():
         if mode is not None:
             which = (f"{prefix}.{'mode' if prefix == SECTION else 'kind'}",)
-            for problem in (*_foreign_keys(values, prefix, mode), *_numbers(values, prefix, mode)):
+            found = (_foreign_keys, _numbers, _too_many)
+            for problem in (one for rule in found for one in rule(values, prefix, mode)):
                 yield replace(problem, lacks=which)
     if places[OF_MODEL] is None:
         yield from _without_kind(values)
@@ -167,6 +182,28 @@ def _numbers(values: Values, prefix: str, mode: str) -> Iterator[Problem]:
         yield problem(windows, "is no list of window sizes; expected at least one, each above 0.")
 
 
+def _too_many(values: Values, prefix: str, mode: str) -> Iterator[Problem]:
+    """Blocks that the sequences of a run have not."""
+    block = values.get(f"{prefix}.block")
+    path = "data.sequence_length"
+    path = path if values.get(path) is not None else "model.sequence_length"
+    tokens = values.get(path) if values.has_section("model") else None
+    if tokens is None or block not in _BLOCKS:
+        return
+    blocks = -(-tokens // block)
+    have = f'"{path}": {tokens} has {blocks} block(s) of {block}'
+    for name in _AT_MOST_ALL.get(mode, ()):
+        given = values.get(f"{prefix}.{name}")
+        if given > blocks:
+            text = f"is more blocks than there are: {have}."
+            yield Problem(f"{prefix}.{name}", f"{given} {text}", values.line(f"{prefix}.{name}"))
+    starts = values.get(f"{prefix}.global_block_indices") if mode in _WITH_INDICES else None
+    if starts and min(starts) >= blocks:
+        name = f"{prefix}.global_block_indices"
+        text = f"lies past the end, so nothing would be global: {have}, numbered from 0."
+        yield Problem(name, f"{shown(starts)} {text}", values.line(name))
+
+
 def _ranges(values: Values, prefix: str) -> Iterator[Problem]:
     path = f"{prefix}.global_block_end_indices"
     starts, ends = values.get(f"{prefix}.global_block_indices"), values.get(path)
@@ -200,8 +237,6 @@ def _contradiction(values: Values) -> Iterator[Problem]:
     names = ["mode", *_NAMES]
     name = next(n for n in names if ours.meant().get(n) != theirs.meant().get(n))
     there, here = f"{SECTION}.{name}", f"{OF_MODEL}.{'kind' if name == 'mode' else name}"
-    if there not in KEYS:
-        there = SECTION
     yield Problem(
         there,
         f'{shown(getattr(theirs, name))} contradicts "{here}": {shown(getattr(ours, name))}. Say '

@@ -95,9 +95,11 @@ def self_attention(
       causal: a token sees itself and what came before it; otherwise also what comes after it.
       pattern: which blocks of tokens see each other, as `pallas_kernels.block_sparse_attention`
         has them; of a causal one the lower triangle. None: all. Any length of sequence will do.
-      segment_ids: `[batch, seq]` int32; tokens see only their own segment. None: one segment.
+      segment_ids: `[batch, seq]` int32, above the least of these; tokens see only their own
+        segment. None: one segment.
       key_padding_mask: `[batch, seq]`; where False, a token is seen by none. Such tokens' own
-        results mean nothing. None: every token is one.
+        results are zeros, and whatever they hold, NaN too, reaches no result and no gradient.
+        None: every token is one.
       implementation: `cudnn` or `xla` of `jax.nn.dot_product_attention`, `cpu` or `blockwise`;
         these never fall back, and given segments `cudnn` and `xla` make a mask
         `[batch, 1, seq, seq]`. `gpu` is `cudnn` where that can compute it (half precision, `dim` at
@@ -122,8 +124,18 @@ def self_attention(
     """
     if pattern is None:
         only_ulysses = "" if causal else "attention in both directions"
-        segment_ids = _without_padding(segment_ids, key_padding_mask)
-        key_padding_mask = None
+        if key_padding_mask is not None:
+            return _without_padding(
+                query,
+                key,
+                value,
+                segment_ids,
+                key_padding_mask,
+                causal=causal,
+                implementation=implementation,
+                sequence_parallel=sequence_parallel,
+                order=order,
+            )
         attend = functools.partial(_attend, causal=causal, implementation=implementation)
     else:
         only_ulysses = "block-sparse attention"
@@ -153,13 +165,21 @@ def self_attention(
 
 
 def _without_padding(
-    segment_ids: jax.Array | None, key_padding_mask: jax.Array | None
-) -> jax.Array | None:
-    """Segments in which tokens that nothing may see are by themselves."""
-    if key_padding_mask is None:
-        return segment_ids
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array | None,
+    real: jax.Array,
+    **options: Any,
+) -> jax.Array:
+    """Attention without a pattern in which tokens that are not real are a segment by themselves."""
     own = jnp.int32(1) if segment_ids is None else segment_ids
-    return jnp.where(key_padding_mask, own, jnp.iinfo(jnp.int32).min).astype(jnp.int32)
+    segment_ids = jnp.where(real, own, jnp.iinfo(jnp.int32).min).astype(jnp.int32)
+    # Weights of 0 leave NaN NaN.
+    real = real[:, :, None, None]
+    query, key, value = (jnp.where(real, one, 0) for one in (query, key, value))
+    out = self_attention(query, key, value, segment_ids=segment_ids, **options)
+    return jnp.where(real, out, 0)
 
 
 def _attend(

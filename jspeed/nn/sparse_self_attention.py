@@ -23,6 +23,9 @@ class SparseSelfAttention(PatternedAttention):
       implementation: see `self_attention`; `auto` goes by the platform.
       sequence_parallel: see `self_attention`.
 
+    Raises:
+      ValueError: `pattern` is none.
+
     A layer with it:
 
         class Layer(nnx.Module):
@@ -39,6 +42,13 @@ class SparseSelfAttention(PatternedAttention):
         implementation: Implementation = "auto",
         sequence_parallel: SequenceParallel = "auto",
     ) -> None:
+        if pattern is not None and not isinstance(pattern, Pattern):
+            name = repr(pattern) if isinstance(pattern, str) else type(pattern).__name__
+            raise ValueError(
+                f"SparseSelfAttention: pattern: {name}: expected a pattern such as "
+                "BigBird(block=64), Custom(layout.mask, block=layout.block) for a layout, or None "
+                "for what the configuration says"
+            )
         self.pattern = pattern
         self.causal = causal
         self.implementation: Implementation = implementation

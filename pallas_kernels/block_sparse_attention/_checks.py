@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.block_sparse_attention.block_layout import BlockLayout
 
@@ -20,6 +21,10 @@ def check(
     scale: float | None,
 ) -> None:
     """Raises ValueError for the first argument that does not fit."""
+    given = {"q": q, "k": k, "v": v, "segment_ids": segment_ids}
+    for name, one in (given | {"key_padding_mask": key_padding_mask}).items():
+        if one is not None and not isinstance(one, jax.Array | np.ndarray):
+            raise _error(name, type(one).__name__, "expected an array")
     _check_arrays(q, k, v)
     if isinstance(scale, jax.Array):
         raise _error("scale", scale, "expected a number, not an array; scale q by an array instead")

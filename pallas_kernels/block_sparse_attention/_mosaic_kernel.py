@@ -41,6 +41,7 @@ class Problem:
     dtype: Any
     causal: bool
     segments: bool
+    remainder: bool
     scale: float  # for base 2
     interpret: bool
 
@@ -69,8 +70,9 @@ class _Refs:
     def __init__(self, problem: Problem, inputs: int, refs: Any, shared: Any) -> None:
         self.q, self.k, self.v, items, blocks, words, *segments = refs[:inputs]
         self.segments: Any = segments  # of queries and keys, or nothing
-        self.out, self.lse, *parts = refs[inputs:]
-        self.parts: Any = parts  # output and log-sum-exp, or nothing
+        self.out, self.lse, *more = refs[inputs:]
+        self.rests: Any = more[: problem.remainder]  # what rounding the output left out, or nothing
+        self.parts: Any = more[problem.remainder :]  # output and log-sum-exp, or nothing
         self.shared = shared
         self.batch, self.head = lax.axis_index("batch"), lax.axis_index("head")
         self.kv_head = lax.div(self.head, jnp.int32(problem.group))
@@ -324,7 +326,7 @@ def _masked(
 def _write(
     problem: Problem, at: _Refs, warpgroup: Any, first_row: Any, acc: Any, top: Any, total: Any
 ) -> None:
-    """Normalises, and writes the rows' output and log-sum-exp."""
+    """Normalises, and writes the rows' output, log-sum-exp and remainder."""
     plgpu, out, lse = _compat.mosaic, at.shared["q"].at[warpgroup], at.shared["lse"].at[warpgroup]
     empty = total == 0.0
     total = jnp.where(empty, 1.0, total)
@@ -338,6 +340,12 @@ def _write(
         plgpu.copy_smem_to_gmem(out, at.out.at[at.batch, rows, at.head])
         plgpu.copy_smem_to_gmem(lse, at.lse.at[at.batch, at.head, rows])
         plgpu.wait_smem_to_gmem(0)
+        for rest in at.rests:
+            # By the same place, from what was rounded there: kept in registers it would spill.
+            out[...] = (acc - out[...].astype(jnp.float32)).astype(problem.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out, rest.at[at.batch, rows, at.head])
+            plgpu.wait_smem_to_gmem(0)
 
     def part() -> None:
         to = (at.batch, at.head, at.part, pl.ds(warpgroup * ROWS, ROWS))

@@ -14,6 +14,7 @@ from pallas_kernels.block_sparse_attention import mosaic, triton, xla
 from pallas_kernels.block_sparse_attention._checks import check
 from pallas_kernels.block_sparse_attention.block_layout import BlockLayout
 from pallas_kernels.block_sparse_attention.reference import reference_attention
+from pallas_kernels.block_sparse_attention.tiles import WIDEST
 
 Attend = Callable[..., jax.Array]
 """`(q, k, v, segment_ids, key_valid, *, layout, causal, scale) -> out`, differentiable in q, k, v.
@@ -42,9 +43,13 @@ def block_sparse_attention(
 
     Work and memory, forward and backward, are those of the active blocks: 4 * dim * block**2 FLOPs
     per head and active block forward, 2.5 times as many backward (3.5 with what is recomputed);
-    nothing of seq x seq is held. Results are deterministic. Under a mesh each device computes its
-    part of the batch and of the heads, and no operand is gathered over these axes; a sequence that
-    is split is gathered.
+    nothing of seq x seq is held. Results are deterministic.
+
+    On a mesh (the one that is set, or that the operands lie on) each device computes its part of
+    the batch and of the heads. What it lacks for that is gathered: the batch or the heads, over
+    axes whose number of devices does not divide them or that are not among `batch_axes` and
+    `head_axes`; heads of keys, where the devices do not divide these; and always a sequence that
+    is split.
 
     Args:
       q: `[batch, seq, heads, dim]`, bf16, fp16 or fp32.
@@ -59,7 +64,8 @@ def block_sparse_attention(
       key_padding_mask: `[batch, seq]` bool, True for tokens that are real. The others are not seen,
         their own results are zeros, and whatever they hold, NaN too, reaches no result and no
         gradient.
-      implementation: None chooses for the platform; a name never falls back.
+      implementation: None is the Triton kernel on NVIDIA GPUs, for heads of at most 256, and XLA
+        elsewhere; a name (`triton`, `mosaic`, `xla`, `reference`) never falls back.
       interpret: kernels are interpreted, on any platform; for tests.
       batch_axes: mesh axes that the batch may be split over.
       head_axes: mesh axes that the heads may be split over.
@@ -77,10 +83,10 @@ def block_sparse_attention(
         segment_ids = segment_ids.astype(jnp.int32)
     heads, kv_heads = q.shape[2], k.shape[2]
     axes = {"batch": batch_axes, "heads": head_axes}
-    parts = _islands.parts(head_axes, heads)
-    # Where there are more devices than heads of keys, and all heads of a device share one, the keys
-    # stay whole and each device takes that head.
-    whole_keys = parts > 1 and kv_heads % parts != 0 and (heads // kv_heads) % (heads // parts) == 0
+    # Where devices do not divide the heads of keys, these stay whole and each device takes those
+    # that its own heads of queries share.
+    parts = _islands.parts(head_axes, heads, (q, k, v))
+    whole_keys = kv_heads % parts != 0
     kv_dims = ("batch", None, None if whole_keys else "heads", None)
     attend = functools.partial(
         _attend_padded,
@@ -122,8 +128,16 @@ def _attend_part(
     """Attention of the heads `head_numbers` of all `heads`, with their part of the layout."""
     own = q.shape[2]
     if own < heads and k.shape[2] == kv_heads:  # only the queries' heads are split
-        head = head_numbers[0] // (heads // kv_heads)
-        k, v = (jax.lax.dynamic_slice_in_dim(one, head, 1, axis=2) for one in (k, v))
+        group = heads // kv_heads
+        # One head of keys, or a copy for each head of queries where these share several. By slices,
+        # whose gradients are added up in one order.
+        numbers = head_numbers[: 1 if group % own == 0 else own] // group
+        k, v = (
+            jnp.concatenate(
+                [jax.lax.dynamic_slice_in_dim(one, at, 1, axis=2) for at in numbers], axis=2
+            )
+            for one in (k, v)
+        )
     layouts = [layout.of_heads(start, start + own) for start in range(0, heads, own)]
     distinct = list(dict.fromkeys(layouts))
     operands = (q, k, v, segment_ids, key_valid)
@@ -169,7 +183,7 @@ def _pad(x: jax.Array, missing: int) -> jax.Array:
 
 
 def _dispatched(
-    *operands: jax.Array | None,
+    *operands: Any,
     implementation: _dispatch.Implementation | None,
     interpret: bool,
     **static: Any,
@@ -178,7 +192,11 @@ def _dispatched(
         name: functools.partial(attend, **static)
         for name, attend in _implementations(interpret).items()
     }
-    return _dispatch.call("block_sparse_attention", there, implementation, *operands)
+    if implementation is None and operands[0].shape[3] > WIDEST:
+        del there["triton"]
+    return _dispatch.call(
+        "block_sparse_attention", there, implementation, *operands, interpret=interpret
+    )
 
 
 def _implementations(interpret: bool) -> Mapping[_dispatch.Implementation, Attend]:

@@ -49,8 +49,7 @@ def attend(
         the layout's blocks.
       k, v: `[batch, sequence, key heads, dim]`; the key heads divide the heads. Finite where
         `key_valid` is False, too.
-      segment_ids: int32 `[batch, sequence]`; queries attend to keys of their own segment. Above
-        the least int32.
+      segment_ids: int32 `[batch, sequence]`; queries attend to keys of their own segment.
       key_valid: bool `[batch, sequence]`; no query attends to the other keys.
       layout: of all heads or of each.
       causal: no query attends to keys after it.
@@ -108,9 +107,9 @@ def _attend(
 
 
 def _forward(shape: Shape, walks: tuple[Walk, ...], layout: BlockLayout, lists, names, q, k, v):
-    out, sums = named(*forward(q, k, v, names, layout=layout, shape=shape))
-    # Without a remainder: what the forward kernel rounded off its result is not known here.
-    return out, (lists, names, q, k, v, out, sums, None)
+    kept = forward(q, k, v, names, layout=layout, shape=shape, remainder=True)
+    out, sums, rest = named(*kept)
+    return out, (lists, names, q, k, v, out, sums, rest)
 
 
 def _backward(shape: Shape, walks: tuple[Walk, ...], layout: BlockLayout, saved, grad):
@@ -121,18 +120,27 @@ _attend.defvjp(_forward, _backward)
 
 
 def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, names: Any, *, layout: BlockLayout, shape: Shape
-) -> tuple[jax.Array, jax.Array]:
-    """The output and the log-sum-exp, base 2, of the scores of each row.
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    names: Any,
+    *,
+    layout: BlockLayout,
+    shape: Shape,
+    remainder: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """The output, the log-sum-exp, base 2, of the scores of each row, and the remainder.
 
     Args:
       q, k, v: as `shape` says.
       names: of queries and of keys, int32 `[batch, sequence]` each, or None.
       layout: of the query heads.
       shape: of the problem.
+      remainder: whether to return what the output's rounding left out.
 
     Returns:
-      As `q`, and float32 `[batch, heads, sequence]`: `-MASKED` where a row attends to nothing.
+      As `q`; float32 `[batch, heads, sequence]`, `-MASKED` where a row attends to nothing; the
+      remainder, as `q`, or None.
     """
     # The kernel's tiles are whole: of 128 rows, and of as many columns as are swizzled together.
     rows = -shape.sequence % mosaic_forward.QUERY_TILE
@@ -145,7 +153,7 @@ def forward(
         causal=shape.causal,
         long_row=_LONG_ROW,
     )
-    out, sums, *parts = mosaic_forward.forward(
+    results = mosaic_forward.forward(
         q,
         k,
         v,
@@ -153,13 +161,20 @@ def forward(
         lists,
         causal=shape.causal,
         scale=shape.scale,
+        remainder=remainder,
         interpret=_compat.mosaic_interpreter() if shape.interpret else None,
     )
+    whole, parts = list(results[: 2 + remainder]), results[2 + remainder :]
     if parts:
-        whole = dataclasses.replace(shape, sequence=shape.sequence + rows, dim=dim)
-        cuts, (part_outs, part_sums) = jnp.asarray(lists.cuts), parts
-        out, sums = combine_attention(cuts, part_outs, part_sums, (out, sums), shape=whole)
-    return out[:, : shape.sequence, :, : shape.dim], sums[:, :, : shape.sequence]
+        padded = dataclasses.replace(shape, sequence=shape.sequence + rows, dim=dim)
+        whole = combine_attention(jnp.asarray(lists.cuts), parts[0], parts[1], whole, shape=padded)
+    out, sums, *rest = (_cut(one, shape) for one in whole)
+    return out, sums, rest[0] if remainder else None
+
+
+def _cut(x: jax.Array, shape: Shape) -> jax.Array:
+    """Without what was filled up: of outputs, and of one number per row."""
+    return x[:, : shape.sequence, :, : shape.dim] if x.ndim == 4 else x[:, :, : shape.sequence]
 
 
 def _filled(x: jax.Array, rows: int, columns: int = 0) -> jax.Array:

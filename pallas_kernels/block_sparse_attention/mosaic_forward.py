@@ -48,6 +48,7 @@ def forward(
     *,
     causal: bool,
     scale: float,
+    remainder: bool = False,
     interpret: Any = None,
 ) -> tuple[jax.Array, ...]:
     """Attention over the tiles of keys of a work list.
@@ -60,13 +61,14 @@ def forward(
       lists: of `query_lists` with `resident=QUERY_TILE` and `streamed=key_tile_of(dim)`.
       causal: as the lists were made.
       scale: of the scores.
+      remainder: whether to return what the output's rounding left out.
       interpret: parameters of Mosaic's interpreter, or None.
 
     Returns:
-      `(out, lse)`, or `(out, lse, part_out, part_lse)` where rows are cut into parts: out like q;
-      the log-sum-exp, base 2, float32 `[batch, heads, seq]`, which is `-MASKED` where a row has
-      none; the same of each part, `[batch, heads, parts, 128, dim]` and `[batch, heads, parts,
-      128]` in float32. Of a cut row of tiles only the parts are written.
+      The output, like q; the log-sum-exp, base 2, float32 `[batch, heads, seq]`, which is `-MASKED`
+      where a row has none; if asked for, the remainder, like q; and where rows are cut into parts,
+      output and log-sum-exp of each part, `[batch, heads, parts, 128, dim]` and `[batch, heads,
+      parts, 128]` in float32. Of a cut row of tiles only the parts are written.
     """
     batch, seq, heads, dim = q.shape
     problem = Problem(
@@ -81,6 +83,7 @@ def forward(
         dtype=q.dtype,
         causal=causal,
         segments=segments is not None,
+        remainder=remainder,
         scale=scale * math.log2(math.e),
         interpret=interpret is not None,
     )
@@ -89,6 +92,8 @@ def forward(
         jax.ShapeDtypeStruct(q.shape, q.dtype),
         jax.ShapeDtypeStruct((batch, heads, seq), jnp.float32),
     ]
+    if remainder:
+        out_type.append(jax.ShapeDtypeStruct(q.shape, q.dtype))
     if lists.parts:
         rows = (batch, heads, lists.parts, QUERY_TILE)
         out_type += [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((*rows, dim), rows)]

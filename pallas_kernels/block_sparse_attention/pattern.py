@@ -114,6 +114,10 @@ class Custom:
             return whole
         return BlockLayout(self.block, whole.mask[:, :blocks, :blocks])
 
+    def __repr__(self) -> str:
+        shape = " x ".join(map(str, self.mask.shape))
+        return f"Custom(mask of {shape}, block={self.block})"
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Custom) and self._whole == other._whole
 

@@ -117,6 +117,9 @@ TABLE: dict[Generation, dict[tuple[int, int], dict[Kernel, dict[int, Tile]]]] = 
 }
 """By (head dim, bytes of an element), kernel, and the least size of a layout's blocks."""
 
+WIDEST = 256
+"""The largest head that there are tiles for."""
+
 HOPPER = ("H100", "H200", "H800", "H20", "GH200", "B100", "B200", "GB200", "B300", "GB300")
 
 
@@ -140,7 +143,7 @@ def choose_tiles(gpu: str, *, dim: int, dtype: DTypeLike, block: int) -> Tiles:
     if not fitting:
         raise ValueError(
             f'block_sparse_attention: implementation "triton": head dim {dim} ({dtype}): expected '
-            'at most 256; use implementation="xla"'
+            f'at most {WIDEST}; use implementation="xla"'
         )
     kernels = table[min(fitting), size]
 

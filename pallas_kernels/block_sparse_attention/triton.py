@@ -15,19 +15,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import _compat
 from pallas_kernels.block_sparse_attention import work_lists
 from pallas_kernels.block_sparse_attention._triton_tiles import Lists, Shape, Walk
 from pallas_kernels.block_sparse_attention.block_layout import BlockLayout
 from pallas_kernels.block_sparse_attention.residuals import named
+from pallas_kernels.block_sparse_attention.segments import unused_segment
 from pallas_kernels.block_sparse_attention.tiles import Tile, Tiles, choose_tiles
 from pallas_kernels.block_sparse_attention.triton_backward import key_gradients, query_gradient
 from pallas_kernels.block_sparse_attention.triton_forward import forward
-
-_NOBODY = np.iinfo(np.int32).min
-"""The name of keys that no query meets."""
 
 
 def attend(
@@ -49,8 +46,7 @@ def attend(
       q: `[batch, sequence, heads, dim]`, bfloat16, float16 or float32; the sequence fills the
         layout's blocks.
       k, v: `[batch, sequence, key heads, dim]`; the key heads divide the heads.
-      segment_ids: int32 `[batch, sequence]`; queries attend to keys of their own segment. Above
-        the least int32.
+      segment_ids: int32 `[batch, sequence]`; queries attend to keys of their own segment.
       key_valid: bool `[batch, sequence]`; no query attends to the other keys. What stands in for
         them is finite.
       layout: of all heads or of each.
@@ -77,8 +73,9 @@ def names_of(segment_ids: jax.Array | None, key_valid: jax.Array | None) -> Any:
     """Numbers of queries and of keys, of which only equal ones meet; None if all meet."""
     if key_valid is None:
         return None if segment_ids is None else (segment_ids, segment_ids)
-    names = jnp.zeros(key_valid.shape, jnp.int32) if segment_ids is None else segment_ids
-    return names, jnp.where(key_valid, names, _NOBODY)
+    if segment_ids is None:
+        return jnp.zeros(key_valid.shape, jnp.int32), jnp.where(key_valid, 0, 1)
+    return segment_ids, jnp.where(key_valid, segment_ids, unused_segment(segment_ids))
 
 
 @functools.lru_cache(maxsize=64)

@@ -43,6 +43,10 @@ def attend(
     return _attend(q, k, v, segment_ids, key_valid, layout, causal, scale)
 
 
+_CHUNK = 16
+"""Dimensions of a product of large scores in fp32."""
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _attend(
     q: jax.Array,
@@ -73,8 +77,7 @@ def _forward(
     k_tiles, v_tiles = walker.cut_other(k), walker.cut_other(v)
 
     def part(at: Items) -> tuple[jax.Array, jax.Array]:
-        scores = _dot("nqd,nkd->nqk", at.own(q_tiles), at.other(k_tiles)) * scale
-        scores = walker.hide(at, scores)
+        scores = walker.hide(at, _scores(at.own(q_tiles), at.other(k_tiles), scale))
         top = scores.max(-1)
         top = jnp.where(top == -jnp.inf, 0, top)  # of queries that see nothing
         weights = jnp.exp(scores - top[..., None])
@@ -124,7 +127,7 @@ def _queries_gradient(
 
     def part(at: Items) -> tuple[jax.Array, jax.Array]:
         keys = at.other(k_tiles)
-        scores = walker.hide(at, _dot("nqd,nkd->nqk", at.own(q_tiles), keys) * scale)
+        scores = walker.hide(at, _scores(at.own(q_tiles), keys, scale))
         weights = jnp.exp(scores - at.own(lse_tiles)[..., None])
         dweights = _dot("nqd,nkd->nqk", at.own(dout_tiles), at.other(v_tiles))
         # The log-sum-exp is rounded, so weights sum up to 1 only nearly; where one key has most of
@@ -153,7 +156,7 @@ def _keys_gradient(
 
     def part(at: Items) -> tuple[jax.Array, jax.Array]:
         queries, douts = at.other(q_tiles), at.other(dout_tiles)
-        scores = walker.hide(at, _dot("nkd,nqd->nkq", at.own(k_tiles), queries) * scale)
+        scores = walker.hide(at, _scores(at.own(k_tiles), queries, scale))
         weights = jnp.exp(scores - at.other(lse_tiles)[:, None])
         dv = _dot("nkq,nqd->nkd", weights.astype(v.dtype), douts)
         dweights = _dot("nkd,nqd->nkq", at.own(v_tiles), douts)
@@ -205,6 +208,21 @@ def _by_key(
 
 def _plan(layout: BlockLayout, causal: bool, q: jax.Array, k: jax.Array) -> Plan:
     return make_plan(layout, causal, q.shape[2], k.shape[2], q.shape[3], q.dtype.itemsize)
+
+
+def _scores(own: jax.Array, other: jax.Array, scale: float) -> jax.Array:
+    """`[items, own, other]` in fp32, from `[items, own, dim]` and `[items, other, dim]`.
+
+    Each pass has tiles of other shapes, of whose products XLA adds up the terms in other orders.
+    Where scores are in the hundreds they then differ by 1e-5, and so do weights from those that fit
+    the log-sum-exp. Of fp32 inputs of size 1, scores are that large if the scale is. Then products
+    of few dimensions are added up, which rounds less, but reads and writes scores for each.
+    """
+    dim = own.shape[-1]
+    large = own.dtype == jnp.float32 and abs(scale) > 2 * dim**-0.5
+    chunks = [slice(at, at + _CHUNK) for at in range(0, dim, _CHUNK)] if large else [slice(None)]
+    products = (_dot("nad,nbd->nab", own[..., one], other[..., one]) for one in chunks)
+    return functools.reduce(jnp.add, products) * scale
 
 
 def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:

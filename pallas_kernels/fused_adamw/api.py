@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pallas_kernels import _dispatch
-from pallas_kernels.fused_adamw.reference import AdamWScalars, LeafUpdate, WeightDecay
+from pallas_kernels.fused_adamw.reference import AdamWScalars, LeafUpdate, WeightDecay, check_decay
 from pallas_kernels.fused_adamw.reference import reference_update as _reference
 from pallas_kernels.fused_adamw.triton import MOST_ELEMENTS, triton_update
 
@@ -70,8 +71,9 @@ def fused_adamw_update(
       copy_dtypes: the dtype of a copy of all parameters, or a tree of dtypes, None for leaves
         without a copy; None for no copies at all.
       shardings: a tree of `NamedSharding`, of one mesh, as all arrays of a leaf are placed: each
-        device then updates its own part. None for arrays that are not split, or are a device's own
-        part already.
+        device then updates its own part. None where parameters say it themselves (outside of `jit`,
+        or split over Explicit axes of a mesh), are not split, or are a device's own part already;
+        of others, split over Auto axes inside of `jit`, XLA would gather what the kernel reads.
       implementation: `triton`, `xla` or `reference`; None for the kernel on NVIDIA GPUs and XLA
         elsewhere, which also updates what is too large for the kernel's 32-bit offsets.
       interpret: run the kernel without a GPU.
@@ -79,6 +81,7 @@ def fused_adamw_update(
     Raises:
       ValueError: trees, shapes or dtypes do not fit, or the implementation cannot be had.
     """
+    check_decay(decay)
     leaves, tree = jax.tree.flatten(params)
     columns = [
         _column(name, value, tree, leaves)
@@ -95,10 +98,13 @@ def fused_adamw_update(
         return rows, overflow
 
     vector, none_seen = scalars.vector(), jnp.zeros((1,), jnp.int32)
-    if shardings is None or not leaves:
-        rows, overflow = update(vector, none_seen, *columns)
+    if shardings is None:
+        placed = _placed(leaves)
     else:
         placed = jax.tree.leaves(shardings, is_leaf=lambda one: isinstance(one, NamedSharding))
+    if not placed:
+        rows, overflow = update(vector, none_seen, *columns)
+    else:
         rows, overflow = _on_own_parts(update, placed, vector, none_seen, columns, dtypes)
     new_params, new_mu, new_nu = (tree.unflatten([row[i] for row in rows]) for i in range(3))
     copies = tree.unflatten([row[3] if len(row) > 3 else None for row in rows])
@@ -120,7 +126,9 @@ def _leaf(
         implementations["triton"] = functools.partial(
             triton_update, decay=decay, copy_dtype=copy_dtype, interpret=interpret
         )
-    return _dispatch.call("fused_adamw", implementations, implementation, *row, scalars, overflow)
+    return _dispatch.call(
+        "fused_adamw", implementations, implementation, *row, scalars, overflow, interpret=interpret
+    )
 
 
 def _on_own_parts(
@@ -139,6 +147,11 @@ def _on_own_parts(
         )
     mesh = shardings[0].mesh
     specs = [one.spec for one in shardings]
+    if AxisType.Explicit in mesh.axis_types:
+        columns = [
+            [jax.sharding.reshard(*pair) for pair in zip(column, shardings, strict=True)]
+            for column in columns
+        ]
 
     def on_shard(scalars: jax.Array, overflow: jax.Array, *columns: Any) -> tuple[Any, jax.Array]:
         rows, seen = update(scalars, overflow, *columns)
@@ -156,6 +169,20 @@ def _on_own_parts(
         check_vma=False,
     )
     return mapped(scalars, overflow, *columns)
+
+
+def _placed(leaves: list[Any]) -> list[NamedSharding]:
+    """How arrays are split over a mesh, as far as it can be seen; nothing if none is."""
+    found = [
+        jax.typeof(one).sharding if isinstance(one, Tracer) else one.sharding
+        for one in leaves
+        if isinstance(one, jax.Array)
+    ]
+    split = [one for one in found if isinstance(one, NamedSharding) and not one.is_fully_replicated]
+    if not split or len(found) < len(leaves):
+        return []
+    whole = NamedSharding(split[0].mesh, PartitionSpec())
+    return [one if isinstance(one, NamedSharding) and one in split else whole for one in found]
 
 
 def _column(name: str, value: Any, tree: Any, leaves: list[Any]) -> list[jax.Array]:
@@ -184,11 +211,23 @@ def _copies(dtypes: Any, tree: Any) -> list[Any]:
     if dtypes is None:
         return [None] * tree.num_leaves
     if isinstance(dtypes, str | type | np.dtype) or hasattr(dtypes, "dtype"):
-        return [jnp.dtype(dtypes)] * tree.num_leaves
+        return [_copy_dtype(dtypes)] * tree.num_leaves
     each = jax.tree.leaves(dtypes, is_leaf=lambda one: one is None)
     if len(each) != tree.num_leaves:
         raise ValueError(
             f"copy_dtypes: {len(each)} for {tree.num_leaves} parameters; expected one dtype, or a "
             "dtype or None for each parameter."
         )
-    return [None if one is None else jnp.dtype(one) for one in each]
+    return [None if one is None else _copy_dtype(one) for one in each]
+
+
+def _copy_dtype(given: Any) -> Any:
+    try:
+        dtype = jnp.dtype(given)
+    except TypeError:
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f'copy_dtypes: {given!r}; expected a floating dtype, such as "bfloat16" or "float16".'
+        )
+    return dtype

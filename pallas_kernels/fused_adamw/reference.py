@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
 WeightDecay = Literal["decoupled", "l2"]
 """`decoupled` from the gradient (AdamW, arXiv:1711.05101), or added to it (`l2`)."""
+
+
+def check_decay(decay: str) -> None:
+    """Raises a ValueError for what is no `WeightDecay`."""
+    if decay not in get_args(WeightDecay):
+        raise ValueError(
+            f'decay: {decay!r}; expected "decoupled" or "l2". For none, a weight_decay of 0.'
+        )
 
 
 class AdamWScalars(NamedTuple):

@@ -12,7 +12,7 @@ import optax
 
 from pallas_kernels._dispatch import Implementation
 from pallas_kernels.fused_adamw.api import AdamWUpdate, fused_adamw_update
-from pallas_kernels.fused_adamw.reference import AdamWScalars, WeightDecay, adamw_step
+from pallas_kernels.fused_adamw.reference import AdamWScalars, WeightDecay, adamw_step, check_decay
 
 
 class FusedAdamWState(NamedTuple):
@@ -128,7 +128,11 @@ def fused_adamw(
       decay: decoupled from the gradient as in AdamW, or added to it.
       implementation: of `apply`, see `fused_adamw_update`.
       interpret: run the kernel of `apply` without a GPU.
+
+    Raises:
+      ValueError: `decay` is neither of these.
     """
+    check_decay(decay)
 
     def init(params: Any) -> FusedAdamWState:
         def zeros() -> Any:

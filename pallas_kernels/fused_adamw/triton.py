@@ -42,6 +42,8 @@ def triton_update(
     decay: WeightDecay,
     copy_dtype: Any,
     interpret: bool,
+    block: int = BLOCK,
+    warps: int = NUM_WARPS,
 ) -> LeafUpdate:
     """Updates one array in place: `mu`, `nu`, `param` and `overflow` hand their memory over.
 
@@ -55,6 +57,8 @@ def triton_update(
       decay: how `weight_decay` acts.
       copy_dtype: of a copy of the parameter, or None for none.
       interpret: run without a GPU.
+      block: elements of a program.
+      warps: of a program.
     """
     size, shape = param.size, param.shape
     if size == 0:
@@ -65,16 +69,16 @@ def triton_update(
     dtypes = [param.dtype, mu.dtype, nu.dtype]
     dtypes += [] if copy_dtype is None else [copy_dtype]
     update = _compat.triton_call(
-        _kernel(size, decay),
+        _kernel(size, decay, block),
         name="fused_adamw",
-        grid=(pl.cdiv(size, BLOCK),),
+        grid=(pl.cdiv(size, block),),
         in_specs=[small[0], whole, whole, whole, whole, small[1]],
         out_specs=[small[1], *(whole for _ in dtypes)],
         out_shape=[
             jax.ShapeDtypeStruct(overflow.shape, overflow.dtype),
             *(jax.ShapeDtypeStruct((size,), dtype) for dtype in dtypes),
         ],
-        num_warps=NUM_WARPS,
+        num_warps=warps,
         num_stages=1,
         interpret=interpret,
         input_output_aliases={5: 0, 4: 1, 2: 2, 3: 3},
@@ -85,8 +89,8 @@ def triton_update(
     return LeafUpdate(new_param, new_mu, new_nu, copy[0] if copy else None, flag)
 
 
-def _kernel(size: int, decay: WeightDecay) -> Any:
-    full, rest = divmod(size, BLOCK)
+def _kernel(size: int, decay: WeightDecay, width: int) -> Any:
+    full, rest = divmod(size, width)
     load, store = _compat.triton.load, _compat.triton.store
 
     def kernel(scalars_ref, gradient_ref, mu_ref, nu_ref, param_ref, flag_in, flag_ref, *out_refs):
@@ -95,7 +99,7 @@ def _kernel(size: int, decay: WeightDecay) -> Any:
         s = AdamWScalars(*(scalars_ref[i] for i in range(len(AdamWScalars._fields))))
 
         def update(mask: jax.Array | None) -> None:
-            at = pl.ds(block * BLOCK, BLOCK)
+            at = pl.ds(block * width, width)
             other = None if mask is None else 0.0
             gradient, mu, nu, param = (
                 load(ref.at[at], mask=mask, other=other).astype(jnp.float32)
@@ -114,6 +118,6 @@ def _kernel(size: int, decay: WeightDecay) -> Any:
         if full:
             pl.when(block < full)(lambda: update(None))
         if rest:
-            pl.when(block == full)(lambda: update(block * BLOCK + jnp.arange(BLOCK) < size))
+            pl.when(block == full)(lambda: update(block * width + jnp.arange(width) < size))
 
     return kernel

@@ -86,7 +86,9 @@ def _call(
     implementations: dict[_dispatch.Implementation, Any] = {"xla": xla, "reference": xla}
     if 0 < x.size <= triton.MOST_ELEMENTS and x.shape[-1] <= triton.WIDEST:
         implementations["triton"] = functools.partial(_kernels, epsilon, interpret)
-    return _dispatch.call("rms_norm", implementations, requested, x, delta, scale)
+    return _dispatch.call(
+        "rms_norm", implementations, requested, x, delta, scale, interpret=interpret
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -11,18 +11,17 @@ means anything.
 from __future__ import annotations
 
 import functools
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._timing import milliseconds
 from pallas_kernels.rms_norm.api import add_rms_norm
 
-_BYTES = {"copy": 4, "forward": 8, "backward": 16}
+BYTES = {"copy": 4, "forward": 8, "backward": 16}
 """Per element in 16 bits; `backward` runs the forward pass too."""
 
 
@@ -40,18 +39,9 @@ def passes(implementation: Any, interpret: bool) -> dict[str, Callable[..., Any]
     return {"forward": norm, "backward": backward}
 
 
-def milliseconds(function: Callable[..., Any], arguments: Any, *, calls: int, turns: int) -> float:
-    """The median over `turns` of the time per call in queues of `calls`."""
+def _time(function: Callable[..., Any], arguments: Any, **effort: int) -> float:
     run = jax.jit(function)
-    result = jax.block_until_ready(run(*arguments))
-    times = []
-    for _ in range(turns):
-        start = time.perf_counter()
-        for _ in range(calls):
-            result = run(*arguments)
-        jax.block_until_ready(result)
-        times.append((time.perf_counter() - start) * 1e3 / calls)
-    return statistics.median(times)
+    return milliseconds(lambda _: run(*arguments), None, **effort)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -64,12 +54,12 @@ def main(arguments: Sequence[str]) -> None:
         keys = jax.random.split(jax.random.key(0))
         x, delta = (jax.random.normal(key, (rows, width), jnp.bfloat16) for key in keys)
         inputs = (x, delta, jnp.ones(width))
-        copy = milliseconds(lambda x, delta, scale: -x, inputs, **effort)
-        limit = _BYTES["copy"] * x.size / copy
+        copy = _time(lambda x, delta, scale: -x, inputs, **effort)
+        limit = BYTES["copy"] * x.size / copy
         for implementation in ("xla", "triton"):
             for name, function in passes(implementation, smoke).items():
-                took = milliseconds(function, inputs, **effort)
-                share = _BYTES[name] * x.size / took / limit
+                took = _time(function, inputs, **effort)
+                share = BYTES[name] * x.size / took / limit
                 print(f"{width:6} {name:9} {implementation:7} {took:9.4f} ms {share:6.1%} of copy")
 
 

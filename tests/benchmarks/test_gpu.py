@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 
 from benchmarks import gpu
-from benchmarks.on_gpu import adamw, adamw_torch, attention, correctness, flex, limits, problems
+from benchmarks.on_gpu import (
+    adamw,
+    adamw_torch,
+    attention,
+    correctness,
+    flex,
+    limits,
+    norm,
+    problems,
+)
 from benchmarks.on_gpu.rows import Attention, Clock, Plan, Row, checked, plan, read_rows
 from benchmarks.on_gpu.targets import comparisons
 
@@ -48,6 +57,7 @@ def test_pairs_are_those_of_the_mask(causal):
         (attention, ["triton", "mosaic", "cudnn"] * 2),
         (flex, ["flex_attention"]),
         (adamw_torch, ["torch fused"]),
+        (norm, ["triton", "xla"] * 2),
     ],
 )
 def test_sections_run(section, names, tmp_path):
@@ -71,7 +81,7 @@ def test_whole_script(tmp_path):
     record = json.loads((tmp_path / "gpu-cpu.json").read_text())
     assert {row["section"] for row in record["rows"]} == set(gpu.SECONDS)
     right = [row for row in record["rows"] if row["section"] == "correctness"]
-    assert [row["name"] for row in right] == ["triton", "mosaic", "fused_adamw"]
+    assert [row["name"] for row in right] == ["triton", "mosaic", "fused_adamw", *["rms_norm"] * 2]
     assert {row["status"] for row in right} <= {"ok", "skipped"}
     assert record["ratios"] == []  # times on a CPU are compared with nothing
     assert (tmp_path / "gpu-cpu.png").stat().st_size > 10_000
@@ -80,8 +90,9 @@ def test_whole_script(tmp_path):
 def test_wrong_results_are_seen(tmp_path, monkeypatch):
     monkeypatch.setitem(correctness.TOLERANCE, "adamw", 1e-12)
     correctness.run(dataclasses.replace(plan(1, smoke=True), checks=0), Clock(tmp_path / "r", 100))
-    (row,) = read_rows(tmp_path / "r")
+    row, *norms = read_rows(tmp_path / "r")
     assert row.status == "wrong"
+    assert [one.status for one in norms] == ["ok", "ok"]
     assert checked("", "", "", float("nan"), 1.0).status == "wrong"
 
 
@@ -111,6 +122,8 @@ def test_ratios_and_targets():
         Row("limits", "copy", "1024 MiB", milliseconds=1.0, bytes=4e9),
         Row("adamw", "fused_adamw", "step", milliseconds=1.0, bytes=3.8e9),
         Row("torch adamw", "torch fused", "step", status="failed", note="no memory"),
+        Row("rms_norm", "triton", "8 x 96, forward", milliseconds=1.0, bytes=3e9),
+        Row("rms_norm", "xla", "8 x 96, forward", milliseconds=1.5, bytes=3e9),
     ]
     made = {one.what: one for one in comparisons(rows)}
     faster = made["triton, 64k, 10%: times faster than dense cuDNN"]
@@ -121,6 +134,8 @@ def test_ratios_and_targets():
     flexible = made["triton, 64k, 10%: times faster than flex_attention"]
     assert (flexible.ratio, flexible.verdict) == (0.75, "FAIL")
     assert made["fused AdamW: bytes per second by a copy's"].ratio == pytest.approx(0.95)
+    assert made["RMSNorm, 8 x 96, forward: times faster than XLA's"].ratio == 1.5
+    assert made["RMSNorm, 8 x 96, forward: bytes per second by a copy's"].ratio == 0.75
     for what in (
         "mosaic, 64k, 10%: rate by dense cuDNN's",
         "fused AdamW: bytes per second by torch fused's",

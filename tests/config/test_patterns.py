@@ -10,7 +10,7 @@ import pytest
 from jspeed.config import Config, SparseAttentionConfig, load_config
 from jspeed.core.errors import ConfigError
 
-MODEL = {"family": "bert", "layers": 2, "hidden_size": 64, "heads": 2, "sequence_length": 128}
+MODEL = {"family": "bert", "layers": 2, "hidden_size": 64, "heads": 2, "sequence_length": 1024}
 
 
 def load(*, attention: dict[str, Any] | None = None, family: str = "bert", **more: Any) -> Config:
@@ -115,9 +115,6 @@ def test_a_decoder_sees_nothing_behind_itself_unless_told_so(family):
         ({"sparse_attention": {"mode": "bigbird"}, "attention": {"kind": "bigbird", "block": 64}},
          '"sparse_attention.block": 16 contradicts "model.attention.block": 64. Say it in one of '
          "the two places."),
-        ({"sparse_attention": {"mode": "bigbird"}, "attention": {"kind": "bigbird", "seed": 1}},
-         '"sparse_attention": 0 contradicts "model.attention.seed": 1. Say it in one of the two '
-         "places."),
         ({"sparse_attention": {"block": 48}},
          '"sparse_attention.block": 48 is no size of blocks; expected 16, 32, 64 or 128.'),
         ({"sparse_attention": {"num_global_blocks": 3}},
@@ -173,3 +170,62 @@ def test_a_misspelt_pattern_is_one_problem(place):
         load(**places[place])
     assert len(str(error.value).splitlines()) == 1
     assert "bigbrd" in str(error.value)
+
+
+@pytest.mark.parametrize("place", ["sparse_attention", "model.attention"])
+@pytest.mark.parametrize(
+    ("pattern", "key", "words"),
+    [
+        ({"mode": "bigbird", "num_random_blocks": 65}, "num_random_blocks", "65 is more blocks"),
+        (
+            {"mode": "bigbird", "num_sliding_window_blocks": 67},
+            "num_sliding_window_blocks",
+            "67 is more blocks",
+        ),
+        ({"mode": "bigbird", "num_global_blocks": 70}, "num_global_blocks", "70 is more blocks"),
+        ({"mode": "variable", "num_random_blocks": 65}, "num_random_blocks", "65 is more blocks"),
+        (
+            {"mode": "variable", "global_block_indices": [64, 90]},
+            "global_block_indices",
+            "[64, 90] lies past the end",
+        ),
+        (
+            {"mode": "bslongformer", "global_block_indices": [64]},
+            "global_block_indices",
+            "[64] lies past the end",
+        ),
+    ],
+)
+def test_no_more_blocks_than_a_sequence_has(place, pattern, key, words):
+    """Of 1,024 tokens in blocks of 16; reported before anything is built."""
+    if place == "sparse_attention":
+        asked: dict[str, Any] = {"sparse_attention": pattern}
+    else:
+        asked = {"attention": {"kind" if k == "mode" else k: v for k, v in pattern.items()}}
+    with pytest.raises(ConfigError) as error:
+        load(**asked)
+    text = str(error.value)
+    assert f'"{place}.{key}": {words}' in text
+    assert '"model.sequence_length": 1024 has 64 block(s) of 16' in text
+
+
+def test_the_data_s_sequences_count_where_they_are_shorter():
+    window: dict[str, Any] = {"sparse_attention": {"mode": "bigbird", "num_random_blocks": 9}}
+    load(**window)
+    with pytest.raises(ConfigError, match=r'"data.sequence_length": 128 has 8 block\(s\) of 16'):
+        load(**window, data={"source": "python-docs", "sequence_length": 128})
+
+
+def test_as_many_blocks_as_there_are_and_some_past_the_end_will_do():
+    load(sparse_attention={"mode": "bigbird", "num_random_blocks": 64, "num_global_blocks": 64})
+    load(sparse_attention={"mode": "variable", "global_block_indices": [0, 64]})
+    load(sparse_attention={"mode": "bslongformer", "num_sliding_window_blocks": 99})
+
+
+def test_the_seed_is_the_models_whichever_place_names_the_pattern():
+    section = {"mode": "bigbird", "num_random_blocks": 2}
+    both = load(attention={"kind": "bigbird", "num_random_blocks": 2, "seed": 3},
+                sparse_attention=section)  # fmt: skip
+    assert pattern(both) == both.sparse_attention
+    assert both.sparse_attention is not None
+    assert both.sparse_attention.seed == 3

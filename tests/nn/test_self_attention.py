@@ -211,3 +211,38 @@ def test_the_module_is_the_function(pattern):
     )
     np.testing.assert_allclose(out, expected, atol=1e-6)
     assert np.abs(out).max() > 0.1
+
+
+@pytest.mark.parametrize("implementation", ["auto", "cpu", "blockwise", "xla"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("pattern", [None, BigBird(num_global_blocks=1)], ids=["dense", "bigbird"])
+def test_what_padding_holds_reaches_nothing(pattern, causal, implementation):
+    """NaN in arrays and in the gradient of the output."""
+    q, k, v, seed = operands(40, 4, 2)
+    real = jnp.arange(40) < jnp.asarray([[30], [17]])
+    module = SparseSelfAttention(pattern, causal=causal, implementation=implementation)
+    attend = functools.partial(module, key_padding_mask=real)
+
+    def results(filler):
+        arrays = [jnp.where(real[:, :, None, None], one, filler) for one in (q, k, v, seed)]
+        out, pull = jax.vjp(attend, *arrays[:3])
+        return [out, *pull(arrays[3])]
+
+    clean = results(0.0)
+    for mine, right in zip(results(jnp.nan), clean, strict=True):
+        np.testing.assert_array_equal(mine, right)
+        assert (np.asarray(right)[~np.asarray(real)] == 0).all()
+        assert (np.asarray(right)[np.asarray(real)] != 0).any()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("bigbird", "'bigbird': expected a pattern such as BigBird"),
+        (BigBird().layout(2, 64), "BlockLayout: .* Custom\\(layout.mask, block=layout.block\\)"),
+        (np.ones((4, 4), bool), "ndarray: expected a pattern"),
+    ],
+)
+def test_what_is_no_pattern_is_refused_at_once(pattern, words):
+    with pytest.raises(ValueError, match=f"SparseSelfAttention: pattern: {words}"):
+        SparseSelfAttention(pattern, causal=True)

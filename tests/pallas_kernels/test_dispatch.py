@@ -24,6 +24,14 @@ def test_named_implementation_does_not_fall_back(monkeypatch):
         _dispatch.call("scale", BUILT, "triton", 1.0)
 
 
+def test_a_kernel_is_not_for_a_cpu():
+    with pytest.raises(ValueError, match=r"scale: implementation 'triton' is for NVIDIA GPUs, th"):
+        _dispatch.call("scale", BUILT, "triton", 1.0)
+    assert _dispatch.call("scale", BUILT, "triton", 1.0, interpret=True) == 2
+    with _compat.described_gpu():
+        assert _dispatch.call("scale", BUILT, "triton", 1.0) == 2
+
+
 def test_falls_back_to_xla_and_says_so_once(monkeypatch, caplog):
     monkeypatch.setattr(_compat, "triton", None)
     _dispatch._say_once.cache_clear()

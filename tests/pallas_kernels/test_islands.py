@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import _islands
 
@@ -59,13 +59,47 @@ def test_parts_are_what_the_axes_divide(mesh):
     with jax.set_mesh(mesh):
         found = jax.eval_shape(
             lambda: tuple(
-                jnp.zeros(_islands.parts(axes, *sizes))
-                for axes, sizes in [
-                    (("tensor",), (8,)),
-                    (("data", "tensor"), (16, 2)),
-                    (("pipe",), (4,)),
-                ]
+                jnp.zeros(_islands.parts(axes, size))
+                for axes, size in [(("tensor",), 8), (("data", "tensor"), 2), (("pipe",), 4)]
             )
         )
     assert [one.size for one in found] == [4, 2, 1]
     assert _islands.parts(("tensor",), 8) == 1
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("jitted", [True, False])
+def test_the_mesh_of_operands_will_do(kind, jitted):
+    """Without a mesh that is set, and however the operands are split over it."""
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(kind, kind))
+    x = jnp.arange(4 * 3 * 8.0).reshape(4, 3, 8)
+    placed = jax.device_put(x, NamedSharding(mesh, PartitionSpec("tensor", None, "data")))
+    seen = []
+
+    def kernel(x):
+        seen.append(x.shape)
+        return 2 * x
+
+    call = lambda x: _islands.on_each_device(kernel, (x,), (DIMS,), DIMS, AXES)  # noqa: E731
+    y = jax.jit(call)(placed) if jitted else call(placed)
+    np.testing.assert_array_equal(y, 2 * x)
+    assert y.sharding.spec == PartitionSpec("data", None, "tensor")
+    assert seen == [(2, 3, 2)]
+    assert _islands.parts(("tensor",), 8, (None, placed)) == 4
+
+
+@pytest.mark.parametrize("given", [PartitionSpec(), PartitionSpec("tensor", "data")])
+def test_explicit_axes_of_a_mesh_that_is_set(given):
+    """JAX's default: operands are brought to where they are needed, their gradients back."""
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"))
+    assert AxisType.Explicit in mesh.axis_types
+    with jax.set_mesh(mesh):
+        x = jax.device_put(jnp.arange(4.0 * 8 * 8).reshape(4, 8, 8), NamedSharding(mesh, given))
+
+        def loss(x):
+            return (_islands.on_each_device(jnp.sin, (x,), (DIMS,), DIMS, AXES) ** 2).sum()
+
+        gradient = jax.jit(jax.grad(loss))(x)
+    assert gradient.sharding.is_equivalent_to(x.sharding, 3)
+    x = np.asarray(x)
+    np.testing.assert_allclose(gradient, 2 * np.sin(x) * np.cos(x), atol=1e-5)

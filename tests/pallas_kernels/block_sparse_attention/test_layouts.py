@@ -440,3 +440,9 @@ def test_64k_tokens_take_well_under_a_second(pattern):
 
     # 0.02-0.15 s on a core of 2026; a loop over the 16.8 million cells takes minutes.
     assert min(seconds() for _ in range(3)) < 0.6
+
+
+def test_a_mask_is_shown_by_its_shape():
+    assert (
+        repr(Custom(np.ones((64, 64), bool), block=32)) == "Custom(mask of 1 x 64 x 64, block=32)"
+    )

@@ -3,6 +3,7 @@ the active blocks."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -59,6 +60,17 @@ def test_float16():
     random = np.random.default_rng(0)
     layout = Fixed(attention="unidirectional").layout(2, 96)
     cases.assert_matches(cases.make_case(random, layout, 96, dtype="float16", causal=True), XLA)
+
+
+def test_large_scores_in_float32():
+    """Scores of up to 180: the passes, whose tiles differ, must agree on them to 1e-5."""
+    random = np.random.RandomState(0)
+    layout = Custom(random.rand(1, 6, 6) < 0.6, block=16).layout(2, 83)
+    case = cases.make_case(np.random.default_rng(0), layout, 83, dim=128, causal=True, scale=1.0)
+    arrays = [random.randn(1, 83, 2, 128).astype(np.float32) * size for size in (4, 1, 1, 1)]
+    q, k, v, gradient = (one.astype(np.float64) for one in arrays)
+    case = dataclasses.replace(case, q=q, k=k, v=v, out_gradient=gradient)
+    cases.assert_matches(case, XLA)
 
 
 def test_a_layout_of_nothing_gives_zeros():

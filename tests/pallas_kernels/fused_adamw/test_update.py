@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.fused_adamw import AdamWScalars, fused_adamw_update
+from pallas_kernels.fused_adamw import AdamWScalars, fused_adamw, fused_adamw_update
 from pallas_kernels.fused_adamw.triton import BLOCK
 
 GRADIENTS = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -180,6 +180,26 @@ def test_each_device_updates_its_own_part():
 COPIES = {"a": "bfloat16", "b": None, "c": "float16"}
 
 
+@pytest.mark.parametrize("jitted", [True, False])
+def test_arrays_that_say_where_they_lie_need_no_shardings(jitted):
+    """On Explicit axes, as of `jax.make_mesh`; gradients and moments may lie elsewhere."""
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"))
+    split = NamedSharding(mesh, P("data", "tensor"))
+    params = {"w": jax.device_put(jnp.ones((8, 6)), split), "b": jnp.ones(3)}
+    others = [{"w": jnp.full((8, 6), value), "b": jnp.full(3, value)} for value in (1.0, 2.0, 3.0)]
+    update = functools.partial(fused_adamw_update, scalars=AdamWScalars(1e-2), **KERNEL)
+    run = jax.jit(update) if jitted else update
+    with jax.set_mesh(mesh):
+        got = run(*others, params)
+        text = jax.jit(update).lower(*others, params).compile().as_text()
+    assert "all-gather" not in text
+    assert got.params["w"].sharding.is_equivalent_to(split, 2)
+    want = fused_adamw_update(
+        *others, jax.tree.map(np.asarray, params), AdamWScalars(1e-2), implementation="xla"
+    )
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), got, want)
+
+
 def test_empty_arrays_are_left_alone():
     empty = [jnp.zeros((0, 3)) for _ in range(4)]
     new = fused_adamw_update(*empty, AdamWScalars(1e-3), copy_dtypes="bfloat16", **KERNEL)
@@ -210,3 +230,18 @@ def test_copies_and_shardings_are_for_every_parameter():
     mesh = Mesh(np.array(jax.devices()[:1]), ("x",))
     with pytest.raises(ValueError, match="shardings: 1 for 2 parameters"):
         fused_adamw_update(*trees, AdamWScalars(1e-3), shardings={"w": NamedSharding(mesh, P())})
+
+
+@pytest.mark.parametrize("given", ["bf16", jnp.int8, "int8", [None, "bool"]])
+def test_copies_are_of_floating_dtypes(given):
+    trees = [[jnp.ones(3), jnp.ones(4)]] * 4
+    with pytest.raises(ValueError, match=r"copy_dtypes: .*; expected a floating dtype, such as"):
+        fused_adamw_update(*trees, AdamWScalars(1e-3), copy_dtypes=given)
+
+
+def test_decay_is_one_of_two():
+    arrays = [jnp.ones(3)] * 4
+    with pytest.raises(ValueError, match=r"decay: 'L2'; expected \"decoupled\" or \"l2\""):
+        fused_adamw_update(*arrays, AdamWScalars(1e-3), decay="L2")
+    with pytest.raises(ValueError, match=r"decay: 'none'; .* a weight_decay of 0"):
+        fused_adamw(1e-3, decay="none")
