@@ -21,7 +21,13 @@ from tests.planner.goldens import CONFIGS, GOLDEN, differences, kept, plan_of, r
 
 SHIPPED = sorted(CONFIGS.glob("*.json"))
 README = CONFIGS / "README.md"
-TAKE_LONG = ("bert_large_8k_sparse", "gpt2_sparse", "llama3_70b_1024xh200", "llama3_8b_1m_8xh200")
+TAKE_LONG = (
+    "bert_large_8k_sparse",
+    "gpt2_13b_1xh100",
+    "gpt2_sparse",
+    "llama3_70b_1024xh200",
+    "llama3_8b_1m_8xh200",
+)
 MARK = "<!-- expected plans, written by tests/planner/test_golden.py -->\n"
 COMPILES_FOR_GPUS = (
     pytest.mark.gpu_target,
