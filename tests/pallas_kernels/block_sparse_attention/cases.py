@@ -267,7 +267,12 @@ def computed(case: Case, attend: Callable[..., jax.Array]) -> list[jax.Array]:
 
 
 def assert_matches(case: Case, attend: Callable[..., jax.Array]) -> None:
-    """Asserts that values and gradients are those expected, exact zeros among them."""
+    """Asserts that values and gradients are those expected, exact zeros among them.
+
+    Errors are relative to what is expected, or to a hundredth of the norm of `out_gradient` where
+    that is more: where each token sees one key, dq and dk are differences of equal numbers, 0 but
+    for the rounding of these, and where nearly all do, most of what is left is that rounding too.
+    """
     got, seeing, seen = computed(case, attend), *_seeing_and_seen(case)
     for name, mine, right, any_pair in zip(
         ("out", "dq", "dk", "dv"), got, expected(case), (seeing, seeing, seen, seen), strict=True
@@ -279,8 +284,6 @@ def assert_matches(case: Case, attend: Callable[..., jax.Array]) -> None:
         assert np.isfinite(mine).all(), about
         # Tokens that see nothing, or that nothing sees, have no value and no gradient.
         assert (mine[~any_pair] == 0).all(), about
-        # Where each token sees one key, dq and dk are differences of equal numbers: 0 but for
-        # rounding. Relative to dout, gradients are 0.06 or more for up to 256 keys otherwise.
         least = 0.01 * np.linalg.norm(case.out_gradient)
         error = np.linalg.norm(mine - right) / max(np.linalg.norm(right), least)
         assert error < TOLERANCE[case.dtype], f"{about}: relative error {error:.2e}"
