@@ -46,6 +46,7 @@ class Accessors:
     _steps: int | None
     _counters: Counters
     _offloading: Offloading | None
+    _parked: tuple[str, ...] = ()
 
     @property
     def state(self) -> TrainState:
@@ -59,6 +60,7 @@ class Accessors:
     def state(self, state: TrainState) -> None:
         self._state = state
         self._steps = None  # read when asked for, so that setting does not wait for the device
+        self._parked = ()
 
     @property
     def global_steps(self) -> int:

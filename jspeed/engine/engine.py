@@ -31,6 +31,7 @@ from jspeed.engine.not_in_jspeed import (
     takes_names_only,
 )
 from jspeed.engine.offloading import Offloading
+from jspeed.engine.parking import Parking
 from jspeed.engine.reporting import Reporter
 from jspeed.engine.sparse_attention import sets_pattern
 from jspeed.layout.rules import Rule
@@ -118,7 +119,7 @@ def _seed(config: Config) -> int:
     return config.run.seed if config.run else 0
 
 
-class Engine(Checkpointing):
+class Engine(Checkpointing, Parking):
     """Trains one model on one mesh. Made by `initialize`.
 
     Attributes:
@@ -214,6 +215,7 @@ class Engine(Checkpointing):
         Raises:
           DataError: the batch has another number of rows.
         """
+        self.check_reloaded()
         placed, steps = self.place_batch(batch), self.global_steps
         self._state, metrics = self.train_step(self._state, placed)
         if self._one_at_a_time:
@@ -238,6 +240,7 @@ class Engine(Checkpointing):
         Raises:
           DataError: the batch is empty, or its rows do not divide.
         """
+        self.check_reloaded()
         rows = rows_to_evaluate(batch, self.layout)
         placed = BatchPlacer(self.layout, rows=rows, accumulation=None)(batch)
         total, weight = self._eval_jit(self.state, placed)

@@ -16,10 +16,6 @@ _THREE_CALLS = (
     "    engine = jspeed.initialize(model=model, loss_fn=loss_fn, config=config)\n"
     "    metrics = engine.train_batch(batch)   # forward, backward and step of one whole batch"
 )
-_BETWEEN_STEPS = (
-    "the state stays on the devices between steps; jax.device_get(engine.state) copies it to the "
-    "host, and engine.state can be set to what comes back."
-)
 _INSTEAD = {
     "forward": _THREE_CALLS,
     "backward": _THREE_CALLS,
@@ -47,8 +43,6 @@ _INSTEAD = {
     "module_state_dict": "use engine.parameters() for whole arrays, or save_checkpoint.",
     "load_module_state_dict": "use load_checkpoint(directory, load_module_only=True).",
     "get_pld_theta": "progressive layer drop is not built yet; delete the call.",
-    "offload_states": _BETWEEN_STEPS,
-    "reload_states": _BETWEEN_STEPS,
     "set_custom_curriculum_learning_schedule": (
         "curriculum learning is not built yet; choose the batches that you give to train_batch."
     ),

@@ -105,8 +105,6 @@ INSTEAD = {
     "eval": "engine.eval_batch(batch)",
     "zero_grad": "delete the call",
     "get_pld_theta": "progressive layer drop is not built yet",
-    "offload_states": "jax.device_get(engine.state)",
-    "reload_states": "engine.state can be set",
     "compile": "compiled by XLA already",
     "register_compile_pass": "XLA compiles the step",
     "deepspeed_io": "any iterable of batches",
