@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from jspeed.core.errors import OffloadError
+from jspeed.offload.host_adam import host_zeros
 
 State = tuple[np.ndarray, ...]
 """One chunk: a float32 array `[size]` for each tensor, by default master, mu and nu."""
@@ -240,7 +241,7 @@ class HostStore:
         self._whole.check()
         check_state(self._sizes, self._tensors, index, state)
         if not self._chunks[index]:
-            self._chunks[index] = tuple(np.empty(array.shape, array.dtype) for array in state)
+            self._chunks[index] = tuple(host_zeros(array.size, array.dtype) for array in state)
         for kept, array in zip(self._chunks[index], state, strict=True):
             kept[...] = array
 
