@@ -255,6 +255,8 @@ def _applied(optimizer: str, layout: Layout) -> Applied:
     it back; elsewhere its kernels move as much as ours (docs/decisions/0007-who-applies-adam.md).
     """
     mesh = layout.mesh
+    if layout.on_host:  # what is left to the devices, if anything, is the step's
+        return "by_the_step"
     if not isinstance(mesh, Mesh) or mesh.devices.flat[0].platform not in ("gpu", "cuda"):
         return "by_the_step"
     scattered = layout.stage in (1, 2) and layout.zero_ways > 1
