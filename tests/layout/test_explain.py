@@ -129,6 +129,7 @@ def test_json() -> None:
             "total": 2 * 1040 + 12 * 260,
         },
         "other_bytes_per_device": 4,
+        "host_bytes_per_device": 0,
         "leaves": [],
         "stayed_whole": [],
         "not_layer_by_layer": [{"path": "w", "because": "used whole in every turn of a loop"}],
