@@ -142,6 +142,7 @@ def test_json() -> None:
         "rule": "rule w -> [-, tensor]; ZeRO-1 over data",
         "spec": ["data", "tensor"],
         "bytes_per_device": 2 * 1024 + 12 * 256,
+        "host_bytes": 0,
         "whole_because": None,
         "roles": {
             "param": {
