@@ -125,6 +125,7 @@ def account(
     batch_bytes: int,
     limit: int,
     origins: Origins,
+    leaving: int = 0,
 ) -> Memory:
     """Puts together what a compiled step holds.
 
@@ -134,18 +135,22 @@ def account(
       batch_bytes: of a step's batch on one device.
       limit: what the device has.
       origins: of the step's instructions.
+      leaving: bytes of the gradients that the step gives to the host.
     """
     buffers = temporaries_at_peak(compiled, origins, gradient_shapes(state))
     totals: dict[str, int] = dict.fromkeys(TEMPORARY_ROLES, 0)
     for buffer in buffers:
         totals[buffer.role] = totals.get(buffer.role, 0) + buffer.bytes
+    temporaries = compiled.peak_bytes - compiled.argument_bytes
+    # Results that take no argument's place are alive to the end, and are among no temporaries.
+    totals[GRADIENTS] += min(leaving, max(0, temporaries - sum(totals.values())))
     return Memory(
         parameters=state.role_bytes(Role.PARAM),
         master=state.role_bytes(Role.MASTER),
         moments=state.role_bytes(Role.MOMENTS),
         other_state=sum(state.other_bytes.values()),
         batch=batch_bytes,
-        temporaries=compiled.peak_bytes - compiled.argument_bytes,
+        temporaries=temporaries,
         at_peak=totals if buffers else {},
         largest=tuple(buffers[:_LARGEST]),
         peak=compiled.peak_bytes,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jspeed.config import Config, load_config
@@ -197,7 +198,12 @@ def _plan(step: _Step, cluster: Cluster, remarks: list[str]) -> Plan:
         run=run,
         tokens=step.tokens,
         memory=account(
-            compiled, state, batch_bytes=batch_bytes, limit=cluster.limit_bytes, origins=origins
+            compiled,
+            state,
+            batch_bytes=batch_bytes,
+            limit=cluster.limit_bytes,
+            origins=origins,
+            leaving=state.host_bytes // 12 * jnp.dtype(layout.reduce_dtype).itemsize,
         ),
         traffic=summarise(traffic),
         volume=volume(

@@ -47,9 +47,8 @@ def arguments(made: Any) -> int:
     return made.memory.peak - made.memory.temporaries
 
 
-@pytest.mark.parametrize(
-    "stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2, 3))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_devices_hold_less_by_what_is_offloaded(stage):
     """Of 14 bytes a parameter 2 stay; at stage 3, where no copy is stored, 12 become 2."""
     without, offloaded = plan(stage, "none"), plan(stage, "cpu")

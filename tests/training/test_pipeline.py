@@ -117,6 +117,7 @@ def test_checkpoints_know_nothing_of_stages(tmp_path):
         before = engine(*saver)
         before.train_batch(first)
         before.save_checkpoint(directory, tag="one")
+        before.wait_for_checkpoint()
         for path, value in before.parameters().items():
             np.testing.assert_array_equal(value.shape, whole.parameters()[path].shape)
         after = engine(*loader, seed=1)
