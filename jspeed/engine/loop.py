@@ -97,7 +97,7 @@ class Loop:
       display: where progress goes.
       settings: how the run goes.
       files: to keep with each checkpoint.
-      requested: a signal that already asked to stop.
+      earlier: gives a signal that asked to stop before the loop began.
     """
 
     engine: Engine
@@ -107,7 +107,7 @@ class Loop:
     display: Display
     settings: LoopSettings
     files: dict[str, bytes] = field(default_factory=dict)
-    requested: signal.Signals | None = None
+    earlier: Callable[[], signal.Signals | None] = lambda: None
     _arrived: float = field(default=0.0, init=False)
     _report_seconds: float = field(default=0.0, init=False)
     _checkpoint_seconds: float = field(default=0.0, init=False)
@@ -119,7 +119,7 @@ class Loop:
         pending: _Pending | None = None
         saved = engine.global_steps if engine.global_steps else -1
         self._arrived = time.perf_counter()
-        with StopRequests(requested=self.requested, notify=self._stopping) as stop:
+        with StopRequests(earlier=self.earlier, notify=self._stopping) as stop:
             while engine.global_steps < settings.steps and stop.requested is None:
                 started = time.perf_counter()
                 batch = next(self.batches)

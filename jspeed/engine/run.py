@@ -115,9 +115,11 @@ def train_run(
       JspeedError: what is wrong and what to do; an earlier run's metrics and checkpoints are
         untouched, and `status.json` says `failed`, unless the folder was not this run's to change.
     """
-    with StopRequests((signal.SIGTERM,)) as early:
-        if terminated():
-            early.requested = signal.SIGTERM
+
+    def before() -> signal.Signals | None:
+        return signal.SIGTERM if terminated() else None
+
+    with StopRequests((signal.SIGTERM,), earlier=before) as early:
         return _train_run(config, display, early, resume=resume, overwrite=overwrite)
 
 
@@ -166,7 +168,7 @@ def _train_run(
                 display=display,
                 settings=parts.settings,
                 files={_TOKENIZER: _tokenizer_bytes(parts.data, directory)},
-                requested=early.requested,
+                earlier=lambda: early.requested,
             ).run()
     return RunResult(state, engine.global_steps, directory)
 

@@ -17,7 +17,8 @@ class StopRequests:
 
     Args:
       signals: the signals that ask.
-      requested: one that came before.
+      earlier: gives one that came before; asked once these are heeded, so that none is lost
+        between an earlier handler and this one.
       notify: told of the first request.
     """
 
@@ -25,10 +26,11 @@ class StopRequests:
         self,
         signals: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT),
         *,
-        requested: signal.Signals | None = None,
+        earlier: Callable[[], signal.Signals | None] = lambda: None,
         notify: Callable[[signal.Signals], None] | None = None,
     ) -> None:
-        self.requested = requested
+        self.requested: signal.Signals | None = None
+        self._earlier = earlier
         self._signals = signals
         self._notify = notify
         self._previous: dict[signal.Signals, Any] = {}
@@ -38,6 +40,8 @@ class StopRequests:
         if threading.current_thread() is threading.main_thread():
             for number in self._signals:
                 self._previous[number] = signal.signal(number, self._ask)
+        if self.requested is None:
+            self.requested = self._earlier()
         return self
 
     def __exit__(self, *_: Any) -> None:

@@ -24,6 +24,7 @@ from jspeed.core.errors import (
 from jspeed.engine.loop import Loop
 from jspeed.engine.progress import Silent
 from jspeed.engine.run import RunResult, train_run
+from jspeed.engine.status import Status
 from jspeed.models import build_model
 from jspeed.nn import language_model_loss
 from tests.engine.runs import entries, losses, start, tiny_run, write_run
@@ -96,6 +97,20 @@ def test_a_killed_run_started_again_is_left_alone(tmp_path):
     assert "--resume" in output
     assert "--overwrite" in output
     assert contents(directory) == before
+
+
+def test_a_signal_just_before_the_loop_is_heeded(tmp_path, monkeypatch):
+    """One that comes while the loop notes that it begins, before it has a handler of its own."""
+    write = Status.write
+
+    def write_and_ask(self: Status, directory: Path) -> None:
+        write(self, directory)
+        if self.status == "running":
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Status, "write", write_and_ask)
+    assert train(tmp_path / "run").state == "preempted"
+    assert status(tmp_path / "run")["step"] == 0
 
 
 @pytest.mark.parametrize("left", ["metrics", "checkpoint"])
