@@ -118,6 +118,7 @@ def step_options(
         compute_dtype=layout.compute_dtype,
         reduce_dtype=layout.reduce_dtype,
         automatic_axes=layout.automatic_axes,
+        devices=layout.mesh.size,
         described=described,
     )
     return dict(options) or None

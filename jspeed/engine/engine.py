@@ -34,6 +34,7 @@ from jspeed.engine.offloading import Offloading
 from jspeed.engine.parking import Parking
 from jspeed.engine.reporting import Reporter
 from jspeed.engine.sparse_attention import sets_pattern
+from jspeed.layout.mesh import one_at_a_time
 from jspeed.layout.rules import Rule
 from jspeed.training.contracts import check_callable
 from jspeed.training.program import LossFn, Program, make_program
@@ -163,9 +164,7 @@ class Engine(Checkpointing, Parking):
             self._state = self._offloading.start(self._state, seed)
         self._steps: int | None = 0
         self._counters = Counters()
-        # Virtual CPU devices share one pool of threads: two programs with collectives in flight
-        # can wait for each other for ever.
-        self._one_at_a_time = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
+        self._one_at_a_time = one_at_a_time(mesh)
         self._metrics: Metrics | None = None
         self._store: EngineCheckpoints | None = None
         self._compile_step()

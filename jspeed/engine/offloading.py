@@ -15,6 +15,7 @@ from jspeed.config import Config
 from jspeed.core.errors import OffloadError
 from jspeed.core.tree import map_named, named_leaves
 from jspeed.engine.offload_setup import adam_rule, make_store
+from jspeed.layout.mesh import one_at_a_time
 from jspeed.layout.zero import Layout, Role
 from jspeed.offload import (
     HOST_MEMORY,
@@ -174,7 +175,8 @@ class Offloading:
     def _on_devices(self, path: str, master: jax.Array) -> jax.Array:
         """A parameter as the devices hold it; a copy even where nothing changes."""
         held = jnp.copy(master.astype(self._layout.compute_dtype))
-        return jax.device_put(held, self._layout.sharding(path, Role.MASTER))
+        placed = jax.device_put(held, self._layout.sharding(path, Role.MASTER))
+        return jax.block_until_ready(placed) if one_at_a_time(self._layout.mesh) else placed
 
     def _owner(self, path: str, leaf: Any) -> str | None:
         owner = self._layout.owner(path, leaf.shape)

@@ -51,20 +51,26 @@ def compiler_options(
     compute_dtype: str,
     reduce_dtype: str | None = None,
     automatic_axes: Sequence[str] = (),
+    devices: int = 1,
     described: bool = False,
 ) -> Options:
     """The options to compile a train step with, for `jax.jit(..., compiler_options=...)`.
 
     Args:
-      platform: a JAX platform name; only GPUs have options, others get none.
+      platform: a JAX platform name; only GPUs and meshes of CPU devices have options.
       zero: overlap and bucket sizes.
       compute_dtype: that weights are gathered in; a bucket's elements times its size is in bytes.
       reduce_dtype: that gradients are reduced in; the compute dtype when None.
       automatic_axes: which of `tensor` and `seq` split anything, so that layers hold collectives of
         their own.
+      devices: of the mesh.
       described: the target is a description of a GPU. Products then go to the library, as they do
         on a GPU after autotuning, which needs one.
     """
+    if platform == "cpu" and devices > 1:
+        # XLA would order independent collectives to run at the same time, and every device's wait
+        # in a thread of the pool that they share: with all taken, none of them ever ends.
+        return {"xla_cpu_enable_concurrency_optimized_scheduler": False}
     if platform not in _GPU:
         return {}
     options: Options = {}

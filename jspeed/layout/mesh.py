@@ -145,3 +145,14 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
 def make_abstract_mesh(shape: MeshShape) -> AbstractMesh:
     """A mesh of a given shape without devices, for layouts of any size on any machine."""
     return AbstractMesh(shape.sizes(), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def one_at_a_time(mesh: AnyMesh) -> bool:
+    """Whether a program with collectives must end before another one begins.
+
+    Virtual CPU devices share one pool of threads: two programs with collectives in flight can wait
+    for each other for ever (docs/decisions/0002-one-program-at-a-time-on-virtual-cpu-devices.md).
+    """
+    if not isinstance(mesh, Mesh) or mesh.size == 1:
+        return False
+    return mesh.devices.flat[0].platform == "cpu"

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
+from jspeed.layout.mesh import one_at_a_time
 from jspeed.layout.zero import Layout, Role
 from jspeed.offload.chunks import CHUNK_ELEMENTS, Piece, Shards
 from jspeed.offload.host_adam import HostAdam
@@ -74,6 +75,7 @@ class HostOptimizer:
     ) -> None:
         self.layout = layout
         self._adam = adam
+        self._one_at_a_time = one_at_a_time(layout.mesh)
         self._paths = [path for path in layout.leaves if path in layout.on_host]
         self._shards = {
             path: Shards(layout.leaves[path].shape, layout.sharding(path, Role.MOMENTS), most)
@@ -229,7 +231,8 @@ class HostOptimizer:
     def _whole(self, path: str, target: jax.Array) -> jax.Array:
         if not self._is_split(path):
             return target
-        return _placed(self.layout.sharding(path, Role.MASTER))(target)
+        whole = _placed(self.layout.sharding(path, Role.MASTER))(target)
+        return jax.block_until_ready(whole) if self._one_at_a_time else whole
 
     def _is_split(self, path: str) -> bool:
         layout = self.layout

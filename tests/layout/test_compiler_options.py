@@ -87,5 +87,11 @@ def test_a_bucket_of_nothing_leaves_the_choice_to_xla():
     assert compiler_options("cuda", zero, compute_dtype="bfloat16") == {}
 
 
-def test_other_platforms_have_no_options():
+def test_one_cpu_device_has_no_options():
     assert compiler_options("cpu", settings(stage=3), compute_dtype="bfloat16") == {}
+
+
+def test_several_cpu_devices_run_collectives_in_order():
+    """Waiting at the same time they would take all threads of the pool that the devices share."""
+    options = compiler_options("cpu", settings(stage=3), compute_dtype="bfloat16", devices=8)
+    assert options == {"xla_cpu_enable_concurrency_optimized_scheduler": False}
