@@ -55,10 +55,11 @@ class Offloading:
         self._program = program
         self._optimizer = optimizer
         self._loss_scale = loss_scale
+        adam = HostAdam(adam_rule(config.optimizer))
         self._host = HostOptimizer(
             layout,
-            HostAdam(adam_rule(config.optimizer)),
-            functools.partial(make_store, section, layout),
+            adam,
+            functools.partial(make_store, section, layout, adam),
             most=min(section.chunk_size, CHUNK_ELEMENTS),
         )
 

@@ -6,7 +6,7 @@ An update on the host goes over the state chunk by chunk, in place. Where the ch
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -203,14 +203,22 @@ class HostStore:
     Args:
       sizes: elements of each chunk, in order.
       tensors: the names of the arrays of a chunk, for messages.
+      zeros: makes the memory for so many elements.
 
     Raises:
       OffloadError: sizes or names that make no sense.
     """
 
-    def __init__(self, sizes: Sequence[int], *, tensors: Sequence[str] = TENSORS) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        *,
+        tensors: Sequence[str] = TENSORS,
+        zeros: Callable[[int], np.ndarray] = host_zeros,
+    ) -> None:
         self._sizes = checked_sizes(sizes, tensors)
         self._tensors = tuple(tensors)
+        self._zeros = zeros
         self._chunks: list[State] = [()] * len(self._sizes)
         self._whole = Wholeness("The optimizer state in host memory")
 
@@ -241,7 +249,7 @@ class HostStore:
         self._whole.check()
         check_state(self._sizes, self._tensors, index, state)
         if not self._chunks[index]:
-            self._chunks[index] = tuple(host_zeros(array.size, array.dtype) for array in state)
+            self._chunks[index] = tuple(self._zeros(array.size) for array in state)
         for kept, array in zip(self._chunks[index], state, strict=True):
             kept[...] = array
 
