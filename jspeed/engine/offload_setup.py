@@ -15,11 +15,13 @@ from jspeed.config import Config, OffloadOptimizerConfig, OptimizerConfig
 from jspeed.core.errors import ConfigError
 from jspeed.layout.zero import Layout, Role
 from jspeed.offload import AdamRule, ChunkStore, FileStore, HostAdam, HostStore
+from jspeed.offload.chunks import CHUNK_ELEMENTS
 from jspeed.offload.needs import Need, check_disk, check_host_memory
 
 SECTION = "zero_optimization.offload_optimizer"
 _STORES = itertools.count()  # engines of one process may share a folder
 _ON_HOST = ("Adam", "AdamW", "FusedAdam")
+_ELEMENTWISE = (*_ON_HOST, "Lion", "Adagrad", "SGD")
 
 
 def parameters_on_host(
@@ -38,17 +40,24 @@ def parameters_on_host(
     section = config.zero.offload_optimizer
     if section is None or not layout.leaves:
         return frozenset()
+    streamed = section.update == "device"
+    possible = _ELEMENTWISE if streamed else _ON_HOST
+    how = "in chunks" if streamed else "on the host"
     if optimizer is not None:
         raise ConfigError(
             f'"{SECTION}.device": "{section.device}" needs an optimizer of the configuration, one '
-            f"of {', '.join(_ON_HOST)}, whose update runs on the host; an optax optimizer that is "
-            'passed in runs on the devices only. Name it under "optimizer", or remove the section.'
+            f"of {', '.join(possible)}, whose update runs {how}; an optax optimizer that is passed "
+            'in updates whole parameters on the devices. Name it under "optimizer", or remove the '
+            "section."
         )
     kind = config.optimizer.type if config.optimizer else None
-    if kind not in _ON_HOST:
+    if kind not in possible:
+        other = (
+            "" if streamed or kind not in _ELEMENTWISE else f', set "{SECTION}.update": "device"'
+        )
         raise ConfigError(
             f'"{SECTION}.device": "{section.device}" does not go with "optimizer.type": "{kind}", '
-            f"which has no update on the host. Use one of {', '.join(_ON_HOST)}, or remove the "
+            f"which has no update {how}. Use one of {', '.join(possible)}{other}, or remove the "
             "section."
         )
     return _share({path: math.prod(leaf.shape) for path, leaf in layout.leaves.items()}, section)
@@ -65,6 +74,12 @@ def _share(sizes: Mapping[str, int], section: OffloadOptimizerConfig) -> frozens
             chosen.add(path)
             left -= sizes[path]
     return frozenset(chosen)
+
+
+def chunk_elements(config: Config) -> int:
+    """The most elements of a chunk of offloaded state."""
+    section = config.zero.offload_optimizer
+    return CHUNK_ELEMENTS if section is None else min(section.chunk_size, CHUNK_ELEMENTS)
 
 
 def adam_rule(section: OptimizerConfig) -> AdamRule:

@@ -100,6 +100,7 @@ class Layout:
       order: which layers each pipeline stage holds; None without a pipeline.
       on_host: the parameters whose master and moments are on the host or its disk: devices hold
         them as fp32 training holds its parameters, but in the compute dtype.
+      streamed: those are updated by the step itself, which streams their state through the devices.
     """
 
     mesh: AnyMesh
@@ -109,6 +110,7 @@ class Layout:
     reduce_dtype: str
     order: StageOrder | None = None
     on_host: frozenset[str] = frozenset()
+    streamed: bool = False
 
     @property
     def sizes(self) -> dict[str, int]:

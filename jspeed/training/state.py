@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -17,7 +17,11 @@ from jspeed.core.errors import ModelError
 from jspeed.core.tree import map_named, named_leaves
 from jspeed.layout.mesh import PIPE
 from jspeed.layout.zero import Layout, Role
+from jspeed.offload import HOST_MEMORY
 from jspeed.training.program import Program
+
+LEAF = "leaf"
+"""Stands for a parameter where an optimizer is asked about one."""
 
 
 @jax.tree_util.register_dataclass
@@ -35,6 +39,8 @@ class TrainState:
       mutable: the model's other state: batch statistics, random keys.
       rng: uint32 key data; a step's keys are folded from it and `step`.
       loss_scale: the state of fp16's loss scaling, or None.
+      streamed: path -> tensor -> array in the hosts' pinned memory: fp32 `master` and moments of
+        the parameters whose state the step streams through the devices.
     """
 
     step: jax.Array
@@ -45,6 +51,7 @@ class TrainState:
     mutable: Any
     rng: jax.Array
     loss_scale: Any
+    streamed: dict[str, dict[str, jax.Array]] = field(default_factory=dict)
 
 
 def _build(
@@ -172,7 +179,36 @@ def state_shardings(shapes: TrainState, layout: Layout) -> Any:
         mutable=jax.tree.map(lambda _: whole, shapes.mutable),
         rng=whole,
         loss_scale=jax.tree.map(lambda _: whole, shapes.loss_scale),
+        streamed={
+            path: dict.fromkeys(tensors, streamed_sharding(layout, path))
+            for path, tensors in shapes.streamed.items()
+        },
     )
+
+
+def streamed_sharding(layout: Layout, path: str) -> NamedSharding:
+    """Where the state of a parameter lives that is streamed through the devices."""
+    return layout.sharding(path, Role.MOMENTS).with_memory_kind(HOST_MEMORY)
+
+
+def streamed_tensors(optimizer: optax.GradientTransformation) -> tuple[str, ...]:
+    """What is streamed of a parameter: `master` and the moments, by their names in the optimizer's
+    state."""
+    made = jax.eval_shape(optimizer.init, {LEAF: jax.ShapeDtypeStruct((1,), jnp.float32)})
+    ending = f"/{LEAF}"
+    moments = (path.removesuffix(ending) for path, _ in named_leaves(made) if path.endswith(ending))
+    return ("master", *moments)
+
+
+def _abstract_streamed(optimizer: optax.GradientTransformation, layout: Layout) -> Any:
+    if not layout.streamed:
+        return {}
+    tensors = streamed_tensors(optimizer)
+    return {
+        path: dict.fromkeys(tensors, jax.ShapeDtypeStruct(leaf.shape, jnp.float32))
+        for path, leaf in layout.leaves.items()
+        if path in layout.on_host
+    }
 
 
 def model_sharding(
@@ -199,6 +235,7 @@ def abstract_state(
     shapes = jax.eval_shape(
         lambda p, m, r: _build(p, m, r, optimizer, layout, loss_scale), params, mutable, rng
     )
+    shapes = replace(shapes, streamed=_abstract_streamed(optimizer, layout))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -217,12 +254,13 @@ def create_state(
     """Creates the state on the mesh, each device making only its own part.
 
     A model that exists already is copied into place leaf by leaf. Random initial values do not
-    depend on the layout. Parameters `on_host` are missing: `create_parameters` makes those.
+    depend on the layout. Parameters `on_host` and what is streamed are missing:
+    `create_parameters` makes those.
     """
     shardings = jax.tree.map(
         lambda leaf: leaf.sharding, abstract_state(program, optimizer, layout, loss_scale)
     )
-    shardings = replace(shardings, master=on_device(shardings.master, layout))
+    shardings = replace(shardings, master=on_device(shardings.master, layout), streamed={})
     init_key, run_key = jax.random.split(jax.random.key(seed))
     rng = jax.random.key_data(run_key)
     given = program.given()
