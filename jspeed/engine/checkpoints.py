@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
 
 from jspeed.checkpoint import CheckpointStore, Deferred, made
 from jspeed.core.errors import CheckpointError, MissingExtraError
@@ -27,6 +28,7 @@ from jspeed.engine.accessors import Accessors, whole_on_host
 from jspeed.engine.counters import Counters
 from jspeed.engine.reporting import LOGGER
 from jspeed.layout.zero import Layout, Role
+from jspeed.offload import HOST_MEMORY
 from jspeed.training.state import (
     TrainState,
     in_model_order,
@@ -257,6 +259,11 @@ def layers_in_model_order(state: TrainState, layout: Layout) -> TrainState:
     return replace(state, **{part: in_place(part) for part in _LAYERED})
 
 
+def _on_devices(sharding: Any) -> NamedSharding:
+    """The same placement in the devices' memory."""
+    return NamedSharding(sharding.mesh, sharding.spec)
+
+
 def _rearranged(
     rearrange: Callable[[Any], Any],
     leaves: dict[str, Any],
@@ -264,20 +271,30 @@ def _rearranged(
     *,
     donate: bool = False,
 ) -> dict[str, Any]:
-    """Leaves in another order, shaped and placed as `shapes`; deferred ones when they are made."""
+    """Leaves in another order, shaped and placed as `shapes`. Those in the hosts' memory, and
+    deferred ones, one at a time when they are made: on the devices."""
 
     def now(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        shardings = {path: shapes[path].sharding for path in leaves}
+        shardings = {path: _on_devices(shapes[path].sharding) for path in leaves}
         jitted = jax.jit(rearrange, out_shardings=shardings, donate_argnums=(0,) if donate else ())
         return jitted(leaves)
 
-    def later(path: str, leaf: Deferred) -> Deferred:
+    def later(path: str, leaf: jax.Array | Deferred) -> Deferred:
         to = shapes[path]
-        return Deferred(to.shape, to.dtype, to.sharding, lambda: now({path: leaf.make()})[path])
 
-    deferred = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, Deferred)}
-    arrays = {path: leaf for path, leaf in leaves.items() if path not in deferred}
-    return now(arrays) | {path: later(path, leaf) for path, leaf in deferred.items()}
+        def make() -> jax.Array:
+            there = jax.device_put(made(leaf), _on_devices(leaf.sharding))
+            return jax.device_put(now({path: there})[path], to.sharding)
+
+        return Deferred(to.shape, to.dtype, to.sharding, make)
+
+    one_by_one = {
+        path: leaf
+        for path, leaf in leaves.items()
+        if isinstance(leaf, Deferred) or leaf.sharding.memory_kind == HOST_MEMORY
+    }
+    arrays = {path: leaf for path, leaf in leaves.items() if path not in one_by_one}
+    return now(arrays) | {path: later(path, leaf) for path, leaf in one_by_one.items()}
 
 
 def _shapes_in_model_order(state: TrainState, layout: Layout) -> TrainState:
