@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jspeed.config import Batch, Config, resolve_batch
 from jspeed.core.errors import ConfigError
-from jspeed.engine.offload_setup import parameters_on_host
+from jspeed.engine.offload_setup import parameters_on_host, with_streamed_parameters
 from jspeed.engine.stages import stage_order
 from jspeed.layout.mesh import PIPE, AnyMesh, MeshShape, make_mesh, resolve_mesh
 from jspeed.layout.rules import Rule
@@ -133,8 +133,9 @@ def plan_run(
         reduce_dtype=precision.communication_dtype,
         order=stage_order(config, program, params, mesh.shape[PIPE]),
     )
-    layout = replace(layout, on_host=parameters_on_host(config, layout, optimizer))
     batch = resolve_batch(config, layout.batch_shards)
+    layout = replace(layout, on_host=parameters_on_host(config, layout, optimizer))
+    layout = with_streamed_parameters(config, layout, program.stacked, batch.accumulation)
     optimizer, schedule, momentum = _optimizer(config, program, layout, optimizer, schedule)
     scaling = _loss_scale(config)
     gradients = GradientSettings(

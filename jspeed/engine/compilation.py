@@ -95,7 +95,7 @@ def jit_step(
         gradients = {
             path: layout.sharding(path, Role.MOMENTS)
             for path in layout.leaves
-            if path in layout.on_host
+            if path in layout.on_host - layout.params_on_host
         }
         outputs += (HostUpdate(gradients, None, None, None, None),)  # pyright: ignore
     return jax.jit(

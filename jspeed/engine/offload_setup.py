@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -18,6 +20,7 @@ from jspeed.offload import AdamRule, ChunkStore, FileStore, HostStore
 from jspeed.offload.needs import Need, check_disk, check_host_memory
 
 SECTION = "zero_optimization.offload_optimizer"
+PARAMETERS = "zero_optimization.offload_param"
 _STORES = itertools.count()  # engines of one process may share a folder
 _ON_HOST = ("Adam", "AdamW", "FusedAdam")
 
@@ -65,6 +68,70 @@ def _share(sizes: Mapping[str, int], section: OffloadOptimizerConfig) -> frozens
             chosen.add(path)
             left -= sizes[path]
     return frozenset(chosen)
+
+
+def with_streamed_parameters(
+    config: Config, layout: Layout, stacked: Sequence[str], accumulation: int
+) -> Layout:
+    """The layout with the parameters that stay in host memory, if the configuration says so.
+
+    These are the parameters that stack layers, without those so small that ZeRO-3 would keep them
+    whole.
+
+    Args:
+      config: resolved.
+      layout: with parameters `on_host`.
+      stacked: regexes of parameters that stack layers.
+      accumulation: microbatches per step.
+
+    Raises:
+      ConfigError: what does not go with it.
+    """
+    device = config.zero.offload_param
+    if device is None or not layout.leaves:
+        return layout
+    said = f'"{PARAMETERS}.device": "{device}"'
+    if device == "nvme":
+        raise ConfigError(
+            f'{said}: parameters on the disk are not built yet. Use "cpu"; the state of the '
+            f'optimizer, six times as large, can go to the disk: "{SECTION}.device": "nvme".'
+        )
+    optimizer = config.zero.offload_optimizer
+    if optimizer is None or optimizer.ratio != 1:
+        found = '"none"' if optimizer is None else f'offloaded with "ratio": {optimizer.ratio}'
+        raise ConfigError(
+            f"{said} needs all of the optimizer's state on the host, where the parameters are "
+            f'updated, and it is {found}. Set "{SECTION}": {{"device": "cpu"}}, or "nvme".'
+        )
+    if layout.stages > 1:
+        raise ConfigError(
+            f'{said} does not go with "mesh.pipe": {layout.stages}: stages of a pipeline need '
+            'their layers for every microbatch in turn. Use "data" with "stage": 3 in its place.'
+        )
+    chosen = frozenset(
+        path
+        for path, leaf in layout.leaves.items()
+        if not leaf.persistent and any(re.fullmatch(pattern, path) for pattern in stacked)
+    )
+    if not chosen:
+        raise ConfigError(
+            f"{said}: no parameter of this model stacks layers that are large enough to be "
+            "streamed. Scan over the layers and name their parameters, as "
+            'jspeed.initialize(stacked=["blocks/.*"]), or lower '
+            '"zero_optimization.stage3_param_persistence_threshold".'
+        )
+    split = {
+        path
+        for path in chosen
+        if layout.role_spec(path, Role.MASTER) != layout.role_spec(path, Role.MOMENTS)
+    }
+    if split and jax.process_count() > 1:
+        raise ConfigError(
+            f'{said} with {jax.process_count()} processes and "stage": {layout.stage}: each would '
+            f'update its part of {min(split)} and hold all of it. Use "stage": 3.'
+        )
+    dtype = layout.reduce_dtype if accumulation == 1 else config.precision.grad_accum_dtype
+    return replace(layout, params_on_host=chosen, host_gradient_dtype=dtype)
 
 
 def adam_rule(section: OptimizerConfig) -> AdamRule:

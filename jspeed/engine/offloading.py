@@ -16,9 +16,8 @@ from jspeed.core.errors import OffloadError
 from jspeed.core.tree import map_named, named_leaves
 from jspeed.engine.offload_setup import adam_rule, make_store
 from jspeed.layout.mesh import one_at_a_time
-from jspeed.layout.zero import Layout, Role
+from jspeed.layout.zero import HOST_MEMORY, Layout, Role
 from jspeed.offload import (
-    HOST_MEMORY,
     HostAdam,
     HostOptimizer,
     HostStep,
@@ -113,11 +112,12 @@ class Offloading:
             master=map_named(master, state.master, shapes.master),
             copies={},
             opt_state=map_named(moments, shapes.opt_state),
+            host_gradients={},
         )
 
     def abstract_whole_state(self) -> TrainState:
         """Shapes and shardings of `whole_state`."""
-        plain = replace(self._layout, on_host=frozenset())
+        plain = replace(self._layout, on_host=frozenset(), params_on_host=frozenset())
         shapes = abstract_state(self._program, self._optimizer, plain, self._loss_scale)
 
         def on_host(leaf: Any, owner: str) -> Any:
@@ -173,9 +173,12 @@ class Offloading:
         return self._on_devices(path, master)
 
     def _on_devices(self, path: str, master: jax.Array) -> jax.Array:
-        """A parameter as the devices hold it; a copy even where nothing changes."""
+        """A parameter as the devices hold it, or have it in their hosts' memory; a copy even where
+        nothing changes."""
         held = jnp.copy(master.astype(self._layout.compute_dtype))
         placed = jax.device_put(held, self._layout.sharding(path, Role.MASTER))
+        if path in self._layout.params_on_host:
+            placed = jax.device_put(placed, self._layout.stored_sharding(path, Role.MASTER))
         return jax.block_until_ready(placed) if one_at_a_time(self._layout.mesh) else placed
 
     def _owner(self, path: str, leaf: Any) -> str | None:
@@ -218,7 +221,8 @@ class OffloadedStep:
         params = {
             path: leaf for path, leaf in named_leaves(new.master) if path in self._layout.on_host
         }
-        params = self._host.apply(params, update.gradients, step)
+        gradients = update.gradients | new.host_gradients
+        params = self._host.apply(params, gradients, step)
         master = map_named(lambda path, leaf: params.get(path, leaf), new.master)
         return replace(new, master=master)
 

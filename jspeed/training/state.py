@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -35,6 +36,8 @@ class TrainState:
       mutable: the model's other state: batch statistics, random keys.
       rng: uint32 key data; a step's keys are folded from it and `step`.
       loss_scale: the state of fp16's loss scaling, or None.
+      host_gradients: path -> gradients that the last step left in the hosts' memory, of the
+        layout's `params_on_host`; room for the next one's.
     """
 
     step: jax.Array
@@ -45,6 +48,7 @@ class TrainState:
     mutable: Any
     rng: jax.Array
     loss_scale: Any
+    host_gradients: dict[str, jax.Array] = field(default_factory=dict)
 
 
 def _build(
@@ -163,15 +167,19 @@ def state_shardings(shapes: TrainState, layout: Layout) -> Any:
             return NamedSharding(layout.mesh, PartitionSpec(PIPE))
         return whole
 
+    shardings: dict[str, Any] = {
+        path: layout.stored_sharding(path, Role.MOMENTS) for path in shapes.host_gradients
+    }
     return TrainState(
         step=whole,
         updates=whole,
-        master=map_named(lambda path, _: layout.sharding(path, Role.MASTER), shapes.master),
+        master=map_named(lambda path, _: layout.stored_sharding(path, Role.MASTER), shapes.master),
         copies=map_named(lambda path, _: layout.sharding(path, Role.PARAM), shapes.copies),
         opt_state=map_named(moments, shapes.opt_state),
         mutable=jax.tree.map(lambda _: whole, shapes.mutable),
         rng=whole,
         loss_scale=jax.tree.map(lambda _: whole, shapes.loss_scale),
+        host_gradients=shardings,
     )
 
 
@@ -199,11 +207,31 @@ def abstract_state(
     shapes = jax.eval_shape(
         lambda p, m, r: _build(p, m, r, optimizer, layout, loss_scale), params, mutable, rng
     )
+    shapes = replace(shapes, host_gradients=_host_gradient_shapes(layout))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
         state_shardings(shapes, layout),
     )
+
+
+def _host_gradient_shapes(layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
+    return {
+        path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(layout.host_gradient_dtype))
+        for path, leaf in layout.leaves.items()
+        if path in layout.params_on_host
+    }
+
+
+def _host_gradients(layout: Layout) -> dict[str, jax.Array]:
+    """Zeros in the hosts' memory, which have not been on any device."""
+
+    def zeros(path: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        sharding = layout.stored_sharding(path, Role.MOMENTS)
+        local = np.zeros(sharding.shard_shape(shape.shape), shape.dtype)
+        return jax.make_array_from_callback(shape.shape, sharding, lambda _: local)
+
+    return {path: zeros(path, shape) for path, shape in _host_gradient_shapes(layout).items()}
 
 
 def create_state(
@@ -222,7 +250,8 @@ def create_state(
     shardings = jax.tree.map(
         lambda leaf: leaf.sharding, abstract_state(program, optimizer, layout, loss_scale)
     )
-    shardings = replace(shardings, master=on_device(shardings.master, layout))
+    left = _host_gradients(layout)
+    shardings = replace(shardings, master=on_device(shardings.master, layout), host_gradients={})
     init_key, run_key = jax.random.split(jax.random.key(seed))
     rng = jax.random.key_data(run_key)
     given = program.given()
@@ -233,7 +262,8 @@ def create_state(
             params = on_device(params, layout)
             return _build(params, mutable, rng, optimizer, layout, loss_scale)
 
-        return jax.jit(create, out_shardings=shardings)(init_key, rng)
+        made = jax.jit(create, out_shardings=shardings)(init_key, rng)
+        return replace(made, host_gradients=left)
     params, mutable = given
     placed = map_named(
         lambda path, leaf, sharding: jax.device_put(
@@ -247,7 +277,7 @@ def create_state(
     build = jax.jit(
         lambda p, m, r: _build(p, m, r, optimizer, layout, loss_scale), out_shardings=shardings
     )
-    return build(placed, mutable, rng)
+    return replace(build(placed, mutable, rng), host_gradients=left)
 
 
 def create_parameters(
