@@ -175,6 +175,7 @@ def _offload_optimizer(values: Values) -> types.OffloadOptimizerConfig | None:
         return None
     return types.OffloadOptimizerConfig(
         device=get("device"),
+        update=get("update"),
         ratio=get("ratio"),
         nvme_path=get("nvme_path"),
         buffer_count=get("buffer_count"),

@@ -110,6 +110,13 @@ OFFLOAD_OPTIMIZER = section(
         "where master weights and Adam's moments live, and are updated: cpu is host memory",
     ),
     mapped(
+        "update",
+        choice("host", "device"),
+        "host",
+        "what updates: the host's cores, or the devices, through which the state is streamed from "
+        "pinned memory in chunks",
+    ),
+    mapped(
         "ratio",
         Number(0, 1),
         1.0,

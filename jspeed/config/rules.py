@@ -102,6 +102,14 @@ def offload(values: Values) -> Iterator[Problem]:
                 f"{section}.nvme_path",
                 f'missing; "{section}.device": "nvme" needs a folder on the disk.',
             )
+    update = f"{_ZERO}.offload_optimizer.update"
+    if values.get(f"{_ZERO}.offload_optimizer.device") == "nvme" and values.get(update) == "device":
+        yield Problem(
+            update,
+            '"device" does not go with "device": "nvme": devices stream state from pinned memory. '
+            'Use "host", or "device": "cpu".',
+            values.line(update),
+        )
     buffers = f"{_ZERO}.offload_optimizer.buffer_count"
     if values.get(f"{_ZERO}.offload_optimizer.device") == "nvme" and values.get(buffers) < 3:
         yield Problem(

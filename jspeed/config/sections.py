@@ -64,11 +64,13 @@ class PrecisionConfig:
 class OffloadOptimizerConfig:
     """Where the optimizer's state lives off the devices.
 
-    `ratio` is the share of the parameters that is, `buffer_count` the chunks of state from the disk
-    that are in memory at a time, `chunk_size` the elements up to which one is.
+    `update` says what updates it, the host's cores or the devices, `ratio` is the share of the
+    parameters that is, `buffer_count` the chunks of state from the disk that are in memory at a
+    time, `chunk_size` the elements up to which one is.
     """
 
     device: Literal["cpu", "nvme"]
+    update: Literal["host", "device"]
     ratio: float
     nvme_path: str | None
     buffer_count: int

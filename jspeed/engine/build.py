@@ -13,7 +13,11 @@ from jax.sharding import Mesh
 
 from jspeed.config import Batch, Config, resolve_batch
 from jspeed.core.errors import ConfigError
-from jspeed.engine.offload_setup import parameters_on_host, with_streamed_parameters
+from jspeed.engine.offload_setup import (
+    chunk_elements,
+    parameters_on_host,
+    with_parameters_on_host,
+)
 from jspeed.engine.stages import stage_order
 from jspeed.layout.mesh import PIPE, AnyMesh, MeshShape, make_mesh, resolve_mesh
 from jspeed.layout.rules import Rule
@@ -62,7 +66,7 @@ class RunPlan:
     @property
     def rates(self) -> Rates | None:
         """What an optimizer on the host follows; None where there is none."""
-        if not self.layout.on_host:
+        if not self.layout.on_host or self.layout.streamed:
             return None
         assert self.schedule is not None
         assert self.momentum is not None
@@ -133,9 +137,12 @@ def plan_run(
         reduce_dtype=precision.communication_dtype,
         order=stage_order(config, program, params, mesh.shape[PIPE]),
     )
+    on_host = parameters_on_host(config, layout, optimizer)
+    offload = config.zero.offload_optimizer
+    streamed = bool(on_host) and offload is not None and offload.update == "device"
+    layout = replace(layout, on_host=on_host, streamed=streamed)
     batch = resolve_batch(config, layout.batch_shards)
-    layout = replace(layout, on_host=parameters_on_host(config, layout, optimizer))
-    layout = with_streamed_parameters(config, layout, program.stacked, batch.accumulation)
+    layout = with_parameters_on_host(config, layout, program.stacked, batch.accumulation)
     optimizer, schedule, momentum = _optimizer(config, program, layout, optimizer, schedule)
     scaling = _loss_scale(config)
     gradients = GradientSettings(
@@ -152,6 +159,7 @@ def plan_run(
         gradient_clipping=config.gradient_clipping,
         skip_nonfinite=precision.check_grad_overflow,
         loss_scale=scaling,
+        chunk_size=chunk_elements(config),
     )
     return RunPlan(
         layout, batch, optimizer, schedule, step, scaling.init if scaling else None, momentum

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,9 @@ def jit_step(
     Returns:
       The jitted `(state, placed batch) -> (state, metrics)`, which consumes the state.
     """
-    state = abstract_state(program, plan.optimizer, plan.layout, plan.loss_scale)
-    layout, rates = plan.layout, plan.rates
+    options = step_options(config, plan.layout, described=described)
+    layout, rates = lowered_layout(plan.layout, described=described), plan.rates
+    state = abstract_state(program, plan.optimizer, layout, plan.loss_scale)
     step = make_train_step(
         program, loss_fn, plan.optimizer, layout, plan.step, plan.schedule, rates
     )
@@ -102,8 +104,20 @@ def jit_step(
         step,
         donate_argnums=0,
         out_shardings=outputs,
-        compiler_options=step_options(config, plan.layout, described=described),
+        compiler_options=options,
     )
+
+
+def lowered_layout(layout: Layout, *, described: bool) -> Layout:
+    """The layout that a step's state is lowered in.
+
+    Shardings over described devices lose their memory kinds, and those over axes alone do not; the
+    batch, over the devices, says what to compile for.
+    """
+    if not described or not (layout.streamed or layout.params_on_host):
+        return layout
+    assert isinstance(layout.mesh, Mesh)
+    return replace(layout, mesh=layout.mesh.abstract_mesh)
 
 
 def step_options(

@@ -30,7 +30,7 @@ from jspeed.engine.not_in_jspeed import (
     refuses,
     takes_names_only,
 )
-from jspeed.engine.offloading import Offloading
+from jspeed.engine.offloading import make_offloading
 from jspeed.engine.parking import Parking
 from jspeed.engine.reporting import Reporter
 from jspeed.engine.sparse_attention import sets_pattern
@@ -156,11 +156,8 @@ class Engine(Checkpointing, Parking):
         self._state: TrainState = create_state(
             program, self.plan.optimizer, self.layout, seed=seed, loss_scale=self.plan.loss_scale
         )
-        self._offloading: Offloading | None = None
-        if self.layout.on_host:
-            self._offloading = Offloading(
-                config, program, self.plan.optimizer, self.layout, self.plan.loss_scale
-            )
+        self._offloading = make_offloading(config, program, self.plan)
+        if self._offloading is not None:
             self._state = self._offloading.start(self._state, seed)
         self._steps: int | None = 0
         self._counters = Counters()

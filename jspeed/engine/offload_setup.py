@@ -17,12 +17,14 @@ from jspeed.config import Config, OffloadOptimizerConfig, OptimizerConfig
 from jspeed.core.errors import ConfigError
 from jspeed.layout.zero import Layout, Role
 from jspeed.offload import AdamRule, ChunkStore, FileStore, HostStore
+from jspeed.offload.chunks import CHUNK_ELEMENTS
 from jspeed.offload.needs import Need, check_disk, check_host_memory
 
 SECTION = "zero_optimization.offload_optimizer"
 PARAMETERS = "zero_optimization.offload_param"
 _STORES = itertools.count()  # engines of one process may share a folder
 _ON_HOST = ("Adam", "AdamW", "FusedAdam")
+_ELEMENTWISE = (*_ON_HOST, "Lion", "Adagrad", "SGD")
 
 
 def parameters_on_host(
@@ -41,17 +43,24 @@ def parameters_on_host(
     section = config.zero.offload_optimizer
     if section is None or not layout.leaves:
         return frozenset()
+    streamed = section.update == "device"
+    possible = _ELEMENTWISE if streamed else _ON_HOST
+    how = "in chunks" if streamed else "on the host"
     if optimizer is not None:
         raise ConfigError(
             f'"{SECTION}.device": "{section.device}" needs an optimizer of the configuration, one '
-            f"of {', '.join(_ON_HOST)}, whose update runs on the host; an optax optimizer that is "
-            'passed in runs on the devices only. Name it under "optimizer", or remove the section.'
+            f"of {', '.join(possible)}, whose update runs {how}; an optax optimizer that is passed "
+            'in updates whole parameters on the devices. Name it under "optimizer", or remove the '
+            "section."
         )
     kind = config.optimizer.type if config.optimizer else None
-    if kind not in _ON_HOST:
+    if kind not in possible:
+        other = (
+            "" if streamed or kind not in _ELEMENTWISE else f', set "{SECTION}.update": "device"'
+        )
         raise ConfigError(
             f'"{SECTION}.device": "{section.device}" does not go with "optimizer.type": "{kind}", '
-            f"which has no update on the host. Use one of {', '.join(_ON_HOST)}, or remove the "
+            f"which has no update {how}. Use one of {', '.join(possible)}{other}, or remove the "
             "section."
         )
     return _share({path: math.prod(leaf.shape) for path, leaf in layout.leaves.items()}, section)
@@ -70,7 +79,7 @@ def _share(sizes: Mapping[str, int], section: OffloadOptimizerConfig) -> frozens
     return frozenset(chosen)
 
 
-def with_streamed_parameters(
+def with_parameters_on_host(
     config: Config, layout: Layout, stacked: Sequence[str], accumulation: int
 ) -> Layout:
     """The layout with the parameters that stay in host memory, if the configuration says so.
@@ -103,6 +112,11 @@ def with_streamed_parameters(
             f"{said} needs all of the optimizer's state on the host, where the parameters are "
             f'updated, and it is {found}. Set "{SECTION}": {{"device": "cpu"}}, or "nvme".'
         )
+    if layout.streamed:
+        raise ConfigError(
+            f'{said} does not go with "{SECTION}.update": "device": parameters on the host are '
+            'updated there. Use "update": "host".'
+        )
     if layout.stages > 1:
         raise ConfigError(
             f'{said} does not go with "mesh.pipe": {layout.stages}: stages of a pipeline need '
@@ -132,6 +146,12 @@ def with_streamed_parameters(
         )
     dtype = layout.reduce_dtype if accumulation == 1 else config.precision.grad_accum_dtype
     return replace(layout, params_on_host=chosen, host_gradient_dtype=dtype)
+
+
+def chunk_elements(config: Config) -> int:
+    """The most elements of a chunk of offloaded state."""
+    section = config.zero.offload_optimizer
+    return CHUNK_ELEMENTS if section is None else min(section.chunk_size, CHUNK_ELEMENTS)
 
 
 def adam_rule(section: OptimizerConfig) -> AdamRule:

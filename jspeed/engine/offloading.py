@@ -14,7 +14,9 @@ import optax
 from jspeed.config import Config
 from jspeed.core.errors import OffloadError
 from jspeed.core.tree import map_named, named_leaves
+from jspeed.engine.build import RunPlan
 from jspeed.engine.offload_setup import adam_rule, make_store
+from jspeed.engine.streaming import Streaming
 from jspeed.layout.mesh import one_at_a_time
 from jspeed.layout.zero import HOST_MEMORY, Layout, Role
 from jspeed.offload import (
@@ -84,8 +86,9 @@ class Offloading:
         """Gives the memory, or the files, back."""
         self._host.close()
 
-    def master(self, path: str) -> jax.Array:
+    def master(self, path: str, state: TrainState) -> jax.Array:
         """A parameter in fp32, in the hosts' memory."""
+        del state
         return self._host.leaf(path, "master")
 
     def whole_state(self, state: TrainState, *, host: bool = True) -> TrainState:
@@ -189,6 +192,16 @@ class Offloading:
 def _tensor(path: str) -> str:
     """Which of a parameter's tensors a leaf of Adam's state is: `mu/...` or `nu/...`."""
     return path.partition("/")[0]
+
+
+def make_offloading(
+    config: Config, program: Program, plan: RunPlan
+) -> Offloading | Streaming | None:
+    """What a run has on the host; None for nothing."""
+    if not plan.layout.on_host:
+        return None
+    parts = program, plan.optimizer, plan.layout, plan.loss_scale
+    return Streaming(*parts) if plan.layout.streamed else Offloading(config, *parts)
 
 
 class OffloadedStep:

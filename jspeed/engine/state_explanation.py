@@ -16,6 +16,7 @@ from jspeed.layout.at_use import AtHome, Report, call_with_gather_at_use
 from jspeed.layout.explain import Explanation, StateArray, explain
 from jspeed.layout.rules import Entry
 from jspeed.layout.zero import Layout, Role, manual_spec
+from jspeed.offload.stores import TENSORS
 from jspeed.training.program import LossFn, Program, loss_parts
 from jspeed.training.state import TrainState, abstract_parameters, abstract_state
 
@@ -25,7 +26,14 @@ def explain_plan(
 ) -> Explanation:
     """Explains where the training state of a planned run lives; the plan's mesh may be abstract."""
     state = abstract_state(program, plan.optimizer, plan.layout, plan.loss_scale)
-    return explain(plan.layout, state_arrays(state, plan.layout), notes, program.logical_axes)
+    streamed = next(iter(state.streamed.values()), ())
+    return explain(
+        plan.layout,
+        state_arrays(state, plan.layout),
+        notes,
+        program.logical_axes,
+        host_tensors=len(streamed) or len(TENSORS),
+    )
 
 
 def state_arrays(state: TrainState, layout: Layout) -> list[StateArray]:

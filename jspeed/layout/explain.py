@@ -198,6 +198,7 @@ def explain(
     arrays: Iterable[StateArray],
     notes: Sequence[tuple[str, str]] = (),
     logical_axes: Mapping[str, tuple[str, ...]] | None = None,
+    host_tensors: int = 3,
 ) -> Explanation:
     """Explains where a training state lives.
 
@@ -206,6 +207,7 @@ def explain(
       arrays: of the state, each parameter's master among them.
       notes: what gathering at use reported, see `jspeed.layout.at_use.Report`.
       logical_axes: path -> one name per dimension, for the parameters whose model names them.
+      host_tensors: fp32 tensors that the host has of each parameter `on_host`.
 
     Returns:
       Bytes that are exact for the arrays given: specs split evenly, or the layout would not exist.
@@ -230,19 +232,19 @@ def explain(
                 if role in found[path]
             },
             logical_axes=(logical_axes or {}).get(path),
-            host_bytes=_host_bytes(layout, path),
+            host_bytes=_host_bytes(layout, path, host_tensors),
         )
         for path, leaf in layout.leaves.items()
     )
     return Explanation(sizes, layout.stage, layout.compute_dtype, leaves, other, tuple(notes))
 
 
-def _host_bytes(layout: Layout, path: str) -> int:
-    """Master and two moments in fp32 of the part that one device updates, if the host does."""
+def _host_bytes(layout: Layout, path: str, tensors: int) -> int:
+    """Master and moments in fp32 of the part that one device updates, if the host has them."""
     if path not in layout.on_host:
         return 0
     spec = layout.role_spec(path, Role.MOMENTS)
-    return 3 * shard_bytes(
+    return tensors * shard_bytes(
         StateArray(path, Role.MOMENTS, layout.leaves[path].shape, "float32", spec), layout.sizes
     )
 

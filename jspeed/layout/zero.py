@@ -106,6 +106,7 @@ class Layout:
       params_on_host: those of them whose parameters themselves, and gradients, are in the hosts'
         memory as well, from where devices take them layer by layer.
       host_gradient_dtype: of gradients there.
+      streamed: those are updated by the step itself, which streams their state through the devices.
     """
 
     mesh: AnyMesh
@@ -117,6 +118,7 @@ class Layout:
     on_host: frozenset[str] = frozenset()
     params_on_host: frozenset[str] = frozenset()
     host_gradient_dtype: str = "float32"
+    streamed: bool = False
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -125,6 +125,7 @@ def account(
     batch_bytes: int,
     limit: int,
     origins: Origins,
+    host: int = 0,
     leaving: int = 0,
 ) -> Memory:
     """Puts together what a compiled step holds.
@@ -135,6 +136,7 @@ def account(
       batch_bytes: of a step's batch on one device.
       limit: what the device has.
       origins: of the step's instructions.
+      host: bytes on the host that the compiled step knows nothing of.
       leaving: bytes of the gradients that the step gives to the host.
     """
     buffers = temporaries_at_peak(compiled, origins, gradient_shapes(state))
@@ -155,7 +157,7 @@ def account(
         largest=tuple(buffers[:_LARGEST]),
         peak=compiled.peak_bytes,
         limit=limit,
-        host=compiled.host_bytes + state.host_bytes,
+        host=compiled.host_bytes + host,
     )
 
 

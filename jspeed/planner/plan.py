@@ -25,7 +25,7 @@ from jspeed.engine.abstract_run import (
 )
 from jspeed.engine.batches import check_sequences
 from jspeed.engine.build import RunPlan, mesh_shape, plan_run
-from jspeed.engine.compilation import auto_facts, jit_step
+from jspeed.engine.compilation import auto_facts, jit_step, lowered_layout
 from jspeed.engine.pipeline import pipeline_of
 from jspeed.engine.sparse_attention import sets_pattern
 from jspeed.engine.state_explanation import explain_plan, microbatch_shapes
@@ -203,7 +203,10 @@ def _plan(step: _Step, cluster: Cluster, remarks: list[str]) -> Plan:
             batch_bytes=batch_bytes,
             limit=cluster.limit_bytes,
             origins=origins,
-            leaving=state.host_bytes // 12 * jnp.dtype(layout.reduce_dtype).itemsize,
+            host=0 if layout.streamed else state.host_bytes,
+            leaving=0
+            if layout.streamed
+            else state.host_bytes // 12 * jnp.dtype(layout.reduce_dtype).itemsize,
         ),
         traffic=summarise(traffic),
         volume=volume(
@@ -239,7 +242,8 @@ def _elements_per_replica(layout: Layout) -> int:
 def _compile(step: _Step, *, described: bool) -> tuple[Compiled, int]:
     """The compiled step, and the bytes of its batch on one device."""
     run, layout = step.run, step.run.layout
-    state = abstract_state(step.program, run.optimizer, layout, run.loss_scale)
+    lowered = lowered_layout(layout, described=described)
+    state = abstract_state(step.program, run.optimizer, lowered, run.loss_scale)
     batch = step_batch(step.microbatch, run)
     jitted = jit_step(step.config, step.program, step.loss_fn, run, described=described)
     compiled = compile_lowered(jitted.lower(state, batch), layout.sizes)

@@ -18,7 +18,11 @@ from jspeed.core.errors import ModelError
 from jspeed.core.tree import map_named, named_leaves
 from jspeed.layout.mesh import PIPE
 from jspeed.layout.zero import Layout, Role
+from jspeed.offload import HOST_MEMORY
 from jspeed.training.program import Program
+
+LEAF = "leaf"
+"""Stands for a parameter where an optimizer is asked about one."""
 
 
 @jax.tree_util.register_dataclass
@@ -38,6 +42,8 @@ class TrainState:
       loss_scale: the state of fp16's loss scaling, or None.
       host_gradients: path -> gradients that the last step left in the hosts' memory, of the
         layout's `params_on_host`; room for the next one's.
+      streamed: path -> tensor -> array in the hosts' pinned memory: fp32 `master` and moments of
+        the parameters whose state the step streams through the devices.
     """
 
     step: jax.Array
@@ -49,6 +55,7 @@ class TrainState:
     rng: jax.Array
     loss_scale: Any
     host_gradients: dict[str, jax.Array] = field(default_factory=dict)
+    streamed: dict[str, dict[str, jax.Array]] = field(default_factory=dict)
 
 
 def _build(
@@ -180,7 +187,36 @@ def state_shardings(shapes: TrainState, layout: Layout) -> Any:
         rng=whole,
         loss_scale=jax.tree.map(lambda _: whole, shapes.loss_scale),
         host_gradients=shardings,
+        streamed={
+            path: dict.fromkeys(tensors, streamed_sharding(layout, path))
+            for path, tensors in shapes.streamed.items()
+        },
     )
+
+
+def streamed_sharding(layout: Layout, path: str) -> NamedSharding:
+    """Where the state of a parameter lives that is streamed through the devices."""
+    return layout.sharding(path, Role.MOMENTS).with_memory_kind(HOST_MEMORY)
+
+
+def streamed_tensors(optimizer: optax.GradientTransformation) -> tuple[str, ...]:
+    """What is streamed of a parameter: `master` and the moments, by their names in the optimizer's
+    state."""
+    made = jax.eval_shape(optimizer.init, {LEAF: jax.ShapeDtypeStruct((1,), jnp.float32)})
+    ending = f"/{LEAF}"
+    moments = (path.removesuffix(ending) for path, _ in named_leaves(made) if path.endswith(ending))
+    return ("master", *moments)
+
+
+def _abstract_streamed(optimizer: optax.GradientTransformation, layout: Layout) -> Any:
+    if not layout.streamed:
+        return {}
+    tensors = streamed_tensors(optimizer)
+    return {
+        path: dict.fromkeys(tensors, jax.ShapeDtypeStruct(leaf.shape, jnp.float32))
+        for path, leaf in layout.leaves.items()
+        if path in layout.on_host
+    }
 
 
 def model_sharding(
@@ -207,7 +243,11 @@ def abstract_state(
     shapes = jax.eval_shape(
         lambda p, m, r: _build(p, m, r, optimizer, layout, loss_scale), params, mutable, rng
     )
-    shapes = replace(shapes, host_gradients=_host_gradient_shapes(layout))
+    shapes = replace(
+        shapes,
+        streamed=_abstract_streamed(optimizer, layout),
+        host_gradients=_host_gradient_shapes(layout),
+    )
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -245,13 +285,16 @@ def create_state(
     """Creates the state on the mesh, each device making only its own part.
 
     A model that exists already is copied into place leaf by leaf. Random initial values do not
-    depend on the layout. Parameters `on_host` are missing: `create_parameters` makes those.
+    depend on the layout. Parameters `on_host` and what is streamed are missing:
+    `create_parameters` makes those.
     """
     shardings = jax.tree.map(
         lambda leaf: leaf.sharding, abstract_state(program, optimizer, layout, loss_scale)
     )
     left = _host_gradients(layout)
-    shardings = replace(shardings, master=on_device(shardings.master, layout), host_gradients={})
+    shardings = replace(
+        shardings, master=on_device(shardings.master, layout), streamed={}, host_gradients={}
+    )
     init_key, run_key = jax.random.split(jax.random.key(seed))
     rng = jax.random.key_data(run_key)
     given = program.given()

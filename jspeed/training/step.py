@@ -21,10 +21,12 @@ from jspeed.core._compat import shard_map
 from jspeed.core.tree import map_named, named_leaves
 from jspeed.layout.gather import all_gather
 from jspeed.layout.zero import Layout, Role
+from jspeed.offload.chunks import CHUNK_ELEMENTS
 from jspeed.optim import LossScale
 from jspeed.training.gradients import GradientSettings, local_evaluation, local_gradients
 from jspeed.training.program import LossFn, Program
 from jspeed.training.state import TrainState, on_host, with_host_leaves
+from jspeed.training.streaming import make_streamed_update
 from jspeed.training.update import keep_unless, make_update
 
 Metrics = dict[str, jax.Array]
@@ -71,12 +73,14 @@ class StepSettings:
       gradient_clipping: the largest global norm; 0 for none.
       skip_nonfinite: leave everything as it was when a gradient is not finite.
       loss_scale: fp16's rules, or None.
+      chunk_size: elements of the chunks in which state is streamed through the devices.
     """
 
     gradients: GradientSettings
     gradient_clipping: float = 1.0
     skip_nonfinite: bool = False
     loss_scale: LossScale | None = None
+    chunk_size: int = CHUNK_ELEMENTS
 
 
 def make_train_step(
@@ -97,7 +101,8 @@ def make_train_step(
     and `loss_scale` where there are such.
 
     Where the layout has parameters `on_host`, the step leaves them as they are and returns a
-    `HostUpdate` as well; `rates` are of the optimizer there.
+    `HostUpdate` as well; `rates` are of the optimizer there. If their state is `streamed`, the step
+    updates them itself.
     """
     compute = local_gradients(program, loss_fn, layout, settings.gradients)
     update = make_update(
@@ -107,10 +112,22 @@ def make_train_step(
         skip_nonfinite=settings.skip_nonfinite,
     )
 
+    stream = None
+    if layout.streamed:
+        stream = make_streamed_update(optimizer, layout, most=settings.chunk_size)
+
     def train_step(state: TrainState, batch: Any) -> Any:
         scale = state.loss_scale.scale if state.loss_scale is not None else jnp.float32(1.0)
         reduced, unscale, loss, weight, mutable, left = compute(state, scale, batch)
         new_master, opt_state, casts, seen, factor = update(state, reduced, unscale)
+        streamed = state.streamed
+        if stream is not None:
+            keep = seen.finite if settings.skip_nonfinite else None
+            params, streamed = stream(state, reduced, factor, keep)
+            new_master = map_named(
+                lambda path, leaf: params.get(path, leaf),
+                with_host_leaves(new_master, state.master, layout),
+            )
         updates = state.updates + 1
         if settings.skip_nonfinite:
             updates = keep_unless(seen.finite, updates, state.updates)
@@ -143,6 +160,7 @@ def make_train_step(
             rng=state.rng,
             loss_scale=loss_scale,
             host_gradients=left,
+            streamed=streamed,
         )
         if rates is None:
             return new, metrics
