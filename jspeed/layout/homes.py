@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from jspeed.core._compat import Jaxpr, JaxprEqn, Literal, input_vars, open_jaxpr, scan_counts
 from jspeed.layout.gather import AtHome, GatherPlan
 from jspeed.layout.operations import CALLS, Operation, flatten, read
-from jspeed.layout.streamed import Streamed
 
 REMAT = frozenset({"checkpoint", "remat", "remat2"})
 COSTLY = frozenset({"dot_general", "conv_general_dilated", "scan", "while", "cond", "sort"})
@@ -79,7 +78,7 @@ def done_at_home(env: dict[Any, Any], operation: Operation) -> bool:
         return False
     if others and operation.name != "dynamic_slice":
         return False
-    if isinstance(value, Streamed) and operation.name != "convert_element_type":
+    if value.in_host_memory and operation.name != "convert_element_type":
         return False  # it is sliced by the loop over layers alone
     abstract = isinstance(value.shard, jax.ShapeDtypeStruct)
     done = _on_shard(value, operation, [0] * len(others) if abstract else read(env, others))

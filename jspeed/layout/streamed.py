@@ -31,6 +31,7 @@ from jspeed.layout.linearised import (
     linearise,
     needed_inputs,
 )
+from jspeed.layout.prefetch import Fetch, Layer
 
 _HOST, _DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 
@@ -64,6 +65,10 @@ class Streamed(AtHome):
     reduce: Callable[[jax.Array], jax.Array] = lambda gradient: gradient
     leaving: Leaving | None = None
     adds: jax.Array | None = None
+
+    @property
+    def in_host_memory(self) -> bool:
+        return True
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -165,6 +170,32 @@ class StreamedScan:
         carry, (ys, kept) = self._forwards(turn, shards, carry, xs)
         return (carry, ys), (shards, leaving, adds, constants, xs, kept, Static(traced))
 
+    def _forwards(
+        self, turn: Callable[..., Any], shards: list[Any], carry: list[Any], xs: list[Any]
+    ) -> Any:
+        """The loop forwards: the last carry and whatever else turns return, stacked."""
+        layer = Layer(turn, _fetched(shards), (carry, _one(xs)))
+
+        def body(state: Any, slices: list[Any]) -> Any:
+            index, early, carry = state
+            following = self._following(index, backwards=False)
+            (carry, results), early = layer(
+                early, (carry, slices), self._fetch(shards), index, following
+            )
+            return (following, early, carry), results
+
+        first = self._first(backwards=False)
+        early = [self._fetch(shards)(i, first) for i in layer.early]
+        (_, _, carry), results = jax.lax.scan(
+            body,
+            (first, early, list(carry)),
+            list(xs),
+            length=self.length,
+            reverse=self.reverse,
+            unroll=self.unroll,
+        )
+        return carry, results
+
     def _backward(self, saved: tuple[Any, ...], gradients: tuple[list[Any], list[Any]]):
         shards, leaving, adds, constants, xs, kept, static = saved
         traced: Linearised = static.value
@@ -174,19 +205,29 @@ class StreamedScan:
         needed = needed_inputs(traced)
         fetched = [i for i in needed if i < weights]
         known = {i: constants[i - weights] for i in needed if i >= weights}
-        sums = [jnp.zeros_like(value) for value in constants if is_differentiable(value)]
 
-        def turn(state: Any, inputs: Any) -> Any:
-            index, coming, d_floats, sums, left = state
-            slices, kept, d_ys = inputs
-            here, coming = coming, self._next(fetched, shards, index, backwards=True)
+        def turn(here: list[Any], slices: Any, kept: Any, d_outputs: list[Any]):
             residuals = derive(traced, {**known, **dict(zip(fetched, here, strict=True))}, kept)
             residuals = [
                 residual if xs_index is None else slices[xs_index]
                 for residual, xs_index in zip(residuals, again, strict=True)
             ]
-            backward = jax.tree.unflatten(traced.backward, residuals)
-            d_weights, d_values = backward([*d_floats, *(d for d in d_ys if d is not None)])
+            return jax.tree.unflatten(traced.backward, residuals)(d_outputs)
+
+        floats = [d for d in d_carry if is_differentiable(d)]
+        d_results = [d for d in d_ys if is_differentiable(d)]
+        sources = [shards[i] for i in fetched]
+        slices = _one(xs), _one(kept), [*map(jax.typeof, floats), *_one(d_results)]
+        layer = Layer(turn, _fetched(sources), slices)
+        fetch = self._fetch(sources, fetched)
+
+        def body(state: Any, inputs: Any) -> Any:
+            index, early, d_floats, sums, left = state
+            slices, kept, d_results = inputs
+            following = self._following(index, backwards=True)
+            (d_weights, d_values), early = layer(
+                early, (slices, kept, [*d_floats, *d_results]), fetch, index, following
+            )
             left = [
                 home.leave(to, index, gradient, adding)
                 for home, to, gradient, adding in zip(
@@ -197,16 +238,15 @@ class StreamedScan:
                 d_values, traced.differentiable, len(constants), carried
             )
             sums = [total + new for total, new in zip(sums, d_constants, strict=True)]
-            return (self._after(index, backwards=True), coming, d_floats, sums, left), d_slices
+            return (following, early, d_floats, sums, left), d_slices
 
         first = self._first(backwards=True)
-        coming = [self.homes[i].fetch(shards[i], first) for i in fetched]
-        floats = [d for d in d_carry if is_differentiable(d)]
-        d_ys = [d if is_differentiable(d) else None for d in d_ys]
+        early = [fetch(i, first) for i in layer.early]
+        sums = [jnp.zeros_like(value) for value in constants if is_differentiable(value)]
         (_, _, floats, sums, left), d_slices = jax.lax.scan(
-            turn,
-            (first, coming, floats, sums, list(leaving)),
-            (xs, kept, d_ys),
+            body,
+            (first, early, floats, sums, list(leaving)),
+            (xs, kept, d_results),
             length=self.length,
             reverse=not self.reverse,
             unroll=self.unroll,
@@ -222,29 +262,9 @@ class StreamedScan:
             _filled(d_slices, has[ends[1] :]),
         )
 
-    def _forwards(
-        self, turn: Callable[..., Any], shards: list[Any], carry: list[Any], xs: list[Any]
-    ) -> Any:
-        """The loop forwards: the last carry and whatever else turns return, stacked."""
-        every = range(len(shards))
-
-        def body(state: Any, slices: list[Any]) -> Any:
-            index, here, carry = state
-            coming = self._next(every, shards, index, backwards=False)
-            carry, results = turn(here, carry, slices)
-            return (self._after(index, backwards=False), coming, carry), results
-
-        first = self._first(backwards=False)
-        here = [home.fetch(shard, first) for home, shard in zip(self.homes, shards, strict=True)]
-        (_, _, carry), results = jax.lax.scan(
-            body,
-            (first, here, list(carry)),
-            list(xs),
-            length=self.length,
-            reverse=self.reverse,
-            unroll=self.unroll,
-        )
-        return carry, results
+    def _fetch(self, shards: Sequence[Any], which: Sequence[int] | None = None) -> Fetch:
+        homes = self.homes if which is None else [self.homes[i] for i in which]
+        return lambda i, index: homes[i].fetch(shards[i], index)
 
     def _computed(
         self, weights: list[Any], constants: list[Any], carry: list[Any], slices: list[Any]
@@ -262,23 +282,29 @@ class StreamedScan:
 
         return linearise(
             function,
-            [jax.ShapeDtypeStruct(shard.shape[1:], shard.dtype) for shard in shards],
-            [*constants, *carry, *(jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in xs)],
+            _fetched(shards),
+            [*constants, *carry, *_one(xs)],
             constants=len(constants),
         )
-
-    def _next(
-        self, which: Sequence[int], shards: Sequence[Any], index: Any, *, backwards: bool
-    ) -> list[jax.Array]:
-        """Weights of the layer after this one, on their way; after the last, of the last again."""
-        after = jnp.clip(self._after(index, backwards=backwards), 0, self.length - 1)
-        return [self.homes[i].fetch(shards[i], after) for i in which]
 
     def _first(self, *, backwards: bool) -> jax.Array:
         return jnp.int32(self.length - 1 if self.reverse != backwards else 0)
 
-    def _after(self, index: Any, *, backwards: bool) -> Any:
-        return index - 1 if self.reverse != backwards else index + 1
+    def _following(self, index: Any, *, backwards: bool) -> jax.Array:
+        """The layer after this one, some of whose weights are fetched during this one; after the
+        last, the last again."""
+        after = index - 1 if self.reverse != backwards else index + 1
+        return jnp.clip(after, 0, self.length - 1)
+
+
+def _one(stacks: Any) -> Any:
+    """The types of one layer of stacked arrays."""
+    return jax.tree.map(lambda x: jax.typeof(x).update(shape=x.shape[1:]), stacks)
+
+
+def _fetched(shards: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
+    """The types of one layer of arrays in host memory, once it is on the device."""
+    return [jax.ShapeDtypeStruct(shard.shape[1:], shard.dtype) for shard in shards]
 
 
 def _inputs_again(traced: Linearised, slices: int) -> list[int | None]:
