@@ -141,12 +141,14 @@ def step_options(
 def communication_settings(config: Config) -> CommunicationSettings:
     """What a configuration says of overlap and buckets."""
     zero = config.zero
+    # What came from host memory in pieces, and leaves in pieces, must not wait for the others.
+    most = 1 if zero.offload_param else 2**63 - 1
     return CommunicationSettings(
         stage=zero.stage,
         overlap_comm=zero.overlap_comm,
-        reduce_bucket_size=zero.reduce_bucket_size,
-        allgather_bucket_size=zero.allgather_bucket_size,
-        prefetch_bucket_size=zero.prefetch_bucket_size,
+        reduce_bucket_size=min(most, zero.reduce_bucket_size),
+        allgather_bucket_size=min(most, zero.allgather_bucket_size),
+        prefetch_bucket_size=min(most, zero.prefetch_bucket_size),
     )
 
 

@@ -1,9 +1,9 @@
-"""Weights fetched while a layer is computed, a few matrix products ahead of their use.
+"""Weights fetched while a layer is computed, a matrix product ahead of their use.
 
 All of the next layer's at once would have to arrive before this layer could start: XLA keeps two
 such copies in flight and lets what follows wait for a third. So each weight is fetched where the
-matrix product two before its own starts; those of a layer's first products are fetched while the
-layer before is computed. On the device are so a few matrices at a time, less than a layer's.
+matrix product before its own starts; those of a layer's first product are fetched while the layer
+before is computed. On the device are so a few matrices at a time, less than a layer's.
 """
 
 from __future__ import annotations
@@ -19,9 +19,6 @@ from jspeed.layout.homes import COSTLY, REMAT
 from jspeed.layout.operations import Flat, Operation, evaluate, flatten, read
 
 _PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
-AHEAD = 2
-"""How many matrix products with weights before its own a weight is fetched."""
-
 Fetch = Callable[[int, jax.Array], jax.Array]
 """`(position of a weight, index of a layer) -> the weight`."""
 
@@ -51,13 +48,19 @@ class Layer:
       function: `(weights, *args) -> any pytree of arrays`.
       weights: their shapes.
       args: pytrees of shapes.
+      ahead: how many matrix products with weights before its own a weight is fetched.
 
     Attributes:
       early: positions of the weights that have to be there when it starts.
     """
 
     def __init__(
-        self, function: Callable[..., Any], weights: Sequence[Any], args: Sequence[Any]
+        self,
+        function: Callable[..., Any],
+        weights: Sequence[Any],
+        args: Sequence[Any],
+        *,
+        ahead: int,
     ) -> None:
         jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(list(weights), *args)
         self._consts, self._result = jaxpr.consts, jax.tree.structure(shapes)
@@ -65,7 +68,7 @@ class Layer:
         first = len(self._consts)
         self._weights = self._flat.inputs[first : first + len(weights)]
         self._from_weights = _from_weights(self._flat, self._weights)
-        self._fetches = plan_fetches(self._flat, self._weights, self._from_weights)
+        self._fetches = plan_fetches(self._flat, self._weights, self._from_weights, ahead)
         self.early = self._fetches.early
 
     def __call__(
@@ -141,13 +144,16 @@ def _from_weights(flat: Flat, weights: Sequence[Any]) -> dict[Any, _FromWeights]
     return found
 
 
-def plan_fetches(flat: Flat, weights: Sequence[Any], of: Mapping[Any, _FromWeights]) -> Fetches:
+def plan_fetches(
+    flat: Flat, weights: Sequence[Any], of: Mapping[Any, _FromWeights], ahead: int
+) -> Fetches:
     """When the weights of a layer are fetched.
 
     Args:
       flat: the layer.
       weights: the keys of its weights.
       of: what follows from weights alone.
+      ahead: how many products before its use a weight is fetched.
     """
     products: list[tuple[int, Any]] = []
     first: dict[int, int] = {}  # weight -> number of the product that it is used by, or after
@@ -164,7 +170,7 @@ def plan_fetches(flat: Flat, weights: Sequence[Any], of: Mapping[Any, _FromWeigh
     coming: dict[int, list[int]] = {}
     early = []
     for i in range(len(weights)):
-        number = first.get(i, -1) - AHEAD
+        number = first.get(i, -1) - ahead
         if number >= 0:
             here.setdefault(number, []).append(i)
         else:

@@ -1,10 +1,10 @@
 """Parameters that stay in host memory and come to the device layer by layer.
 
-A loop over layers whose stacked parameters are in host memory carries the weights of the layer that
-comes next: while one layer is computed, the next one's are on their way. Backwards they come again,
-in the reverse order, and each layer's gradients, reduced, leave for a buffer in host memory at once
-(Rajbhandari et al., "ZeRO-Infinity", 2021, sections 5.1 and 6.2). So the device has two layers'
-weights at a time and never all gradients.
+In a loop over layers whose stacked parameters are in host memory each weight is on its way while
+what comes before its use is computed (`jspeed.layout.prefetch`). Backwards they come again, in the
+reverse order, and each layer's gradients, reduced, leave for a buffer in host memory at once
+(Rajbhandari et al., "ZeRO-Infinity", 2021, sections 5.1 and 6.2). So the device never has more than
+about one layer's weights and one layer's gradients.
 
 The buffer of a parameter's gradients, and a zero, stand beside the parameter as arguments; in place
 of their cotangents the backward pass returns the buffer written and the sum of the gradients'
@@ -174,7 +174,7 @@ class StreamedScan:
         self, turn: Callable[..., Any], shards: list[Any], carry: list[Any], xs: list[Any]
     ) -> Any:
         """The loop forwards: the last carry and whatever else turns return, stacked."""
-        layer = Layer(turn, _fetched(shards), (carry, _one(xs)))
+        layer = Layer(turn, _fetched(shards), (carry, _one(xs)), ahead=self._ahead)
 
         def body(state: Any, slices: list[Any]) -> Any:
             index, early, carry = state
@@ -218,7 +218,7 @@ class StreamedScan:
         d_results = [d for d in d_ys if is_differentiable(d)]
         sources = [shards[i] for i in fetched]
         slices = _one(xs), _one(kept), [*map(jax.typeof, floats), *_one(d_results)]
-        layer = Layer(turn, _fetched(sources), slices)
+        layer = Layer(turn, _fetched(sources), slices, ahead=self._ahead)
         fetch = self._fetch(sources, fetched)
 
         def body(state: Any, inputs: Any) -> Any:
@@ -261,6 +261,11 @@ class StreamedScan:
             _filled(floats, has[ends[0] : ends[1]]),
             _filled(d_slices, has[ends[1] :]),
         )
+
+    @property
+    def _ahead(self) -> int:
+        """A gather takes its time between fetch and use."""
+        return 2 if any(home.gathers for home in self.homes) else 1
 
     def _fetch(self, shards: Sequence[Any], which: Sequence[int] | None = None) -> Fetch:
         homes = self.homes if which is None else [self.homes[i] for i in which]
