@@ -189,6 +189,21 @@ def make_store(section: OffloadOptimizerConfig, layout: Layout, sizes: Sequence[
     )
 
 
+def _of_layers(layout: Layout) -> int:
+    """Bytes of this process's parameters in host memory, and of room for their gradients."""
+    itemsizes = {
+        Role.MASTER: jnp.dtype(layout.compute_dtype).itemsize,
+        Role.MOMENTS: jnp.dtype(layout.host_gradient_dtype).itemsize,
+    }
+    total = 0
+    for path in layout.params_on_host:
+        for role, itemsize in itemsizes.items():
+            sharding = layout.sharding(path, role)
+            part = math.prod(sharding.shard_shape(layout.leaves[path].shape))
+            total += itemsize * part * len(sharding.addressable_devices)
+    return total
+
+
 def _check_room(section: OffloadOptimizerConfig, layout: Layout, sizes: Sequence[int]) -> None:
     """Refuses a run that its host or disk is too small for, before it has made anything."""
     widest, state = max(sizes, default=0), 12 * sum(sizes)
@@ -208,10 +223,13 @@ def _check_room(section: OffloadOptimizerConfig, layout: Layout, sizes: Sequence
             Need("buffers between file and update", 12 * widest * section.buffer_count),
             moving,
         ]
+    if layout.params_on_host:
+        needs.append(Need("parameters and gradients of layers", _of_layers(layout)))
     if jax.default_backend() == "cpu":
         held = sum(
             itemsize * math.prod(layout.sharding(path, Role.MASTER).shard_shape(leaf.shape))
             for path, leaf in layout.leaves.items()
+            if path not in layout.params_on_host
         )
         devices = len(layout.sharding(next(iter(layout.leaves)), Role.MASTER).addressable_devices)
         needs += [Need("parameters and gradients of the CPU's own devices", 2 * held * devices)]
