@@ -25,6 +25,7 @@ from jspeed.offload import (
     HostStep,
 )
 from jspeed.offload.chunks import CHUNK_ELEMENTS
+from jspeed.offload.host_arrays import cast_on_host, in_host_memory
 from jspeed.training.program import Program
 from jspeed.training.state import TrainState, abstract_parameters, abstract_state, create_parameters
 from jspeed.training.step import HostUpdate, Metrics
@@ -155,8 +156,7 @@ class Offloading:
         for name, value in moments.items():
             owner = self._owner(name, value)
             if owner is not None and isinstance(value, jax.Array):
-                here = self._layout.sharding(owner, Role.MOMENTS)
-                self._host.load(owner, {_tensor(name): jax.device_put(value, here)})
+                self._host.load(owner, {_tensor(name): self._as_moments(owner, value)})
         return replace(
             state,
             step=whole.step,
@@ -171,13 +171,24 @@ class Offloading:
 
     def _take_master(self, path: str, leaf: jax.Array) -> jax.Array:
         """What the devices hold of a parameter whose master the host takes."""
-        master = jax.device_put(leaf, self._layout.sharding(path, Role.MOMENTS))
+        master = self._as_moments(path, leaf)
         self._host.load(path, {"master": master})
         return self._on_devices(path, master)
+
+    def _as_moments(self, path: str, value: jax.Array) -> jax.Array:
+        """Placed as the moments: on the devices, or in host memory for a parameter that is there,
+        since a device might not have room for all layers."""
+        here = self._layout.sharding(path, Role.MOMENTS)
+        if path in self._layout.params_on_host and in_host_memory(value):
+            return jax.device_put(value, here.with_memory_kind(HOST_MEMORY))
+        return jax.device_put(value, here)
 
     def _on_devices(self, path: str, master: jax.Array) -> jax.Array:
         """A parameter as the devices hold it, or have it in their hosts' memory; a copy even where
         nothing changes."""
+        if path in self._layout.params_on_host and in_host_memory(master):
+            stored = self._layout.stored_sharding(path, Role.MASTER)
+            return cast_on_host(master, stored, self._layout.compute_dtype)
         held = jnp.copy(master.astype(self._layout.compute_dtype))
         placed = jax.device_put(held, self._layout.sharding(path, Role.MASTER))
         if path in self._layout.params_on_host:

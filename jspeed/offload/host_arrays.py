@@ -85,6 +85,32 @@ class Resident:
                 box[...] = chunk.reshape(piece.shape)
 
 
+def in_host_memory(array: Any) -> bool:
+    """Whether an array is in pinned host memory."""
+    return array.sharding.memory_kind == HOST_MEMORY
+
+
+def cast_on_host(array: jax.Array, sharding: NamedSharding, dtype: str) -> jax.Array:
+    """A copy of an array in host memory, in another dtype and placement there.
+
+    This process must hold every part that it needs.
+    """
+    views = host_views(array)
+    places = array.sharding.addressable_devices_indices_map(array.shape)
+    parts = [(held or (), views[device]) for device, held in places.items()]
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        for held, view in parts:
+            if held == (index or ()):
+                return view.astype(dtype)
+        whole = np.empty(array.shape, dtype)
+        for held, view in parts:
+            whole[held] = view
+        return whole[index]
+
+    return jax.make_array_from_callback(array.shape, sharding, part)
+
+
 def host_parts(shards: Shards, array: jax.Array, piece: Piece) -> list[np.ndarray]:
     """A chunk of every part of an array in host memory that is placed as `shards`, each flat."""
     views = host_views(array)

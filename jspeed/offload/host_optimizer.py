@@ -23,7 +23,7 @@ from jspeed.layout.mesh import one_at_a_time
 from jspeed.layout.zero import HOST_MEMORY, Layout, Role
 from jspeed.offload.chunks import CHUNK_ELEMENTS, Piece, Shards
 from jspeed.offload.host_adam import HostAdam
-from jspeed.offload.host_arrays import Resident, check_host_views, host_parts
+from jspeed.offload.host_arrays import Resident, check_host_views, host_parts, in_host_memory
 from jspeed.offload.stores import TENSORS, ChunkStore, State
 
 _AHEAD = 2
@@ -112,11 +112,12 @@ class HostOptimizer:
     def load(
         self, path: str, arrays: Mapping[str, jax.Array], *, zeros: Sequence[str] = ()
     ) -> None:
-        """Takes tensors of a parameter's state, fp32 and placed as its moments; the others stay."""
+        """Takes tensors of a parameter's state, fp32 and placed as its moments, on the devices or
+        in host memory; the others stay."""
         shards = self._shards[path]
         number = itertools.count(self._first[path])
         for piece in shards.pieces:
-            taken = {name: shards.take(array, piece) for name, array in arrays.items()}
+            taken = {name: _taken(shards, array, piece) for name, array in arrays.items()}
             for part in range(len(shards.indices)):
                 index = next(number)
                 state = self._kept(index, {*arrays, *zeros})
@@ -237,9 +238,7 @@ class HostOptimizer:
 
         for chunk in self._chunks:
             gradient, shards = gradients[chunk.path], self._shards[chunk.path]
-            resident = chunk.path in self.layout.params_on_host
-            take = functools.partial(host_parts, shards) if resident else shards.take
-            coming.append((chunk, take(gradient, chunk.piece)))
+            coming.append((chunk, _taken(shards, gradient, chunk.piece)))
             if chunk.is_last:
                 del gradients[chunk.path]  # its memory is free once its chunks have left
             if len(coming) > _AHEAD:
@@ -265,6 +264,11 @@ class HostOptimizer:
     def _is_split(self, path: str) -> bool:
         layout = self.layout
         return layout.role_spec(path, Role.MASTER) != layout.role_spec(path, Role.MOMENTS)
+
+
+def _taken(shards: Shards, array: jax.Array, piece: Piece) -> Sequence[Any]:
+    """A chunk of every part, in host memory or on its way there."""
+    return host_parts(shards, array, piece) if in_host_memory(array) else shards.take(array, piece)
 
 
 class _Ring:

@@ -178,9 +178,9 @@ def _plan(step: _Step, cluster: Cluster, remarks: list[str]) -> Plan:
         )
     if layout.params_on_host:
         remarks.append(
-            "the layers' parameters come from host memory for the forward and for the backward pass "
-            "of each microbatch, and their gradients leave once: what the host's link takes for it "
-            "is not in the predicted step."
+            "the layers' parameters come from host memory twice in each microbatch, forwards and "
+            "backwards, and their gradients leave for it: what the host's link takes for that is "
+            "not in the predicted step."
         )
     remarks += [f"not in this plan: {key}" for key in map(str, step.config.switched_on_later())]
     state = explain_plan(step.program, run)

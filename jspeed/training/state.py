@@ -174,7 +174,7 @@ def state_shardings(shapes: TrainState, layout: Layout) -> Any:
             return NamedSharding(layout.mesh, PartitionSpec(PIPE))
         return whole
 
-    shardings: dict[str, Any] = {
+    left: dict[str, Any] = {
         path: layout.stored_sharding(path, Role.MOMENTS) for path in shapes.host_gradients
     }
     return TrainState(
@@ -186,7 +186,7 @@ def state_shardings(shapes: TrainState, layout: Layout) -> Any:
         mutable=jax.tree.map(lambda _: whole, shapes.mutable),
         rng=whole,
         loss_scale=jax.tree.map(lambda _: whole, shapes.loss_scale),
-        host_gradients=shardings,
+        host_gradients=left,
         streamed={
             path: dict.fromkeys(tensors, streamed_sharding(layout, path))
             for path, tensors in shapes.streamed.items()
@@ -268,8 +268,10 @@ def _host_gradients(layout: Layout) -> dict[str, jax.Array]:
 
     def zeros(path: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
         sharding = layout.stored_sharding(path, Role.MOMENTS)
-        local = np.zeros(sharding.shard_shape(shape.shape), shape.dtype)
-        return jax.make_array_from_callback(shape.shape, sharding, lambda _: local)
+        part = sharding.shard_shape(shape.shape)
+        return jax.make_array_from_callback(
+            shape.shape, sharding, lambda _: np.zeros(part, shape.dtype)
+        )
 
     return {path: zeros(path, shape) for path, shape in _host_gradient_shapes(layout).items()}
 
@@ -327,7 +329,8 @@ def create_parameters(
     program: Program, layout: Layout, *, seed: int
 ) -> Iterator[tuple[str, jax.Array]]:
     """The initial parameters `on_host` in fp32, placed as their moments: path and array, made one
-    after another, so that devices hold one at a time."""
+    after another, so that devices hold one at a time; `params_on_host` are made by the host, and
+    are in its memory."""
     init_key, _ = jax.random.split(jax.random.key(seed))
     given = program.given()
     leaves = {} if given is None else dict(named_leaves(given[0]))
@@ -344,8 +347,25 @@ def create_parameters(
             return stored(path, dict(named_leaves(program.init(key)[0]))[path])
 
         sharding = layout.sharding(path, Role.MOMENTS)
-        if given is None:
+        if path in layout.params_on_host:
+            made = functools.partial(create, init_key) if given is None else leaves[path]
+            yield path, _made_by_host(made, layout.stored_sharding(path, Role.MOMENTS))
+        elif given is None:
             yield path, jax.jit(create, out_shardings=sharding)(init_key)
         else:
             place = jax.jit(functools.partial(stored, path), out_shardings=sharding)
             yield path, place(leaves[path])
+
+
+def _made_by_host(made: Any, sharding: NamedSharding) -> jax.Array:
+    """A stack of all layers, which a device might not have room for, in fp32 in host memory.
+
+    Args:
+      made: the array, or a function that computes it.
+      sharding: in host memory.
+    """
+    if callable(made):
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            made = jax.jit(made)()
+    whole = np.asarray(made, np.float32)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
