@@ -165,6 +165,10 @@ def state_shardings(shapes: TrainState, layout: Layout) -> Any:
     the shapes agree; counters and whatever else there is are replicated.
     """
     whole: Any = layout.replicated()
+    streamed: Any = {
+        path: dict.fromkeys(tensors, streamed_sharding(layout, path))
+        for path, tensors in shapes.streamed.items()
+    }
 
     def moments(path: str, leaf: Any) -> Any:
         owner = layout.owner(path, leaf.shape)
@@ -187,10 +191,7 @@ def state_shardings(shapes: TrainState, layout: Layout) -> Any:
         rng=whole,
         loss_scale=jax.tree.map(lambda _: whole, shapes.loss_scale),
         host_gradients=left,
-        streamed={
-            path: dict.fromkeys(tensors, streamed_sharding(layout, path))
-            for path, tensors in shapes.streamed.items()
-        },
+        streamed=streamed,
     )
 
 
