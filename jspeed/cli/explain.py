@@ -214,7 +214,12 @@ def _totals(state: Explanation) -> Iterator[str]:
     if state.host_bytes:
         yield (
             f"Master and moments of {state.parameters_on_host:,} parameters are offloaded: "
-            f"{bytes_text(state.host_bytes)} for each device."
+            f"{bytes_text(state.host_bytes - state.host_parameter_bytes)} for each device."
+        )
+    if state.host_parameter_bytes:
+        yield (
+            "Parameters of layers are fetched from host memory, and their gradients leave for it: "
+            f"{bytes_text(state.host_parameter_bytes)} more for each device."
         )
     if Role.PARAM not in {role for leaf in state.leaves for role in leaf.shares}:
         yield (

@@ -161,6 +161,9 @@ def zero(values: Values) -> types.ZeroConfig:
         mics_shard_size=get("mics_shard_size"),
         gather_16bit_on_save=get("stage3_gather_16bit_weights_on_model_save"),
         offload_optimizer=_offload_optimizer(values),
+        offload_param=None
+        if get("offload_param.device") == "none"
+        else get("offload_param.device"),
     )
 
 

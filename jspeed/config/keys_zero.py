@@ -8,7 +8,8 @@ from jspeed.config.kinds import Bool, Choice, Int, ListOf, Number, Object, Text,
 SIZE = Int(0)
 DEVICE = choice("none", "cpu", "nvme")
 
-_OFFLOAD = "offloading parameters to host memory or NVMe is not built yet"
+_OFFLOAD = "offloading parameters to NVMe is not built yet"
+_TWO_LAYERS = "the device has the parameters of two layers at a time, as large as they are"
 _SUPER = "SuperOffload's speculative updates are not built yet"
 _STAGED = "transfers are staged and overlapped by themselves; there is nothing to set"
 _ZEROPP = "ZeRO++ (quantised or hierarchical communication) is not built yet"
@@ -82,14 +83,22 @@ AUTOMATIC = (
 
 OFFLOAD_PARAM = section(
     "offload_param",
-    later("device", DEVICE, "none", _OFFLOAD),
-    passive(
-        later("nvme_path", Text(), None, _OFFLOAD),
-        later("buffer_count", SIZE, 5, _OFFLOAD),
-        later("buffer_size", SIZE, 100_000_000, _OFFLOAD),
-        later("max_in_cpu", SIZE, 1_000_000_000, _OFFLOAD),
-        later("pin_memory", Bool(), True, _OFFLOAD),
+    mapped(
+        "device",
+        DEVICE,
+        "none",
+        "where the layers' parameters are between uses: cpu is host memory; nvme is not built yet",
     ),
+    passive(later("nvme_path", Text(), None, _OFFLOAD)),
+    automatic("buffer_count", SIZE, 5, _TWO_LAYERS),
+    automatic("buffer_size", SIZE, 100_000_000, _TWO_LAYERS),
+    automatic(
+        "max_in_cpu",
+        SIZE,
+        1_000_000_000,
+        "a limit for parameters on the disk; with cpu those of all layers are in host memory",
+    ),
+    automatic("pin_memory", Bool(), True, "always pinned: devices fetch the parameters themselves"),
 )
 
 OFFLOAD_OPTIMIZER = section(
@@ -196,7 +205,7 @@ ALIASES = (
     _renamed("allgather_sequential", "stage3_allgather_sequential", Bool()),
     mapped("cpu_offload", Bool(), None, 'deprecated: "offload_optimizer": {"device": "cpu"}',
            alias_of="zero_optimization.offload_optimizer.device"),
-    later("cpu_offload_param", Bool(), None, 'deprecated: "offload_param": {"device": "cpu"}',
+    mapped("cpu_offload_param", Bool(), None, 'deprecated: "offload_param": {"device": "cpu"}',
           alias_of="zero_optimization.offload_param.device"),
     automatic("cpu_offload_use_pin_memory", Bool(), None,
               'deprecated: "offload_optimizer": {"pin_memory": ...}',

@@ -94,6 +94,7 @@ class ZeroConfig:
     mics_shard_size: int
     gather_16bit_on_save: bool
     offload_optimizer: OffloadOptimizerConfig | None = None
+    offload_param: Literal["cpu", "nvme"] | None = None
 
 
 @dataclass(frozen=True, slots=True)

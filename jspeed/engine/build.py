@@ -13,7 +13,11 @@ from jax.sharding import Mesh
 
 from jspeed.config import Batch, Config, resolve_batch
 from jspeed.core.errors import ConfigError
-from jspeed.engine.offload_setup import chunk_elements, parameters_on_host
+from jspeed.engine.offload_setup import (
+    chunk_elements,
+    parameters_on_host,
+    with_parameters_on_host,
+)
 from jspeed.engine.stages import stage_order
 from jspeed.layout.mesh import PIPE, AnyMesh, MeshShape, make_mesh, resolve_mesh
 from jspeed.layout.rules import Rule
@@ -138,6 +142,7 @@ def plan_run(
     streamed = bool(on_host) and offload is not None and offload.update == "device"
     layout = replace(layout, on_host=on_host, streamed=streamed)
     batch = resolve_batch(config, layout.batch_shards)
+    layout = with_parameters_on_host(config, layout, program.stacked, batch.accumulation)
     optimizer, schedule, momentum = _optimizer(config, program, layout, optimizer, schedule)
     scaling = _loss_scale(config)
     gradients = GradientSettings(

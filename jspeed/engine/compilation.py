@@ -97,7 +97,7 @@ def jit_step(
         gradients = {
             path: layout.sharding(path, Role.MOMENTS)
             for path in layout.leaves
-            if path in layout.on_host
+            if path in layout.on_host - layout.params_on_host
         }
         outputs += (HostUpdate(gradients, None, None, None, None),)  # pyright: ignore
     return jax.jit(
@@ -114,7 +114,7 @@ def lowered_layout(layout: Layout, *, described: bool) -> Layout:
     Shardings over described devices lose their memory kinds, and those over axes alone do not; the
     batch, over the devices, says what to compile for.
     """
-    if not described or not layout.streamed:
+    if not described or not (layout.streamed or layout.params_on_host):
         return layout
     assert isinstance(layout.mesh, Mesh)
     return replace(layout, mesh=layout.mesh.abstract_mesh)
@@ -141,12 +141,14 @@ def step_options(
 def communication_settings(config: Config) -> CommunicationSettings:
     """What a configuration says of overlap and buckets."""
     zero = config.zero
+    # What came from host memory in pieces, and leaves in pieces, must not wait for the others.
+    most = 1 if zero.offload_param else 2**63 - 1
     return CommunicationSettings(
         stage=zero.stage,
         overlap_comm=zero.overlap_comm,
-        reduce_bucket_size=zero.reduce_bucket_size,
-        allgather_bucket_size=zero.allgather_bucket_size,
-        prefetch_bucket_size=zero.prefetch_bucket_size,
+        reduce_bucket_size=min(most, zero.reduce_bucket_size),
+        allgather_bucket_size=min(most, zero.allgather_bucket_size),
+        prefetch_bucket_size=min(most, zero.prefetch_bucket_size),
     )
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -19,6 +21,7 @@ from jspeed.offload.chunks import CHUNK_ELEMENTS
 from jspeed.offload.needs import Need, check_disk, check_host_memory
 
 SECTION = "zero_optimization.offload_optimizer"
+PARAMETERS = "zero_optimization.offload_param"
 _STORES = itertools.count()  # engines of one process may share a folder
 _ON_HOST = ("Adam", "AdamW", "FusedAdam")
 _ELEMENTWISE = (*_ON_HOST, "Lion", "Adagrad", "SGD")
@@ -76,6 +79,75 @@ def _share(sizes: Mapping[str, int], section: OffloadOptimizerConfig) -> frozens
     return frozenset(chosen)
 
 
+def with_parameters_on_host(
+    config: Config, layout: Layout, stacked: Sequence[str], accumulation: int
+) -> Layout:
+    """The layout with the parameters that stay in host memory, if the configuration says so.
+
+    These are the parameters that stack layers, without those so small that ZeRO-3 would keep them
+    whole.
+
+    Args:
+      config: resolved.
+      layout: with parameters `on_host`.
+      stacked: regexes of parameters that stack layers.
+      accumulation: microbatches per step.
+
+    Raises:
+      ConfigError: what does not go with it.
+    """
+    device = config.zero.offload_param
+    if device is None or not layout.leaves:
+        return layout
+    said = f'"{PARAMETERS}.device": "{device}"'
+    if device == "nvme":
+        raise ConfigError(
+            f'{said}: parameters on the disk are not built yet. Use "cpu"; the state of the '
+            f'optimizer, six times as large, can go to the disk: "{SECTION}.device": "nvme".'
+        )
+    optimizer = config.zero.offload_optimizer
+    if optimizer is None or optimizer.ratio != 1:
+        found = '"none"' if optimizer is None else f'offloaded with "ratio": {optimizer.ratio}'
+        raise ConfigError(
+            f"{said} needs all of the optimizer's state on the host, where the parameters are "
+            f'updated, and it is {found}. Set "{SECTION}": {{"device": "cpu"}}, or "nvme".'
+        )
+    if layout.streamed:
+        raise ConfigError(
+            f'{said} does not go with "{SECTION}.update": "device": parameters on the host are '
+            'updated there. Use "update": "host".'
+        )
+    if layout.stages > 1:
+        raise ConfigError(
+            f'{said} does not go with "mesh.pipe": {layout.stages}: stages of a pipeline need '
+            'their layers for every microbatch in turn. Use "data" with "stage": 3 in its place.'
+        )
+    chosen = frozenset(
+        path
+        for path, leaf in layout.leaves.items()
+        if not leaf.persistent and any(re.fullmatch(pattern, path) for pattern in stacked)
+    )
+    if not chosen:
+        raise ConfigError(
+            f"{said}: no parameter of this model stacks layers that are large enough to be "
+            "streamed. Scan over the layers and name their parameters, as "
+            'jspeed.initialize(stacked=["blocks/.*"]), or lower '
+            '"zero_optimization.stage3_param_persistence_threshold".'
+        )
+    split = {
+        path
+        for path in chosen
+        if layout.role_spec(path, Role.MASTER) != layout.role_spec(path, Role.MOMENTS)
+    }
+    if split and jax.process_count() > 1:
+        raise ConfigError(
+            f'{said} with {jax.process_count()} processes and "stage": {layout.stage}: each would '
+            f'update its part of {min(split)} and hold all of it. Use "stage": 3.'
+        )
+    dtype = layout.reduce_dtype if accumulation == 1 else config.precision.grad_accum_dtype
+    return replace(layout, params_on_host=chosen, host_gradient_dtype=dtype)
+
+
 def chunk_elements(config: Config) -> int:
     """The most elements of a chunk of offloaded state."""
     section = config.zero.offload_optimizer
@@ -120,6 +192,21 @@ def make_store(
     )
 
 
+def _of_layers(layout: Layout) -> int:
+    """Bytes of this process's parameters in host memory, and of room for their gradients."""
+    itemsizes = {
+        Role.MASTER: jnp.dtype(layout.compute_dtype).itemsize,
+        Role.MOMENTS: jnp.dtype(layout.host_gradient_dtype).itemsize,
+    }
+    total = 0
+    for path in layout.params_on_host:
+        for role, itemsize in itemsizes.items():
+            sharding = layout.sharding(path, role)
+            part = math.prod(sharding.shard_shape(layout.leaves[path].shape))
+            total += itemsize * part * len(sharding.addressable_devices)
+    return total
+
+
 def check_room_to_stream(layout: Layout, tensors: int) -> None:
     """Refuses a run whose state its host cannot hold in pinned memory, before it has made anything.
 
@@ -150,6 +237,7 @@ def _of_cpu_devices(layout: Layout) -> Need:
     held = sum(
         itemsize * math.prod(layout.sharding(path, Role.MASTER).shard_shape(leaf.shape))
         for path, leaf in layout.leaves.items()
+        if path not in layout.params_on_host
     )
     devices = len(layout.sharding(next(iter(layout.leaves)), Role.MASTER).addressable_devices)
     return Need("parameters and gradients of the CPU's own devices", 2 * held * devices)
@@ -174,6 +262,8 @@ def _check_room(section: OffloadOptimizerConfig, layout: Layout, sizes: Sequence
             Need("buffers between file and update", 12 * widest * section.buffer_count),
             moving,
         ]
+    if layout.params_on_host:
+        needs.append(Need("parameters and gradients of layers", _of_layers(layout)))
     if jax.default_backend() == "cpu":
         needs.append(_of_cpu_devices(layout))
     check_host_memory(

@@ -20,14 +20,14 @@ from jspeed.engine.build import RunPlan
 from jspeed.engine.offload_setup import adam_rule, make_store
 from jspeed.engine.streaming import Streaming
 from jspeed.layout.mesh import one_at_a_time
-from jspeed.layout.zero import Layout, Role
+from jspeed.layout.zero import HOST_MEMORY, Layout, Role
 from jspeed.offload import (
-    HOST_MEMORY,
     HostAdam,
     HostOptimizer,
     HostStep,
 )
 from jspeed.offload.chunks import CHUNK_ELEMENTS
+from jspeed.offload.host_arrays import cast_on_host, in_host_memory
 from jspeed.training.program import Program
 from jspeed.training.state import TrainState, abstract_parameters, abstract_state, create_parameters
 from jspeed.training.step import HostUpdate, Metrics
@@ -126,6 +126,7 @@ class Offloading:
             master=map_named(master, state.master, shapes.master),
             copies={},
             opt_state=map_named(moments, shapes.opt_state),
+            host_gradients={},
         )
 
     def _deferred(self, path: str, tensor: str, shape: Any) -> Deferred:
@@ -134,7 +135,7 @@ class Offloading:
 
     def abstract_whole_state(self) -> TrainState:
         """Shapes and shardings of `whole_state`."""
-        plain = replace(self._layout, on_host=frozenset())
+        plain = replace(self._layout, on_host=frozenset(), params_on_host=frozenset())
         shapes = abstract_state(self._program, self._optimizer, plain, self._loss_scale)
 
         def on_host(leaf: Any, owner: str) -> Any:
@@ -170,8 +171,7 @@ class Offloading:
         for name, value in moments.items():
             owner = self._owner(name, value)
             if owner is not None and not isinstance(value, jax.ShapeDtypeStruct):
-                here = self._layout.sharding(owner, Role.MOMENTS)
-                self._host.load(owner, {_tensor(name): jax.device_put(made(value), here)})
+                self._host.load(owner, {_tensor(name): self._as_moments(owner, made(value))})
         self._half_taken = False
         return replace(
             state,
@@ -194,14 +194,28 @@ class Offloading:
 
     def _take_master(self, path: str, leaf: jax.Array) -> jax.Array:
         """What the devices hold of a parameter whose master the host takes."""
-        master = jax.device_put(leaf, self._layout.sharding(path, Role.MOMENTS))
+        master = self._as_moments(path, leaf)
         self._host.load(path, {"master": master})
         return self._on_devices(path, master)
 
+    def _as_moments(self, path: str, value: jax.Array) -> jax.Array:
+        """Placed as the moments: on the devices, or in host memory for a parameter that is there,
+        since a device might not have room for all layers."""
+        here = self._layout.sharding(path, Role.MOMENTS)
+        if path in self._layout.params_on_host and in_host_memory(value):
+            return jax.device_put(value, here.with_memory_kind(HOST_MEMORY))
+        return jax.device_put(value, here)
+
     def _on_devices(self, path: str, master: jax.Array) -> jax.Array:
-        """A parameter as the devices hold it; a copy even where nothing changes."""
+        """A parameter as the devices hold it, or have it in their hosts' memory; a copy even where
+        nothing changes."""
+        if path in self._layout.params_on_host and in_host_memory(master):
+            stored = self._layout.stored_sharding(path, Role.MASTER)
+            return cast_on_host(master, stored, self._layout.compute_dtype)
         held = jnp.copy(master.astype(self._layout.compute_dtype))
         placed = jax.device_put(held, self._layout.sharding(path, Role.MASTER))
+        if path in self._layout.params_on_host:
+            placed = jax.device_put(placed, self._layout.stored_sharding(path, Role.MASTER))
         return jax.block_until_ready(placed) if one_at_a_time(self._layout.mesh) else placed
 
     def _owner(self, path: str, leaf: Any) -> str | None:
@@ -258,7 +272,8 @@ class OffloadedStep:
         params = {
             path: leaf for path, leaf in named_leaves(new.master) if path in self._layout.on_host
         }
-        params = self._host.apply(params, update.gradients, step)
+        gradients = update.gradients | new.host_gradients
+        params = self._host.apply(params, gradients, step)
         master = map_named(lambda path, leaf: params.get(path, leaf), new.master)
         return replace(new, master=master)
 

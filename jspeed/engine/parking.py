@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from jspeed.core.errors import OffloadError
+from jspeed.core.tree import map_named
 from jspeed.engine.accessors import Accessors
 from jspeed.layout.zero import Layout
 
@@ -79,10 +80,12 @@ class Parking(Accessors):
             )
 
     def _move(self, parts: Iterable[str], kind: str, *, wait: bool) -> None:
-        def moved(leaf: jax.Array) -> jax.Array:
+        def moved(path: str, leaf: jax.Array) -> jax.Array:
+            if path in self.layout.params_on_host:  # has always been there
+                return leaf
             return jax.device_put(leaf, leaf.sharding.with_memory_kind(kind))
 
-        new = {part: jax.tree.map(moved, getattr(self._state, part)) for part in parts}
+        new = {part: map_named(moved, getattr(self._state, part)) for part in parts}
         if wait:
             jax.block_until_ready(new)
         self._state = replace(self._state, **new)

@@ -5,6 +5,8 @@ It is then evaluated with shards in place of the parameters:
 
 - a `scan` over stacked layers takes its slices of the shards along and gathers one layer at a time,
   inside the loop; a `jax.checkpoint` that holds such a loop is entered;
+- one whose stacked parameters are in host memory brings them to the device layer by layer
+  (`jspeed.layout.streamed`);
 - everything else is cut into segments (`jspeed.layout.segments`), each of which gathers its
   parameters, uses them, and for ZeRO-3 gives them up until the backward pass gathers them again.
 
@@ -31,14 +33,15 @@ from jspeed.layout.homes import (
     slices_home,
     slicing_uses,
 )
+from jspeed.layout.linearised import is_differentiable
 from jspeed.layout.operations import Operation, evaluate, flatten, read
 from jspeed.layout.segments import (
     Segment,
     held_together,
-    is_differentiable,
     no_order,
     without_tangent,
 )
+from jspeed.layout.streamed import Streamed, StreamedScan
 
 _GATHERS = frozenset({"all_gather", "shard_map"})
 
@@ -141,6 +144,8 @@ class _Interpreter:
     ) -> None:
         """Evaluates operations that are no structure, each parameter gathered once for all."""
         operations, homes = with_put_off(step, env)
+        for key in homes:
+            _check_on_device(env[key])
         results = [key for op in step for key in op.outputs if key in later]
         if not homes or not self.refetch:
             local = {**env, **{key: env[key].gather() for key in homes}}
@@ -172,6 +177,8 @@ class _Interpreter:
         xs = [self._sliceable(value) for value in inputs[n_consts + n_carry :]]
         owners, arrays = _taken_apart(xs)
         jaxpr, closed_over = open_jaxpr(params["jaxpr"])
+        if any(isinstance(owner, Streamed) for owner in owners):
+            return self._streamed_scan(operation, [*closed_over, *consts], carry, xs)
 
         def body(carry: list[Any], slices: list[tuple[Any, ...]]) -> tuple[list[Any], list[Any]]:
             values = [*closed_over, *consts, *carry, *_rejoined(owners, slices)]
@@ -190,11 +197,34 @@ class _Interpreter:
             )
         return [without_tangent(value) for value in (*carry, *ys)]
 
+    def _streamed_scan(
+        self, operation: Operation, consts: list[Any], carry: list[Any], xs: list[Any]
+    ) -> list[Any]:
+        """A loop over layers some of whose parameters are in host memory."""
+        eqn, params = operation.eqn, operation.eqn.params
+        jaxpr, _ = open_jaxpr(params["jaxpr"])
+        streamed = [value for value in xs if isinstance(value, Streamed)]
+        const_owners, const_arrays = _taken_apart(consts)
+        x_owners, x_arrays = _taken_apart([x for x in xs if not isinstance(x, Streamed)])
+
+        def turn(weights: list[Any], consts: list[Any], carry: list[Any], slices: list[Any]):
+            layers = iter(weights)
+            others = iter(_rejoined(x_owners, _regrouped(x_arrays, slices)))
+            taken = [next(layers) if isinstance(x, Streamed) else next(others) for x in xs]
+            values = [*_rejoined(const_owners, _regrouped(const_arrays, consts)), *carry, *taken]
+            outputs = self.run(jaxpr, values, in_loop=True)
+            return outputs[: len(carry)], outputs[len(carry) :]
+
+        scan = StreamedScan(turn, streamed, params["length"], params["reverse"], params["unroll"])
+        with equation_context(eqn):
+            carry, ys = scan(_flat(const_arrays), carry, _flat(x_arrays))
+        return [without_tangent(value) for value in (*carry, *ys)]
+
     def _constant(self, eqn: JaxprEqn, position: int, value: Any) -> Any:
         """A constant of a loop; it stays at home if each turn takes out a slice of it."""
         if not isinstance(value, AtHome):
             return value
-        if value.whole is not None:
+        if value.whole is not None or isinstance(value, Streamed):
             return value.gather()
         uses = slicing_uses(eqn, position)
         if uses and all(
@@ -205,6 +235,8 @@ class _Interpreter:
         return value.gather()
 
     def _sliceable(self, value: Any) -> Any:
+        if isinstance(value, Streamed):
+            return value
         if isinstance(value, AtHome) and -value.plan.dim >= value.shard.ndim:
             self.report.add(value.name, "sharded along the axis its layers are stacked on")
             return value.gather()
@@ -213,6 +245,8 @@ class _Interpreter:
     def _remat(self, operation: Operation, inputs: list[Any]) -> list[Any]:
         """The user's `jax.checkpoint` around a loop; its policy also refuses what is gathered."""
         eqn = operation.eqn
+        for value in inputs:
+            _check_on_device(value)
         owners, arrays = _taken_apart(inputs)
         theirs = eqn.params["policy"]
 
@@ -267,6 +301,22 @@ def _rejoined(owners: Sequence[AtHome | None], parts: Sequence[tuple[Any, ...]])
         part[0] if owner is None else owner.with_arrays(part)
         for owner, part in zip(owners, parts, strict=True)
     ]
+
+
+def _flat(parts: Sequence[tuple[Any, ...]]) -> list[Any]:
+    return [array for part in parts for array in part]
+
+
+def _regrouped(parts: Sequence[tuple[Any, ...]], flat: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Other arrays in the groups that `_flat` dissolved."""
+    left = iter(flat)
+    return [tuple(next(left) for _ in part) for part in parts]
+
+
+def _check_on_device(value: Any) -> None:
+    """Raises `LayoutError` for a parameter in host memory."""
+    if isinstance(value, Streamed):
+        value.gather()
 
 
 def _gathered(value: Any) -> Any:

@@ -79,6 +79,8 @@ class LeafExplanation:
       shares: by role; a role that is not stored is missing.
       logical_axes: one name per dimension, or None for a model that names none.
       host_bytes: of the master and the moments in a host's memory or on its disk, for one device.
+      host_parameter_bytes: of the parameter itself and its gradient in a host's memory, likewise;
+        its share on the device has no bytes then.
     """
 
     path: str
@@ -88,6 +90,7 @@ class LeafExplanation:
     shares: Mapping[Role, Share]
     logical_axes: tuple[str, ...] | None = None
     host_bytes: int = 0
+    host_parameter_bytes: int = 0
 
     @property
     def elements(self) -> int:
@@ -112,7 +115,7 @@ class LeafExplanation:
             "rule": self.rule,
             "spec": _spec_json(self.home.spec),
             "bytes_per_device": self.bytes_per_device,
-            "host_bytes": self.host_bytes,
+            "host_bytes": self.host_bytes + self.host_parameter_bytes,
             "whole_because": self.whole_because or None,
             "roles": {role.value: share.to_json() for role, share in self.shares.items()},
         }
@@ -164,9 +167,14 @@ class Explanation:
         return sum(leaf.elements for leaf in self.leaves if leaf.host_bytes)
 
     @property
+    def host_parameter_bytes(self) -> int:
+        """Of these, parameters that devices fetch from host memory, and their gradients."""
+        return sum(leaf.host_parameter_bytes for leaf in self.leaves)
+
+    @property
     def host_bytes(self) -> int:
         """Bytes in a host's memory or on its disk, for one device."""
-        return sum(leaf.host_bytes for leaf in self.leaves)
+        return sum(leaf.host_bytes for leaf in self.leaves) + self.host_parameter_bytes
 
     @property
     def total_bytes(self) -> int:
@@ -229,12 +237,13 @@ def explain(
             rule=placed_by(layout, leaf),
             whole_because=leaf.whole_because if layout.stage else "",
             shares={
-                role: _share(found[path][role], sizes)
+                role: _share(found[path][role], sizes, on_host=path in layout.params_on_host)
                 for role in STATE_ROLES
                 if role in found[path]
             },
             logical_axes=(logical_axes or {}).get(path),
             host_bytes=_host_bytes(layout, path, host_tensors),
+            host_parameter_bytes=_host_parameter_bytes(layout, path),
         )
         for path, leaf in layout.leaves.items()
     )
@@ -253,6 +262,23 @@ def _host_bytes(layout: Layout, path: str, tensors: int) -> int:
     )
 
 
+def _host_parameter_bytes(layout: Layout, path: str) -> int:
+    """The parameter as devices fetch it and the gradient that they leave, if the host has them."""
+    if path not in layout.params_on_host:
+        return 0
+    kept = {
+        Role.MASTER: layout.compute_dtype,
+        Role.MOMENTS: layout.host_gradient_dtype,
+    }
+    shape = layout.leaves[path].shape
+    return sum(
+        shard_bytes(
+            StateArray(path, role, shape, dtype, layout.role_spec(path, role)), layout.sizes
+        )
+        for role, dtype in kept.items()
+    )
+
+
 def placed_by(layout: Layout, leaf: LeafPlacement) -> str:
     """What decided where a parameter lives: a sharding rule, ZeRO, both or neither."""
     parts = [leaf.rule] if leaf.rule else []
@@ -266,7 +292,9 @@ def placed_by(layout: Layout, leaf: LeafPlacement) -> str:
         parts.append(f"ZeRO-{layout.stage}, kept whole")
     elif not parts:
         parts.append(f"ZeRO-{layout.stage}, nothing to split")
-    if leaf.path in layout.on_host:
+    if leaf.path in layout.params_on_host:
+        parts.append("in host memory, with master, moments and gradient")
+    elif leaf.path in layout.on_host:
         parts.append("master and moments offloaded")
     return "; ".join(parts)
 
@@ -277,13 +305,13 @@ def shard_bytes(array: StateArray, sizes: Mapping[str, int]) -> int:
     return math.prod(array.shape) * jnp.dtype(array.dtype).itemsize // split
 
 
-def _share(arrays: Sequence[StateArray], sizes: Mapping[str, int]) -> Share:
+def _share(arrays: Sequence[StateArray], sizes: Mapping[str, int], *, on_host: bool) -> Share:
     dtypes = dict.fromkeys(array.dtype for array in arrays)
     return Share(
         dtype="+".join(dtypes),
         spec=_without_small(arrays[0].spec, sizes),
         arrays=len(arrays),
-        bytes_per_device=sum(shard_bytes(array, sizes) for array in arrays),
+        bytes_per_device=0 if on_host else sum(shard_bytes(array, sizes) for array in arrays),
     )
 
 

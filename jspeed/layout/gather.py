@@ -179,6 +179,11 @@ class AtHome:
     shard: jax.Array
     whole: jax.Array | None = None
 
+    @property
+    def in_host_memory(self) -> bool:
+        """Whether the device has to fetch it, layer by layer, before it is gathered."""
+        return False
+
     def gather(self) -> jax.Array:
         """The whole parameter, differentiable in the shard."""
         if self.whole is None:

@@ -6,7 +6,7 @@ their own. Inlining is what lets a parameter be followed from the model's inputs
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -73,18 +73,29 @@ class Flat:
     constants: dict[Key, Any]
 
 
-def flatten(jaxpr: Jaxpr, calls: Collection[str] = ()) -> Flat:
+def flatten(
+    jaxpr: Jaxpr,
+    calls: Collection[str] = (),
+    *,
+    also: Callable[[JaxprEqn], bool] = lambda eqn: False,
+) -> Flat:
     """All operations of a jaxpr and of what it calls, in order.
 
     Args:
       jaxpr: to be flattened.
       calls: names of further equations that are to be taken for calls.
+      also: whether an equation is to be taken for one.
     """
     inputs = [Key() for _ in input_vars(jaxpr)]
     operations: list[Operation] = []
     constants: dict[Key, Any] = {}
     names = dict(zip(input_vars(jaxpr), inputs, strict=True))
-    outputs = _flatten(jaxpr, names, (), operations, constants, CALLS.union(calls))
+    every = CALLS.union(calls)
+
+    def is_call(eqn: JaxprEqn) -> bool:
+        return eqn.primitive.name in every or also(eqn)
+
+    outputs = _flatten(jaxpr, names, (), operations, constants, is_call)
     return Flat(inputs, operations, outputs, constants)
 
 
@@ -94,19 +105,20 @@ def _flatten(
     within: tuple[JaxprEqn, ...],
     operations: list[Operation],
     constants: dict[Key, Any],
-    calls: Collection[str],
+    is_call: Callable[[JaxprEqn], bool],
 ) -> list[Any]:
     def named(atom: Any) -> Any:
         return atom if isinstance(atom, Literal) else names[atom]
 
     for eqn in jaxpr.eqns:
         inputs = tuple(named(atom) for atom in eqn.invars)
-        if eqn.primitive.name in calls:
-            inner, consts = open_jaxpr(eqn.params["jaxpr"])
+        if is_call(eqn):
+            params = eqn.params
+            inner, consts = open_jaxpr(params["jaxpr" if "jaxpr" in params else "call_jaxpr"])
             keys = [Key() for _ in consts]
             constants.update(zip(keys, consts, strict=True))
             inner_names = dict(zip(input_vars(inner), [*keys, *inputs], strict=True))
-            outputs = _flatten(inner, inner_names, (*within, eqn), operations, constants, calls)
+            outputs = _flatten(inner, inner_names, (*within, eqn), operations, constants, is_call)
             names.update(zip(eqn.outvars, outputs, strict=True))
         else:
             defined = tuple(Key() for _ in eqn.outvars)

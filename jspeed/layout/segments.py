@@ -15,14 +15,21 @@ to be reduced. At most two segments' weights are whole at a time, and two segmen
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jspeed.core._compat import Jaxpr, JaxprEqn, Literal, bind, eval_jaxpr
+from jspeed.core._compat import eval_jaxpr
 from jspeed.layout.gather import AtHome, all_gather, reduce_scatter
+from jspeed.layout.linearised import (
+    Linearised,
+    Static,
+    derive,
+    is_differentiable,
+    linearise,
+    needed_inputs,
+)
 from jspeed.layout.operations import Operation, evaluate, read
 
 
@@ -57,11 +64,6 @@ def held_together(
     return jax.lax.optimization_barrier((list(first), list(second), start))
 
 
-def is_differentiable(value: Any) -> bool:
-    """Whether gradients flow to and from a value."""
-    return jnp.issubdtype(value.dtype, jnp.inexact)
-
-
 def without_tangent(value: Any) -> Any:
     """The same value; if it is of integers or keys, it has no tangent from here on.
 
@@ -74,35 +76,6 @@ def without_tangent(value: Any) -> Any:
         data = without_tangent(jax.random.key_data(value))
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(value))
     return jax.lax.bitwise_or(value, jnp.zeros_like(value))
-
-
-@dataclass(frozen=True)
-class Linearised:
-    """A segment's computation with what its backward pass needs, traced once.
-
-    Attributes:
-      jaxpr: `(weights, values) -> (outputs, residuals)`.
-      consts: of the jaxpr.
-      backward: the tree that residuals are unflattened to, which is the backward function.
-      outputs: the number of outputs.
-      from_weights: for each residual, whether it follows from weights alone.
-      differentiable: for each value, whether it has a gradient.
-    """
-
-    jaxpr: Jaxpr
-    consts: tuple[Any, ...]
-    backward: Any
-    outputs: int
-    from_weights: tuple[bool, ...]
-    differentiable: tuple[bool, ...]
-
-
-@jax.tree_util.register_static
-@dataclass(frozen=True, eq=False)
-class _Static:
-    """Carries what is no array from a forward to its backward rule."""
-
-    value: Linearised
 
 
 class Segment:
@@ -145,20 +118,20 @@ class Segment:
 
     def _forward(self, order: Order, shards: list[Any], values: list[Any]):
         wholes, values, order = self._started(order, shards, values)
-        traced = self._linearise(wholes, values)
+        traced = linearise(self._computed, wholes, values)
         flat = eval_jaxpr(traced.jaxpr, traced.consts, [*wholes, *values])
         kept = [
             None if derived else residual
-            for residual, derived in zip(flat[traced.outputs :], traced.from_weights, strict=True)
+            for residual, derived in zip(flat[traced.outputs :], traced.derived, strict=True)
         ]
-        return (flat[: traced.outputs], order), (shards, kept, _Static(traced))
+        return (flat[: traced.outputs], order), (shards, kept, Static(traced))
 
     def _backward(self, saved: tuple[Any, ...], gradients: tuple[list[Any], Order]):
         shards, kept, static = saved
         traced: Linearised = static.value
         d_outputs, order = gradients
         homes = list(self.homes.values())
-        needed = _needed(traced, len(homes))
+        needed = needed_inputs(traced)
         wholes = self._gather(
             [homes[i] for i in needed], [shards[i] for i in needed], order.started
         )
@@ -170,7 +143,7 @@ class Segment:
                 wholes, [d_outputs[i] for i in floats], order.reduced
             )
             d_outputs = _replaced(d_outputs, floats, waited)
-        residuals = _derive(traced, len(homes), dict(zip(needed, wholes, strict=True)), kept)
+        residuals = derive(traced, dict(zip(needed, wholes, strict=True)), kept)
         backward = jax.tree.unflatten(traced.backward, residuals)
         d_wholes, d_values = backward([g for g in d_outputs if is_differentiable(g)])
         if self.ordered:
@@ -213,83 +186,9 @@ class Segment:
                 wholes.append(all_gather(home.plan, shard.astype(home.plan.compute_dtype)))
         return wholes
 
-    def _linearise(self, wholes: list[Any], values: list[Any]) -> Linearised:
-        differentiable = tuple(is_differentiable(value) for value in values)
-        backward: Any = None
-
-        def with_residuals(wholes: list[Any], values: list[Any]):
-            nonlocal backward
-
-            def run(wholes: list[Any], floats: list[Any]) -> tuple[list[Any], list[Any]]:
-                left = iter(floats)
-                mixed = [
-                    next(left) if has else value
-                    for value, has in zip(values, differentiable, strict=True)
-                ]
-                outputs = self._computed(wholes, mixed)
-                return [o for o in outputs if is_differentiable(o)], outputs
-
-            floats = [v for v, has in zip(values, differentiable, strict=True) if has]
-            _, function, outputs = jax.vjp(run, wholes, floats, has_aux=True)
-            residuals, backward = jax.tree.flatten(function)
-            return outputs, residuals
-
-        closed = jax.make_jaxpr(with_residuals)(wholes, values)
-        count = len(self.results)
-        from_weights = _follows_from(closed.jaxpr, len(wholes))[count:]
-        return Linearised(
-            closed.jaxpr, tuple(closed.consts), backward, count, from_weights, differentiable
-        )
-
 
 def _replaced(values: Sequence[Any], positions: Sequence[int], new: Sequence[Any]) -> list[Any]:
     changed = list(values)
     for position, value in zip(positions, new, strict=True):
         changed[position] = value
     return changed
-
-
-def _follows_from(jaxpr: Jaxpr, count: int) -> tuple[bool, ...]:
-    """For each output, whether it follows from the first `count` inputs and literals alone."""
-    known: set[Any] = set(jaxpr.invars[:count])
-    for eqn in jaxpr.eqns:
-        if all(isinstance(atom, Literal) or atom in known for atom in eqn.invars):
-            known.update(eqn.outvars)
-    return tuple(isinstance(atom, Literal) or atom in known for atom in jaxpr.outvars)
-
-
-def _derivation(traced: Linearised) -> tuple[list[JaxprEqn], set[Any]]:
-    """The equations that derive residuals from weights, and the variables that they read."""
-    residuals = traced.jaxpr.outvars[traced.outputs :]
-    wanted: set[Any] = {
-        atom
-        for atom, derived in zip(residuals, traced.from_weights, strict=True)
-        if derived and not isinstance(atom, Literal)
-    }
-    eqns = []
-    for eqn in reversed(traced.jaxpr.eqns):
-        if wanted.intersection(eqn.outvars):
-            eqns.append(eqn)
-            wanted.update(atom for atom in eqn.invars if not isinstance(atom, Literal))
-    return eqns[::-1], wanted
-
-
-def _needed(traced: Linearised, weights: int) -> list[int]:
-    """Which weights the backward pass needs."""
-    wanted = _derivation(traced)[1]
-    return [i for i, var in enumerate(traced.jaxpr.invars[:weights]) if var in wanted]
-
-
-def _derive(
-    traced: Linearised, weights: int, again: dict[int, Any], kept: Sequence[Any]
-) -> list[Any]:
-    """All residuals: those that were kept, and those that follow from weights gathered again."""
-    variables = traced.jaxpr.invars[:weights]
-    env: dict[Any, Any] = {var: again[i] for i, var in enumerate(variables) if i in again}
-    for eqn in _derivation(traced)[0]:
-        env.update(zip(eqn.outvars, bind(eqn, read(env, eqn.invars)), strict=True))
-    residuals = traced.jaxpr.outvars[traced.outputs :]
-    return [
-        read(env, [atom])[0] if derived else residual
-        for atom, residual, derived in zip(residuals, kept, traced.from_weights, strict=True)
-    ]

@@ -25,6 +25,9 @@ from jspeed.layout.mesh import AUTOMATIC_AXES, AXES, BATCH_AXES, PIPE, ZERO_AXES
 from jspeed.layout.rules import Entry, Rule, axes_of, check_used, match_rule
 from jspeed.layout.stages import StageOrder
 
+HOST_MEMORY = "pinned_host"
+"""The kind of memory of a device's host that devices read and write by themselves."""
+
 
 class Role(Enum):
     """What an array is to training."""
@@ -100,6 +103,9 @@ class Layout:
       order: which layers each pipeline stage holds; None without a pipeline.
       on_host: the parameters whose master and moments are on the host or its disk: devices hold
         them as fp32 training holds its parameters, but in the compute dtype.
+      params_on_host: those of them whose parameters themselves, and gradients, are in the hosts'
+        memory as well, from where devices take them layer by layer.
+      host_gradient_dtype: of gradients there.
       streamed: those are updated by the step itself, which streams their state through the devices.
     """
 
@@ -110,6 +116,8 @@ class Layout:
     reduce_dtype: str
     order: StageOrder | None = None
     on_host: frozenset[str] = frozenset()
+    params_on_host: frozenset[str] = frozenset()
+    host_gradient_dtype: str = "float32"
     streamed: bool = False
 
     @property
@@ -225,6 +233,11 @@ class Layout:
 
     def sharding(self, path: str, role: Role) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec(*self.role_spec(path, role)))
+
+    def stored_sharding(self, path: str, role: Role) -> NamedSharding:
+        """The sharding of what is kept between steps, in memory of the device or of its host."""
+        sharding = self.sharding(path, role)
+        return sharding.with_memory_kind(HOST_MEMORY) if path in self.params_on_host else sharding
 
     def batch_spec(self, leading: int = 0) -> PartitionSpec:
         """The spec of a batch whose examples stand after `leading` other dimensions."""

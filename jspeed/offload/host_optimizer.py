@@ -21,15 +21,14 @@ import numpy as np
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from jspeed.layout.mesh import one_at_a_time
-from jspeed.layout.zero import Layout, Role
+from jspeed.layout.zero import HOST_MEMORY, Layout, Role
 from jspeed.offload.chunks import CHUNK_ELEMENTS, Piece, Shards
 from jspeed.offload.host_adam import HostAdam, host_zeros
+from jspeed.offload.host_arrays import Resident, check_host_views, host_parts, in_host_memory
 from jspeed.offload.stores import TENSORS, ChunkStore, State
 
 _AHEAD = 2
 """Chunks on their way down while one is updated, and on their way up behind it."""
-
-HOST_MEMORY = "pinned_host"
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,9 @@ class HostOptimizer:
         self.layout = layout
         self._adam = adam
         self._one_at_a_time = one_at_a_time(layout.mesh)
+        if layout.params_on_host:
+            mesh: Any = layout.mesh
+            check_host_views(mesh.local_devices[0])
         self._paths = [path for path in layout.leaves if path in layout.on_host]
         self._shards = {
             path: Shards(layout.leaves[path].shape, layout.sharding(path, Role.MOMENTS), most)
@@ -111,11 +113,12 @@ class HostOptimizer:
     def load(
         self, path: str, arrays: Mapping[str, jax.Array], *, zeros: Sequence[str] = ()
     ) -> None:
-        """Takes tensors of a parameter's state, fp32 and placed as its moments; the others stay."""
+        """Takes tensors of a parameter's state, fp32 and placed as its moments, on the devices or
+        in host memory; the others stay."""
         shards = self._shards[path]
         number = itertools.count(self._first[path])
         for piece in shards.pieces:
-            taken = {name: shards.take(array, piece) for name, array in arrays.items()}
+            taken = {name: _taken(shards, array, piece) for name, array in arrays.items()}
             for part in range(len(shards.indices)):
                 index = next(number)
                 size = self._store.sizes[index]
@@ -152,8 +155,10 @@ class HostOptimizer:
         """One update.
 
         Args:
-          params: path -> parameter as the devices hold it; consumed.
-          gradients: path -> gradient as it was reduced, placed as the moments; taken out.
+          params: path -> parameter as the devices hold it, consumed; or in host memory, where it
+            is written in place.
+          gradients: path -> gradient as it was reduced, placed as the moments, on the devices or in
+            host memory; taken out.
           step: what it follows.
 
         Returns:
@@ -166,8 +171,14 @@ class HostOptimizer:
         new = dict(params)
         states = self._store.pass_over()
         target: jax.Array | None = None
+        resident: Resident | None = None
         for chunk, parts in self._downloads(gradients):
             shards, path = self._shards[chunk.path], chunk.path
+            if path in self.layout.params_on_host:
+                resident = resident or self._resident(path, new[path])
+                self._update_resident(resident, chunk.piece, parts, states, step)
+                resident = None if chunk.is_last else resident
+                continue
             outs = self._buffers.next(len(parts), parts[0].size)
             for gradient, out in zip(parts, outs, strict=True):
                 self._update(next(states)[1], gradient, out, step)
@@ -179,6 +190,22 @@ class HostOptimizer:
                 new[path], target = self._whole(path, target), None
         assert next(states, None) is None, "more chunks of state than of gradients"
         return new
+
+    def _resident(self, path: str, param: jax.Array) -> Resident:
+        return Resident(self._shards[path], self.layout.stored_sharding(path, Role.MASTER), param)
+
+    def _update_resident(
+        self,
+        resident: Resident,
+        piece: Piece,
+        gradients: Sequence[np.ndarray],
+        states: Iterator[tuple[int, State]],
+        step: HostStep,
+    ) -> None:
+        for part, gradient in enumerate(gradients):
+            room = resident.room(part, piece)
+            self._update(next(states)[1], gradient, room, step)
+            resident.written(part, piece, room)
 
     def _update(self, state: State, gradient: np.ndarray, out: np.ndarray, step: HostStep) -> None:
         master, mu, nu = state
@@ -202,15 +229,15 @@ class HostOptimizer:
         self, gradients: dict[str, jax.Array]
     ) -> Iterator[tuple[_Chunk, list[np.ndarray]]]:
         """Every chunk's gradients, while the next ones are on their way."""
-        coming: collections.deque[tuple[_Chunk, list[jax.Array]]] = collections.deque()
+        coming: collections.deque[tuple[_Chunk, Sequence[Any]]] = collections.deque()
 
         def arrived() -> tuple[_Chunk, list[np.ndarray]]:
             chunk, parts = coming.popleft()
             return chunk, [np.asarray(part) for part in parts]
 
         for chunk in self._chunks:
-            gradient = gradients[chunk.path]
-            coming.append((chunk, self._shards[chunk.path].take(gradient, chunk.piece)))
+            gradient, shards = gradients[chunk.path], self._shards[chunk.path]
+            coming.append((chunk, _taken(shards, gradient, chunk.piece)))
             if chunk.is_last:
                 del gradients[chunk.path]  # its memory is free once its chunks have left
             if len(coming) > _AHEAD:
@@ -236,6 +263,11 @@ class HostOptimizer:
     def _is_split(self, path: str) -> bool:
         layout = self.layout
         return layout.role_spec(path, Role.MASTER) != layout.role_spec(path, Role.MOMENTS)
+
+
+def _taken(shards: Shards, array: jax.Array, piece: Piece) -> Sequence[Any]:
+    """A chunk of every part, in host memory or on its way there."""
+    return host_parts(shards, array, piece) if in_host_memory(array) else shards.take(array, piece)
 
 
 class _Ring:

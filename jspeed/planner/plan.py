@@ -29,6 +29,7 @@ from jspeed.engine.compilation import auto_facts, jit_step, lowered_layout
 from jspeed.engine.pipeline import pipeline_of
 from jspeed.engine.sparse_attention import sets_pattern
 from jspeed.engine.state_explanation import explain_plan, microbatch_shapes
+from jspeed.layout.explain import Explanation
 from jspeed.layout.rules import axes_of
 from jspeed.layout.zero import Layout
 from jspeed.nn.attention import STAND_IN
@@ -176,6 +177,12 @@ def _plan(step: _Step, cluster: Cluster, remarks: list[str]) -> Plan:
             "the optimizer's update on the host takes time that is not in the predicted step; what "
             "moves for it between host and devices is."
         )
+    if layout.params_on_host:
+        remarks.append(
+            "the layers' parameters come from host memory twice in each microbatch, forwards and "
+            "backwards, and their gradients leave for it: what the host's link takes for that is "
+            "not in the predicted step."
+        )
     remarks += [f"not in this plan: {key}" for key in map(str, step.config.switched_on_later())]
     state = explain_plan(step.program, run)
     origins = Origins(compiled.text, module_classes(step.program.blueprint))
@@ -206,10 +213,8 @@ def _plan(step: _Step, cluster: Cluster, remarks: list[str]) -> Plan:
             batch_bytes=batch_bytes,
             limit=cluster.limit_bytes,
             origins=origins,
-            host=0 if layout.streamed else state.host_bytes,
-            leaving=0
-            if layout.streamed
-            else state.host_bytes // 12 * jnp.dtype(layout.reduce_dtype).itemsize,
+            host=0 if layout.streamed else state.host_bytes - state.host_parameter_bytes,
+            leaving=0 if layout.streamed else _leaving(state, layout),
         ),
         traffic=summarise(traffic),
         volume=volume(
@@ -223,6 +228,14 @@ def _plan(step: _Step, cluster: Cluster, remarks: list[str]) -> Plan:
         remarks=tuple(remarks),
         pipeline=pipeline_of(step.config, run),
     )
+
+
+def _leaving(state: Explanation, layout: Layout) -> int:
+    """Bytes of the gradients on one device that wait for the host when the step is over."""
+    waiting = sum(
+        leaf.host_bytes for leaf in state.leaves if leaf.path not in layout.params_on_host
+    )
+    return waiting // 12 * jnp.dtype(layout.reduce_dtype).itemsize
 
 
 def _turns(compiled: Compiled, run: RunPlan) -> TurnLoop | None:

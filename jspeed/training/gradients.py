@@ -15,6 +15,7 @@ from jspeed.core.loss import LossSum
 from jspeed.core.tree import map_named, named_leaves
 from jspeed.layout.at_use import call_with_gather_at_use
 from jspeed.layout.mesh import BATCH_AXES, PIPE
+from jspeed.layout.streamed import Leaving
 from jspeed.layout.zero import Layout, Role, manual_spec
 from jspeed.pipeline.operations import Schedule
 from jspeed.pipeline.schedules import FORWARD_ONLY, make_schedule
@@ -77,18 +78,26 @@ def bound_loss(
 
 def local_gradients(
     program: Program, loss_fn: LossFn, layout: Layout, settings: GradientSettings
-) -> Callable[[TrainState, jax.Array, Any], tuple[Any, jax.Array, jax.Array, jax.Array, Any]]:
-    """The function `(state, loss scale, batch) -> (gradients, unscale, loss, weight, mutable)` on
-    global arrays.
+) -> Callable[
+    [TrainState, jax.Array, Any], tuple[Any, jax.Array, jax.Array, jax.Array, Any, Arrays]
+]:
+    """The function `(state, loss scale, batch) -> (gradients, unscale, loss, weight, mutable,
+    gradients in host memory)` on global arrays.
 
     Gradients are as they were reduced, and live where the moments live; times `unscale`, a float32
     scalar, they are those of the mean loss over the global batch. Left to the caller, so that it
-    can be one pass with the update.
+    can be one pass with the update. Of a gradient in host memory the norm stands in its place.
     """
     run = bound_loss(program, loss_fn, layout, settings, train=True)
 
     def on_shard(
-        master_tree: Any, copies: Any, mutable: Any, key_data: Any, scale: Any, batch: Any
+        master_tree: Any,
+        copies: Any,
+        mutable: Any,
+        key_data: Any,
+        scale: Any,
+        batch: Any,
+        leaving: Arrays,
     ):
         key = jax.random.wrap_key_data(key_data)
         shard = Shard(
@@ -99,6 +108,7 @@ def local_gradients(
             batch=batch,
             key=jax.random.fold_in(key, jax.lax.axis_index(BATCH_AXES)),
             factor=1.0,
+            leaving=leaving,
         )
         reference = _reference_weight(run, shard) if settings.normalise_loss else 1.0
         shard = replace(shard, factor=scale * settings.before_reduction / reference)
@@ -110,7 +120,8 @@ def local_gradients(
         tree = jax.tree.unflatten(
             jax.tree.structure(master_tree), [grads[path] for path in shard.master]
         )
-        return tree, unscale, loss, weight, _average(sums.mutable)
+        left = {path: sums.left[path].gradients for path in leaving}
+        return tree, unscale, loss, weight, _average(sums.mutable), left
 
     def compute(state: TrainState, scale: jax.Array, batch: Any):
         master_specs, copy_specs, mutable_specs = state_specs(layout, state)
@@ -118,6 +129,10 @@ def local_gradients(
             lambda path, _: manual_spec(layout.role_spec(path, Role.GRAD)), state.master
         )
         scalar = PartitionSpec()
+        left_specs = {path: dict(named_leaves(grad_specs))[path] for path in state.host_gradients}
+        grad_specs = map_named(
+            lambda path, spec: scalar if path in left_specs else spec, grad_specs
+        )
         mapped = shard_map(
             on_shard,
             mesh=layout.mesh,
@@ -128,14 +143,17 @@ def local_gradients(
                 scalar,
                 scalar,
                 jax.tree.map(lambda _: layout.batch_spec(1), batch),
+                left_specs,
             ),
-            out_specs=(grad_specs, scalar, scalar, scalar, mutable_specs),
+            out_specs=(grad_specs, scalar, scalar, scalar, mutable_specs, left_specs),
             axis_names=frozenset(layout.mesh.axis_names) - frozenset(layout.automatic_axes),
         )
         rng = jax.random.key_data(
             jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         )
-        return mapped(state.master, state.copies, state.mutable, rng, scale, batch)
+        return mapped(
+            state.master, state.copies, state.mutable, rng, scale, batch, state.host_gradients
+        )
 
     return compute
 
@@ -144,10 +162,11 @@ def _one_after_another(run: BoundLoss, shard: Shard, settings: GradientSettings)
     """Runs whole microbatches in a loop."""
     local = shard.local
 
-    def loss_of(diff: Arrays, mutable: Any, micro: Any, key: jax.Array):
+    def loss_of(diff: Any, adds: Any, mutable: Any, micro: Any, key: jax.Array):
+        here, leaving = diff
         loss, new = call_with_gather_at_use(
             run,
-            local.homes(diff, shard.master, shard.copies),
+            local.homes(here, shard.master, shard.copies, leaving, adds=adds),
             mutable,
             micro,
             key,
@@ -159,17 +178,24 @@ def _one_after_another(run: BoundLoss, shard: Shard, settings: GradientSettings)
     diff = local.differentiated(shard.master, shard.copies, shard.master)
     gradient = jax.grad(loss_of, has_aux=True)
 
-    def microbatch(index: Any, mutable: Any) -> Any:
-        new, (loss, mutable) = gradient(diff, mutable, *shard.microbatch(index))
-        new = jax.tree.map(lambda g: g.astype(settings.accumulation_dtype), new)
-        return (new, loss.total, loss.weight), mutable
-
     zero = jnp.zeros((), jnp.float32)
+
+    def microbatch(index: Any, state: Any) -> Any:
+        mutable, left = state
+        leaving = {path: Leaving(there.gradients, zero) for path, there in left.items()}
+        adds = index > 0 if settings.accumulation > 1 else None
+        (new, left), (loss, mutable) = gradient(
+            (diff, leaving), adds, mutable, *shard.microbatch(index)
+        )
+        new = jax.tree.map(lambda g: g.astype(settings.accumulation_dtype), new)
+        return (new, loss.total, loss.weight), (mutable, left)
+
     accumulators = jax.tree.map(lambda d: jnp.zeros(d.shape, settings.accumulation_dtype), diff)
-    (grads, total, weight), mutable = _sum_over(
-        settings.accumulation, microbatch, (accumulators, zero, zero), shard.mutable
+    leaving = {path: Leaving(buffer, zero) for path, buffer in shard.leaving.items()}
+    (grads, total, weight), (mutable, left) = _sum_over(
+        settings.accumulation, microbatch, (accumulators, zero, zero), (shard.mutable, leaving)
     )
-    return Sums(grads, total, weight, mutable)
+    return Sums(grads, total, weight, mutable, left)
 
 
 def _mean(
@@ -179,6 +205,7 @@ def _mean(
     devices' sums."""
     local = shard.local
     grads = local.reduce_once(sums.gradients)
+    grads |= local.norms({path: left.squares for path, left in sums.left.items()})
     total, weight = jax.lax.psum(jnp.stack([sums.total, sums.weight]), LOSS_AXES)
     # A batch that counts nothing has no loss: gradients of 0, and no update of NaN.
     counted = jnp.where(weight > 0, weight, 1.0)

@@ -8,11 +8,16 @@ Each parameter is treated in one of three ways:
   once per microbatch;
 - *local* (stages 0 and 1, and what no dimension lets shard): gradients accumulate locally and are
   reduced once.
+
+Parameters in host memory come to the device layer by layer; their gradients are reduced layer by
+layer, once per microbatch, and leave for the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -23,6 +28,8 @@ from jspeed.core.tree import map_named
 from jspeed.layout.at_use import AtHome, Report
 from jspeed.layout.gather import GatherPlan, island, reduce_scatter
 from jspeed.layout.mesh import BATCH_AXES, PIPE
+from jspeed.layout.rules import axes_of
+from jspeed.layout.streamed import Leaving, Streamed
 from jspeed.layout.zero import Layout, Role, manual_spec
 from jspeed.training.state import TrainState
 
@@ -35,7 +42,7 @@ def treatment(layout: Layout, path: str) -> str:
     """How the gradient of a parameter is computed and reduced."""
     if layout.gathered(path) is not None:
         return _GATHERED
-    if layout.stage == 2 and layout.zero_splits(path):
+    if layout.stage == 2 and layout.zero_splits(path) and path not in layout.params_on_host:
         return _SCATTERED
     return _LOCAL
 
@@ -46,6 +53,7 @@ class LocalParameters:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.how = {path: treatment(layout, path) for path in layout.leaves}
+        self.streamed = layout.params_on_host
         self.report = Report()
 
     def whole(self, master: Arrays, copies: Arrays, path: str) -> jax.Array:
@@ -55,13 +63,14 @@ class LocalParameters:
         return master[path].astype(self.layout.compute_dtype)
 
     def differentiated(self, master: Arrays, copies: Arrays, paths: Iterable[str]) -> Arrays:
-        """The arrays to differentiate with respect to, one per parameter of `paths`."""
+        """The arrays to differentiate with respect to, one per parameter of `paths` that is on the
+        device."""
         of_kind = {
             _GATHERED: lambda p: master[p],
             _SCATTERED: lambda p: jnp.zeros(self._shard_shape(p, master), jnp.float32),
             _LOCAL: lambda p: self.whole(master, copies, p),
         }
-        return {path: of_kind[self.how[path]](path) for path in paths}
+        return {path: of_kind[self.how[path]](path) for path in paths if path not in self.streamed}
 
     def _shard_shape(self, path: str, master: Arrays) -> tuple[int, ...]:
         """Of a gradient that leaves as a shard of what this device holds of the parameter."""
@@ -72,11 +81,30 @@ class LocalParameters:
             for dim, size in enumerate(master[path].shape)
         )
 
-    def homes(self, diff: Arrays, master: Arrays, copies: Arrays) -> list[AtHome | jax.Array]:
-        """The parameters of `diff`, in its order, each as it is found at home."""
+    def homes(
+        self,
+        diff: Arrays,
+        master: Arrays,
+        copies: Arrays,
+        leaving: Mapping[str, Leaving] = MappingProxyType({}),
+        *,
+        adds: jax.Array | None = None,
+    ) -> list[AtHome | jax.Array]:
+        """The parameters of the model, in its order, each as it is found at home.
+
+        Args:
+          diff: see `differentiated`.
+          master: path -> this device's part of the master.
+          copies: path -> its part of the stored copy.
+          leaving: path -> where gradients go, of parameters in host memory.
+          adds: whether what is there is to be added to.
+        """
         homes: list[AtHome | jax.Array] = []
-        for path, value in diff.items():
-            how = self.how[path]
+        for path in master if self.streamed else diff:
+            if path in self.streamed:
+                homes.append(self._streamed(path, master[path], leaving.get(path), adds))
+                continue
+            how, value = self.how[path], diff[path]
             if how is _GATHERED:
                 homes.append(AtHome(path, self.layout.plan(path), value))
             elif how is _SCATTERED:
@@ -85,6 +113,34 @@ class LocalParameters:
             else:
                 homes.append(value)
         return homes
+
+    def _streamed(
+        self, path: str, part: jax.Array, leaving: Leaving | None, adds: jax.Array | None
+    ) -> Streamed:
+        """A parameter in host memory."""
+        gathers = self.how[path] is _GATHERED
+        whole = GatherPlan((), -1, compute_dtype=self.layout.compute_dtype)
+        return Streamed(
+            path,
+            self.layout.plan(path) if gathers else whole,
+            part,
+            gathers=gathers,
+            reduce=functools.partial(self._over_data, path),
+            leaving=leaving,
+            adds=adds,
+        )
+
+    def norms(self, squares: Arrays) -> Arrays:
+        """The norm of each gradient in host memory, from the sums of squares of this device's part.
+
+        It stands for the gradient where all gradients' norm is taken.
+        """
+        found = {}
+        for path, total in squares.items():
+            spec = manual_spec(self.layout.role_spec(path, Role.MOMENTS))
+            axes = tuple(axis for entry in spec for axis in axes_of(entry))
+            found[path] = jnp.sqrt(jax.lax.psum(total, axes) if axes else total)
+        return found
 
     def reduce_once(self, grads: Arrays) -> Arrays:
         """The reductions that are made once per step; each gradient then lives as the layout says,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 
 from jspeed.core.loss import LossSum
+from jspeed.layout.streamed import Leaving
 from jspeed.training.local_parameters import Arrays, LocalParameters
 
 BoundLoss = Callable[[list[Any], Any, Any, jax.Array], tuple[LossSum, Any]]
@@ -27,6 +29,7 @@ class Shard:
       batch: its microbatches, leaves `[accumulation, microbatch, ...]`.
       key: of its random numbers in this step.
       factor: on the loss before it is differentiated.
+      leaving: path -> buffer of gradients in host memory.
     """
 
     local: LocalParameters
@@ -36,6 +39,7 @@ class Shard:
     batch: Any
     key: jax.Array
     factor: Any
+    leaving: Arrays = field(default_factory=dict)
 
     def microbatch(self, index: Any) -> tuple[Any, jax.Array]:
         """A microbatch and its key."""
@@ -48,9 +52,10 @@ class Shard:
 
 class Sums(NamedTuple):
     """Over a device's microbatches: gradients by path, the loss's total and weight; and the mutable
-    state after the last."""
+    state after the last, and gradients in host memory with their squares."""
 
     gradients: Arrays
     total: jax.Array
     weight: jax.Array
     mutable: Any
+    left: Mapping[str, Leaving] = MappingProxyType({})

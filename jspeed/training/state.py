@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -39,6 +40,8 @@ class TrainState:
       mutable: the model's other state: batch statistics, random keys.
       rng: uint32 key data; a step's keys are folded from it and `step`.
       loss_scale: the state of fp16's loss scaling, or None.
+      host_gradients: path -> gradients that the last step left in the hosts' memory, of the
+        layout's `params_on_host`; room for the next one's.
       streamed: path -> tensor -> array in the hosts' pinned memory: fp32 `master` and moments of
         the parameters whose state the step streams through the devices.
     """
@@ -51,6 +54,7 @@ class TrainState:
     mutable: Any
     rng: jax.Array
     loss_scale: Any
+    host_gradients: dict[str, jax.Array] = field(default_factory=dict)
     streamed: dict[str, dict[str, jax.Array]] = field(default_factory=dict)
 
 
@@ -174,15 +178,19 @@ def state_shardings(shapes: TrainState, layout: Layout) -> Any:
             return NamedSharding(layout.mesh, PartitionSpec(PIPE))
         return whole
 
+    left: dict[str, Any] = {
+        path: layout.stored_sharding(path, Role.MOMENTS) for path in shapes.host_gradients
+    }
     return TrainState(
         step=whole,
         updates=whole,
-        master=map_named(lambda path, _: layout.sharding(path, Role.MASTER), shapes.master),
+        master=map_named(lambda path, _: layout.stored_sharding(path, Role.MASTER), shapes.master),
         copies=map_named(lambda path, _: layout.sharding(path, Role.PARAM), shapes.copies),
         opt_state=map_named(moments, shapes.opt_state),
         mutable=jax.tree.map(lambda _: whole, shapes.mutable),
         rng=whole,
         loss_scale=jax.tree.map(lambda _: whole, shapes.loss_scale),
+        host_gradients=left,
         streamed=streamed,
     )
 
@@ -236,12 +244,37 @@ def abstract_state(
     shapes = jax.eval_shape(
         lambda p, m, r: _build(p, m, r, optimizer, layout, loss_scale), params, mutable, rng
     )
-    shapes = replace(shapes, streamed=_abstract_streamed(optimizer, layout))
+    shapes = replace(
+        shapes,
+        streamed=_abstract_streamed(optimizer, layout),
+        host_gradients=_host_gradient_shapes(layout),
+    )
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
         state_shardings(shapes, layout),
     )
+
+
+def _host_gradient_shapes(layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
+    return {
+        path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(layout.host_gradient_dtype))
+        for path, leaf in layout.leaves.items()
+        if path in layout.params_on_host
+    }
+
+
+def _host_gradients(layout: Layout) -> dict[str, jax.Array]:
+    """Zeros in the hosts' memory, which have not been on any device."""
+
+    def zeros(path: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        sharding = layout.stored_sharding(path, Role.MOMENTS)
+        part = sharding.shard_shape(shape.shape)
+        return jax.make_array_from_callback(
+            shape.shape, sharding, lambda _: np.zeros(part, shape.dtype)
+        )
+
+    return {path: zeros(path, shape) for path, shape in _host_gradient_shapes(layout).items()}
 
 
 def create_state(
@@ -261,7 +294,10 @@ def create_state(
     shardings = jax.tree.map(
         lambda leaf: leaf.sharding, abstract_state(program, optimizer, layout, loss_scale)
     )
-    shardings = replace(shardings, master=on_device(shardings.master, layout), streamed={})
+    left = _host_gradients(layout)
+    shardings = replace(
+        shardings, master=on_device(shardings.master, layout), streamed={}, host_gradients={}
+    )
     init_key, run_key = jax.random.split(jax.random.key(seed))
     rng = jax.random.key_data(run_key)
     given = program.given()
@@ -272,7 +308,8 @@ def create_state(
             params = on_device(params, layout)
             return _build(params, mutable, rng, optimizer, layout, loss_scale)
 
-        return jax.jit(create, out_shardings=shardings)(init_key, rng)
+        made = jax.jit(create, out_shardings=shardings)(init_key, rng)
+        return replace(made, host_gradients=left)
     params, mutable = given
     placed = map_named(
         lambda path, leaf, sharding: jax.device_put(
@@ -286,14 +323,15 @@ def create_state(
     build = jax.jit(
         lambda p, m, r: _build(p, m, r, optimizer, layout, loss_scale), out_shardings=shardings
     )
-    return build(placed, mutable, rng)
+    return replace(build(placed, mutable, rng), host_gradients=left)
 
 
 def create_parameters(
     program: Program, layout: Layout, *, seed: int
 ) -> Iterator[tuple[str, jax.Array]]:
     """The initial parameters `on_host` in fp32, placed as their moments: path and array, made one
-    after another, so that devices hold one at a time."""
+    after another, so that devices hold one at a time; `params_on_host` are made by the host, and
+    are in its memory."""
     init_key, _ = jax.random.split(jax.random.key(seed))
     given = program.given()
     leaves = {} if given is None else dict(named_leaves(given[0]))
@@ -310,8 +348,25 @@ def create_parameters(
             return stored(path, dict(named_leaves(program.init(key)[0]))[path])
 
         sharding = layout.sharding(path, Role.MOMENTS)
-        if given is None:
+        if path in layout.params_on_host:
+            made = functools.partial(create, init_key) if given is None else leaves[path]
+            yield path, _made_by_host(made, layout.stored_sharding(path, Role.MOMENTS))
+        elif given is None:
             yield path, jax.jit(create, out_shardings=sharding)(init_key)
         else:
             place = jax.jit(functools.partial(stored, path), out_shardings=sharding)
             yield path, place(leaves[path])
+
+
+def _made_by_host(made: Any, sharding: NamedSharding) -> jax.Array:
+    """A stack of all layers, which a device might not have room for, in fp32 in host memory.
+
+    Args:
+      made: the array, or a function that computes it.
+      sharding: in host memory.
+    """
+    if callable(made):
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            made = jax.jit(made)()
+    whole = np.asarray(made, np.float32)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])

@@ -36,7 +36,8 @@ class HostUpdate(NamedTuple):
     """What the host needs of a step to update the parameters whose state it has.
 
     Attributes:
-      gradients: path -> gradient as it was reduced, where the moments would live.
+      gradients: path -> gradient as it was reduced, where the moments would live; those that are
+        in host memory already are the state's `host_gradients`.
       factor: float32, what gradients are multiplied with before they are used.
       applied: bool, whether the step changes anything.
       learning_rate: float32.
@@ -117,7 +118,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Any) -> Any:
         scale = state.loss_scale.scale if state.loss_scale is not None else jnp.float32(1.0)
-        reduced, unscale, loss, weight, mutable = compute(state, scale, batch)
+        reduced, unscale, loss, weight, mutable, left = compute(state, scale, batch)
         new_master, opt_state, casts, seen, factor = update(state, reduced, unscale)
         streamed = state.streamed
         if stream is not None:
@@ -158,6 +159,7 @@ def make_train_step(
             mutable=mutable,
             rng=state.rng,
             loss_scale=loss_scale,
+            host_gradients=left,
             streamed=streamed,
         )
         if rates is None:
@@ -180,6 +182,7 @@ def _for_host(
         gradients={
             path: jax.lax.with_sharding_constraint(leaf, layout.sharding(path, Role.MOMENTS))
             for path, leaf in on_host(reduced, layout).items()
+            if path not in layout.params_on_host
         },
         factor=factor,
         applied=applied,

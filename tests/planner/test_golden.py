@@ -26,6 +26,7 @@ TAKE_LONG = (
     "gpt2_13b_1xh100",
     "gpt2_sparse",
     "llama3_70b_1024xh200",
+    "llama3_70b_1xh100",
     "llama3_8b_1m_8xh200",
 )
 MARK = "<!-- expected plans, written by tests/planner/test_golden.py -->\n"

@@ -34,6 +34,7 @@ def make_engine(
     devices: int = 8,
     stage: int = 3,
     model: ModelFactory | None = None,
+    zero: dict[str, Any] | None = None,
     **more: Any,
 ) -> Engine:
     """Of the tiny GPT-2, its state in chunks of at most 3000 elements."""
@@ -45,7 +46,7 @@ def make_engine(
         "type": "WarmupLR",
         "params": {"warmup_max_lr": 1e-2, "warmup_num_steps": 5},
     }
-    config["zero_optimization"] |= {"sub_group_size": 3000}
+    config["zero_optimization"] |= {"sub_group_size": 3000, **(zero or {})}
     if offload is not None:
         config["zero_optimization"] |= {"offload_optimizer": offload}
     return jspeed.initialize(
