@@ -14,9 +14,8 @@ from jspeed.core.tree import map_named, named_leaves
 from jspeed.engine.batches import own_share
 from jspeed.engine.build import RunPlan
 from jspeed.engine.counters import Counters
-from jspeed.engine.offloading import Offloading
+from jspeed.engine.host_state import HostState
 from jspeed.engine.state_explanation import explain_plan, gather_notes, microbatch_shapes
-from jspeed.engine.streaming import Streaming
 from jspeed.layout.data_share import DataShare
 from jspeed.layout.explain import Explanation
 from jspeed.layout.zero import Layout
@@ -46,7 +45,7 @@ class Accessors:
     _state: TrainState
     _steps: int | None
     _counters: Counters
-    _offloading: Offloading | Streaming | None
+    _offloading: HostState | None
     _parked: tuple[str, ...] = ()
 
     @property
@@ -97,7 +96,7 @@ class Accessors:
         if path not in self.layout.on_host:
             return leaf
         assert self._offloading is not None
-        return self._offloading.master(path, self._state)
+        return self._offloading.copy(path, "master", self._state)
 
     def explain(self, batch: Any = None) -> Explanation:
         """Where every parameter and its optimizer state live, why, and what each device holds.

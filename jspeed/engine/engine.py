@@ -30,7 +30,7 @@ from jspeed.engine.not_in_jspeed import (
     refuses,
     takes_names_only,
 )
-from jspeed.engine.offloading import make_offloading
+from jspeed.engine.offloading import make_host_state
 from jspeed.engine.parking import Parking
 from jspeed.engine.reporting import Reporter
 from jspeed.engine.sparse_attention import sets_pattern
@@ -156,7 +156,7 @@ class Engine(Checkpointing, Parking):
         self._state: TrainState = create_state(
             program, self.plan.optimizer, self.layout, seed=seed, loss_scale=self.plan.loss_scale
         )
-        self._offloading = make_offloading(config, program, self.plan)
+        self._offloading = make_host_state(config, program, self.plan)
         if self._offloading is not None:
             self._state = self._offloading.start(self._state, seed)
         self._steps: int | None = 0

@@ -241,7 +241,7 @@ def test_devices_hold_the_parameters_alone():
     assert len(split) == len(engine.layout.leaves)
     assert on_devices == 2 * parameters + 8 * engine.state.rng.nbytes
     assert jax.tree.leaves(engine.state.opt_state.mu) == []
-    host = engine._offloading
+    host: Any = engine._offloading
     assert host is not None
     assert host.bytes == 12 * parameters
     whole = engine.whole_state()
