@@ -23,7 +23,7 @@ if __name__ == "__main__":
     rule = AdamRule(eps=EPS, weight_decay=WEIGHT_DECAY, decoupled=True, bias_corrected=True)
     adam = HostAdam(rule, "numba" if task.kind == "numba" else "xla", threads=task.threads)
     dtype = np.dtype(ml_dtypes.bfloat16 if task.sixteen_bit else np.float32)
-    master, mu, nu = (host_zeros(task.elements, np.dtype(np.float32)) for _ in range(3))
+    master, mu, nu = (adam.zeros(task.elements) for _ in range(3))
     master[:] = task.parameters()
     gradient = host_zeros(task.elements, dtype)
     gradient[:] = task.gradient()

@@ -13,13 +13,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Sharding, SingleDeviceSharding
 
+from jspeed.checkpoint.deferred import Deferred, registry
 from jspeed.checkpoint.manifest import ArrayEntry, listed
 from jspeed.core.errors import CheckpointError
 
 BARRIER_TIMEOUT_MS = 600_000
 
 
-def describe_arrays(arrays: Mapping[str, jax.Array]) -> dict[str, ArrayEntry]:
+def describe_arrays(arrays: Mapping[str, jax.Array | Deferred]) -> dict[str, ArrayEntry]:
     """Returns shape and dtype of every array, after checking that each can be saved.
 
     Raises:
@@ -32,7 +33,7 @@ def describe_arrays(arrays: Mapping[str, jax.Array]) -> dict[str, ArrayEntry]:
             raise CheckpointError(
                 f'Array name {path!r}: expected names joined by "/", like "master/embed/kernel".'
             )
-        if not isinstance(array, jax.Array):
+        if not isinstance(array, jax.Array | Deferred):
             raise CheckpointError(
                 f'"{path}": expected a jax.Array, found {type(array).__name__}. Convert it with '
                 "jax.numpy.asarray, or put plain numbers into the metadata."
@@ -43,7 +44,11 @@ def describe_arrays(arrays: Mapping[str, jax.Array]) -> dict[str, ArrayEntry]:
                 "jax.random.wrap_key_data after restoring."
             )
         entries[path] = ArrayEntry(tuple(array.shape), array.dtype.name)
-    deleted = [f'"{path}"' for path, array in arrays.items() if array.is_deleted()]
+    deleted = [
+        f'"{path}"'
+        for path, array in arrays.items()
+        if isinstance(array, jax.Array) and array.is_deleted()
+    ]
     if deleted:
         raise CheckpointError(
             f"These arrays were donated or deleted and cannot be saved: {listed(deleted)}. Save "
@@ -53,16 +58,19 @@ def describe_arrays(arrays: Mapping[str, jax.Array]) -> dict[str, ArrayEntry]:
 
 
 class ArrayWriter:
-    """One save: `start` returns when the arrays are on the host, `finish` when on disk."""
+    """One save: `start` returns when the arrays are on the host, `finish` when on disk, deferred
+    ones too."""
 
     def __init__(self) -> None:
         silence_orbax()
         # Uncompressed: floating-point weights hardly shrink, and compressing would take processor
         # time from the training that goes on meanwhile.
-        handler = ocp.PyTreeCheckpointHandler(use_compression=False)
+        handler = ocp.PyTreeCheckpointHandler(
+            use_compression=False, type_handler_registry=registry()
+        )
         self._checkpointer = ocp.AsyncCheckpointer(handler)
 
-    def start(self, folder: Path, arrays: Mapping[str, jax.Array]) -> None:
+    def start(self, folder: Path, arrays: Mapping[str, jax.Array | Deferred]) -> None:
         """Copies `arrays` to the host and starts to write them into the new folder `folder`."""
         # Empty arrays have no bytes to write, and Orbax refuses them; the manifest alone brings
         # them back.
@@ -97,7 +105,7 @@ def read_arrays(
     arguments = {
         path: ocp.ArrayRestoreArgs(
             restore_type=jax.Array,
-            sharding=_sharding(leaf),
+            sharding=sharding_of(leaf),
             global_shape=entries[path].shape,
             dtype=leaf.dtype,
         )
@@ -138,9 +146,10 @@ def _not_from_orbax(record: logging.LogRecord) -> bool:
     return "/orbax/" not in record.pathname.replace("\\", "/")
 
 
-def _sharding(leaf: jax.ShapeDtypeStruct) -> Sharding:
+def sharding_of(leaf: jax.ShapeDtypeStruct) -> Sharding:
+    """Where an array is read to: one device if its description does not say."""
     return leaf.sharding or SingleDeviceSharding(jax.local_devices()[0])
 
 
 def _empty(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    return jax.device_put(np.zeros(leaf.shape, leaf.dtype), _sharding(leaf))
+    return jax.device_put(np.zeros(leaf.shape, leaf.dtype), sharding_of(leaf))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jspeed.checkpoint import diagnosis, folders
-from jspeed.checkpoint.arrays import ArrayWriter, describe_arrays, read_arrays, wait_for_processes
+from jspeed.checkpoint.arrays import (
+    ArrayWriter,
+    describe_arrays,
+    read_arrays,
+    sharding_of,
+    wait_for_processes,
+)
 from jspeed.checkpoint.background import BackgroundTask
 from jspeed.checkpoint.compare import check_like
+from jspeed.checkpoint.deferred import Deferred
 from jspeed.checkpoint.manifest import (
     MANIFEST_NAME,
     ArrayEntry,
@@ -66,7 +73,7 @@ class CheckpointStore:
     def save(
         self,
         tag: str,
-        arrays: Mapping[str, jax.Array],
+        arrays: Mapping[str, jax.Array | Deferred],
         metadata: Mapping[str, Any],
         files: Mapping[str, bytes] | None = None,
         *,
@@ -83,7 +90,8 @@ class CheckpointStore:
         Args:
           tag: the folder name, such as `global_step100`.
           arrays: path such as `master/blocks/attn/kernel` -> global array of any sharding and dtype
-            (PRNG keys as their uint32 key data).
+            (PRNG keys as their uint32 key data). Deferred ones are made and written one after the
+            other; then this returns only when the checkpoint is on disk.
           metadata: a JSON object; `metadata["step"]` orders checkpoints where the tag ends in no
             number.
           files: file name -> content, for small things such as a tokenizer.
@@ -119,7 +127,7 @@ class CheckpointStore:
         self._saving, self._saves = tag, self._saves + 1
         barrier = f"jspeed_checkpoint_{self._saves}"
         self._task.start(lambda: self._finish(pending, writer, barrier), name=f"save {tag}")
-        if wait:
+        if wait or any(isinstance(array, Deferred) for array in arrays.values()):
             self.wait()
 
     def wait(self) -> None:
@@ -193,7 +201,8 @@ class CheckpointStore:
         *,
         like: Mapping[str, jax.ShapeDtypeStruct],
         subset: bool = False,
-    ) -> dict[str, jax.Array]:
+        deferred: Collection[str] = (),
+    ) -> dict[str, Any]:
         """Returns the arrays of a checkpoint, read straight into the shardings that `like` gives.
 
         Each device reads only its own part, whatever mesh saved the arrays. A running save is
@@ -204,6 +213,7 @@ class CheckpointStore:
           like: path -> shape, dtype and sharding of each array to read (without a sharding: on one
             device).
           subset: whether the checkpoint may hold more arrays than `like` names.
+          deferred: which of them come as `Deferred`, each read when it is made.
 
         Raises:
           CheckpointError: there is no such checkpoint, it does not hold what `like` expects, or
@@ -213,14 +223,24 @@ class CheckpointStore:
         folder, manifest = self._open(tag)
         check_like(manifest.tag, manifest.arrays, like, subset=subset)
         verify_files(folder, manifest)
-        try:
-            return read_arrays(folder / ARRAYS, manifest.arrays, like)
-        except Exception as error:
-            raise CheckpointError(
-                f'Checkpoint "{manifest.tag}" in "{folder}" cannot be read: '
-                f"{diagnosis.reason(error)} Restore another checkpoint, or copy this one again "
-                "from where it came from."
-            ) from error
+
+        def read(paths: Collection[str]) -> dict[str, Any]:
+            try:
+                return read_arrays(
+                    folder / ARRAYS, manifest.arrays, {path: like[path] for path in paths}
+                )
+            except Exception as error:
+                raise CheckpointError(
+                    f'Checkpoint "{manifest.tag}" in "{folder}" cannot be read: '
+                    f"{diagnosis.reason(error)} Restore another checkpoint, or copy this one again "
+                    "from where it came from."
+                ) from error
+
+        def later(path: str, leaf: jax.ShapeDtypeStruct) -> Deferred:
+            return Deferred(leaf.shape, leaf.dtype, sharding_of(leaf), lambda: read([path])[path])
+
+        now = read([path for path in like if path not in deferred])
+        return {path: now[path] if path in now else later(path, like[path]) for path in like}
 
     def prune(self, keep: int) -> list[str]:
         """Removes the oldest complete checkpoints beyond `keep`, and what killed saves left.

@@ -113,9 +113,10 @@ class Accessors:
         return explain_plan(self._program, self.plan, notes)
 
     def whole_state(self, *, host: bool = True) -> TrainState:
-        """The state as it would be without offloading, what is on the host in the hosts' memory.
+        """The state as it would be without offloading; without `host`, shapes in the place of what
+        is on the host.
 
-        With offloading that is a copy; without `host` it has shapes in its place.
+        What the host updates is `Deferred`, a copy in its memory once it is made.
         """
         if self._offloading is None:
             return self.state

@@ -7,8 +7,10 @@ master, so neither mesh, ZeRO stage nor precision is part of the format.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
 
-from jspeed.checkpoint import CheckpointStore
+from jspeed.checkpoint import CheckpointStore, Deferred, made
 from jspeed.core.errors import CheckpointError, MissingExtraError
 from jspeed.core.tree import map_named, named_leaves
 from jspeed.engine.accessors import Accessors, whole_on_host
 from jspeed.engine.counters import Counters
 from jspeed.engine.reporting import LOGGER
 from jspeed.layout.zero import Layout, Role
+from jspeed.offload import HOST_MEMORY
 from jspeed.training.state import (
     TrainState,
     in_model_order,
@@ -37,6 +41,7 @@ from jspeed.training.step import publish
 
 _SAVED = ("step", "updates", "rng", "master", "opt_state", "mutable", "loss_scale")
 _COUNTERS = ("step", "updates", "rng")
+_LAYERED = ("master", "opt_state")
 
 
 def is_key(leaf: Any) -> bool:
@@ -101,6 +106,8 @@ class EngineCheckpoints:
             path: jax.random.key_data(leaf) if is_key(leaf) else leaf
             for path, leaf in saved_arrays(state).items()
         }
+        if not wait and not _on_disk(engine):
+            arrays = {path: made(leaf) for path, leaf in arrays.items()}  # while training goes on
         metadata = {
             "step": engine.global_steps,
             "counters": engine.counters().to_json(),
@@ -141,7 +148,8 @@ class EngineCheckpoints:
                 _shapes_in_model_order(shapes, engine.layout), tuple(parts)
             ).items()
         }
-        restored = self.store.restore(tag, like=like, subset=True)
+        deferred = _on_host(shapes, engine.layout)
+        restored = self.store.restore(tag, like=like, subset=True, deferred=deferred)
         _check_same_model(engine, found, restored, tag, self.directory, optimizer)
         current = engine.whole_state(host=False)
         state = _rebuild(current, shapes, restored, engine.layout, schedule)
@@ -157,6 +165,21 @@ class EngineCheckpoints:
             tag=metadata.get("tag", tag or ""),
             client_state=metadata["client_state"],
         )
+
+
+def _on_disk(engine: Accessors) -> bool:
+    """Whether the state may be larger than the host's memory."""
+    section = engine.config.zero.offload_optimizer
+    return section is not None and section.device == "nvme"
+
+
+def _on_host(state: TrainState, layout: Layout) -> list[str]:
+    """Names of what the host has of a whole state."""
+    return [
+        name
+        for name, leaf in saved_arrays(state, _LAYERED).items()
+        if layout.owner(name, leaf.shape) in layout.on_host
+    ]
 
 
 def _counters(
@@ -226,12 +249,52 @@ def layers_in_model_order(state: TrainState, layout: Layout) -> TrainState:
     store them in another; then its stacks are copies."""
     if layout.order is None or layout.order.as_in_model:
         return state
-    shapes = _shapes_in_model_order(state, layout)
-    parts = (state.master, state.opt_state)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, (shapes.master, shapes.opt_state))
-    reorder = jax.jit(lambda parts: in_model_order(parts, layout), out_shardings=shardings)
-    master, opt_state = reorder(parts)
-    return replace(state, master=master, opt_state=opt_state)
+    shapes = saved_arrays(_shapes_in_model_order(state, layout), _LAYERED)
+    leaves = saved_arrays(state, _LAYERED)
+    moved = _rearranged(functools.partial(in_model_order, layout=layout), leaves, shapes)
+
+    def in_place(part: str) -> Any:
+        return map_named(lambda path, _: moved[f"{part}/{path}"], getattr(state, part))
+
+    return replace(state, **{part: in_place(part) for part in _LAYERED})
+
+
+def _on_devices(sharding: Any) -> NamedSharding:
+    """The same placement in the devices' memory."""
+    return NamedSharding(sharding.mesh, sharding.spec)
+
+
+def _rearranged(
+    rearrange: Callable[[Any], Any],
+    leaves: dict[str, Any],
+    shapes: dict[str, Any],
+    *,
+    donate: bool = False,
+) -> dict[str, Any]:
+    """Leaves in another order, shaped and placed as `shapes`. Those in the hosts' memory, and
+    deferred ones, one at a time when they are made: on the devices."""
+
+    def now(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        shardings = {path: _on_devices(shapes[path].sharding) for path in leaves}
+        jitted = jax.jit(rearrange, out_shardings=shardings, donate_argnums=(0,) if donate else ())
+        return jitted(leaves)
+
+    def later(path: str, leaf: jax.Array | Deferred) -> Deferred:
+        to = shapes[path]
+
+        def make() -> jax.Array:
+            there = jax.device_put(made(leaf), _on_devices(leaf.sharding))
+            return jax.device_put(now({path: there})[path], to.sharding)
+
+        return Deferred(to.shape, to.dtype, to.sharding, make)
+
+    one_by_one = {
+        path: leaf
+        for path, leaf in leaves.items()
+        if isinstance(leaf, Deferred) or leaf.sharding.memory_kind == HOST_MEMORY
+    }
+    arrays = {path: leaf for path, leaf in leaves.items() if path not in one_by_one}
+    return now(arrays) | {path: later(path, leaf) for path, leaf in one_by_one.items()}
 
 
 def _shapes_in_model_order(state: TrainState, layout: Layout) -> TrainState:
@@ -264,12 +327,9 @@ def _as_stored(
         return restored
     stored, in_model = saved_arrays(shapes), saved_arrays(_shapes_in_model_order(shapes, layout))
     moved = {p: leaf for p, leaf in restored.items() if is_stack(p, in_model[p].shape, layout)}
-    reorder = jax.jit(
-        lambda arrays: in_stage_order(arrays, layout),
-        out_shardings={path: stored[path].sharding for path in moved},
-        donate_argnums=0 if order.rows == order.layers else (),
-    )
-    return {**restored, **reorder(moved)}
+    donate = order.rows == order.layers
+    reorder = functools.partial(in_stage_order, layout=layout)
+    return {**restored, **_rearranged(reorder, moved, stored, donate=donate)}
 
 
 def _with_schedules_at(updates: jax.Array, opt_state: Any) -> Any:

@@ -16,7 +16,7 @@ import optax
 from jspeed.config import Config, OffloadOptimizerConfig, OptimizerConfig
 from jspeed.core.errors import ConfigError
 from jspeed.layout.zero import Layout, Role
-from jspeed.offload import AdamRule, ChunkStore, FileStore, HostStore
+from jspeed.offload import AdamRule, ChunkStore, FileStore, HostAdam, HostStore
 from jspeed.offload.chunks import CHUNK_ELEMENTS
 from jspeed.offload.needs import Need, check_disk, check_host_memory
 
@@ -165,12 +165,15 @@ def adam_rule(section: OptimizerConfig) -> AdamRule:
     )
 
 
-def make_store(section: OffloadOptimizerConfig, layout: Layout, sizes: Sequence[int]) -> ChunkStore:
+def make_store(
+    section: OffloadOptimizerConfig, layout: Layout, adam: HostAdam, sizes: Sequence[int]
+) -> ChunkStore:
     """The store of a tier.
 
     Args:
       section: which tier.
       layout: with parameters `on_host`.
+      adam: that updates the state.
       sizes: elements of each chunk.
 
     Raises:
@@ -178,7 +181,7 @@ def make_store(section: OffloadOptimizerConfig, layout: Layout, sizes: Sequence[
     """
     _check_room(section, layout, sizes)
     if section.device == "cpu":
-        return HostStore(sizes)
+        return HostStore(sizes, zeros=adam.zeros)
     assert section.nvme_path is not None
     return FileStore(
         section.nvme_path,

@@ -4,6 +4,7 @@ checkpoints."""
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jspeed.checkpoint import Deferred, made
 from jspeed.config import Config
 from jspeed.core.errors import OffloadError
 from jspeed.core.tree import map_named, named_leaves
@@ -57,10 +59,12 @@ class Offloading:
         self._program = program
         self._optimizer = optimizer
         self._loss_scale = loss_scale
+        self._half_taken = False
+        adam = HostAdam(adam_rule(config.optimizer))
         self._host = HostOptimizer(
             layout,
-            HostAdam(adam_rule(config.optimizer)),
-            functools.partial(make_store, section, layout),
+            adam,
+            functools.partial(make_store, section, layout, adam),
             most=min(section.chunk_size, CHUNK_ELEMENTS),
         )
 
@@ -76,7 +80,7 @@ class Offloading:
 
     def step(self, compiled: Any) -> OffloadedStep:
         """The whole step around the one on the devices."""
-        return OffloadedStep(compiled, self._host, self._layout)
+        return OffloadedStep(compiled, self._host, self._layout, self._check_taken)
 
     @property
     def bytes(self) -> int:
@@ -93,23 +97,29 @@ class Offloading:
         return self._host.leaf(path, "master")
 
     def whole_state(self, state: TrainState, *, host: bool = True) -> TrainState:
-        """The state as it would be without offloading; what is on the host, in the hosts' memory.
+        """The state as it would be without offloading, for a checkpoint.
 
-        A copy of that, for a checkpoint; without `host` its shapes alone.
+        What is on the host is `Deferred`: read into the hosts' memory when its turn comes. Without
+        `host` it is shapes alone.
+
+        Raises:
+          OffloadError: the host has only part of a checkpoint.
         """
+        if host:
+            self._check_taken()
         shapes = self.abstract_whole_state()
         on_devices = dict(named_leaves(state.opt_state))
 
         def master(path: str, leaf: Any, shape: Any) -> Any:
             if path not in self._layout.on_host:
                 return leaf
-            return self._host.leaf(path, "master") if host else shape
+            return self._deferred(path, "master", shape) if host else shape
 
         def moments(path: str, shape: Any) -> Any:
             owner = self._owner(path, shape)
             if owner is None:
                 return on_devices[path]
-            return self._host.leaf(owner, _tensor(path)) if host else shape
+            return self._deferred(owner, _tensor(path), shape) if host else shape
 
         return replace(
             state,
@@ -118,6 +128,10 @@ class Offloading:
             opt_state=map_named(moments, shapes.opt_state),
             host_gradients={},
         )
+
+    def _deferred(self, path: str, tensor: str, shape: Any) -> Deferred:
+        read = functools.partial(self._host.leaf, path, tensor)
+        return Deferred(shape.shape, shape.dtype, shape.sharding, read)
 
     def abstract_whole_state(self) -> TrainState:
         """Shapes and shardings of `whole_state`."""
@@ -142,21 +156,23 @@ class Offloading:
         )
 
     def take(self, whole: TrainState, state: TrainState) -> TrainState:
-        """The state on the devices of a whole one, whose rest the host takes.
+        """The state on the devices of a whole one, whose rest the host takes leaf by leaf.
 
         Args:
-          whole: as `whole_state` gives it.
+          whole: as `whole_state` gives it; shapes stand for what stays as it is.
           state: the present one, for the placement of its leaves.
         """
+        self._half_taken = True
         moments = dict(named_leaves(whole.opt_state))
         placed: dict[str, jax.Array] = {}
         for path, leaf in named_leaves(whole.master):
-            if path in self._layout.on_host and isinstance(leaf, jax.Array):
-                placed[path] = self._take_master(path, leaf)
+            if path in self._layout.on_host and not isinstance(leaf, jax.ShapeDtypeStruct):
+                placed[path] = self._take_master(path, made(leaf))
         for name, value in moments.items():
             owner = self._owner(name, value)
-            if owner is not None and isinstance(value, jax.Array):
-                self._host.load(owner, {_tensor(name): self._as_moments(owner, value)})
+            if owner is not None and not isinstance(value, jax.ShapeDtypeStruct):
+                self._host.load(owner, {_tensor(name): self._as_moments(owner, made(value))})
+        self._half_taken = False
         return replace(
             state,
             step=whole.step,
@@ -168,6 +184,13 @@ class Offloading:
             master=map_named(lambda path, leaf: placed.get(path, leaf), whole.master),
             opt_state=map_named(lambda path, leaf: moments[path], state.opt_state),
         )
+
+    def _check_taken(self) -> None:
+        if self._half_taken:
+            raise OffloadError(
+                "Loading a checkpoint was stopped while the host took it: some of the optimizer's "
+                "state is the checkpoint's and some is not. Load a checkpoint."
+            )
 
     def _take_master(self, path: str, leaf: jax.Array) -> jax.Array:
         """What the devices hold of a parameter whose master the host takes."""
@@ -219,8 +242,11 @@ class OffloadedStep:
     """The step on the devices and then the one on the host, as one function `(state, batch) ->
     (state, metrics)`, which consumes the state."""
 
-    def __init__(self, compiled: Any, host: HostOptimizer, layout: Layout) -> None:
+    def __init__(
+        self, compiled: Any, host: HostOptimizer, layout: Layout, check: Callable[[], None]
+    ) -> None:
         self.compiled = compiled
+        self._check = check
         self._host = host
         self._layout = layout
         self._stopped_within = False
@@ -231,6 +257,7 @@ class OffloadedStep:
                 "The step before this one was stopped while the host was updating: some parameters "
                 "are new and some are old. Make a new engine and load the last checkpoint."
             )
+        self._check()
         new, metrics, update = self.compiled(state, batch)
         del state
         self._stopped_within = True

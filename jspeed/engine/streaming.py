@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jspeed.checkpoint import made
 from jspeed.core.tree import map_named, named_leaves
 from jspeed.engine.offload_setup import check_room_to_stream
 from jspeed.layout.mesh import one_at_a_time
@@ -142,14 +143,15 @@ class Streaming:
         for path, leaf in named_leaves(whole.master):
             if path not in streamed:
                 placed[path] = leaf
-            elif isinstance(leaf, jax.Array):
+            elif not isinstance(leaf, jax.ShapeDtypeStruct):
+                leaf = made(leaf)
                 placed[path] = self._on_devices(path, leaf)
                 streamed[path]["master"] = self._on_host(path, leaf)
         moments = dict(named_leaves(whole.opt_state))
         for name, leaf in moments.items():
             owner = self._owner(name, leaf)
-            if owner is not None and isinstance(leaf, jax.Array):
-                streamed[owner][_tensor(name, owner)] = self._on_host(owner, leaf)
+            if owner is not None and not isinstance(leaf, jax.ShapeDtypeStruct):
+                streamed[owner][_tensor(name, owner)] = self._on_host(owner, made(leaf))
         return replace(
             whole,
             master=map_named(lambda path, _: placed[path], whole.master),

@@ -17,6 +17,7 @@ from numba import njit, types
 from numba.core.config import DISABLE_JIT  # pyright: ignore[reportAttributeAccessIssue]
 from numba.extending import intrinsic
 
+from jspeed.offload._host_memory import host_zeros
 from jspeed.offload._scalars import AdamScalars, State
 
 if DISABLE_JIT:
@@ -40,6 +41,10 @@ class NumbaAdam:
     def __init__(self, threads: int) -> None:
         self._threads = threads
         self._pool = ThreadPoolExecutor(max(threads - 1, 1), thread_name_prefix="host-adam")
+
+    def zeros(self, length: int) -> np.ndarray:
+        """Any memory will do."""
+        return host_zeros(length)
 
     def update(
         self, state: State, gradient: np.ndarray, out: np.ndarray, scalars: AdamScalars

@@ -50,7 +50,10 @@ class AdamScalars(NamedTuple):
 
 
 class Kernel(Protocol):
-    """One engine's update of arrays that were checked: lengths agree and are not 0."""
+    """One engine: its update of arrays that were checked (lengths agree and are not 0), and the
+    vectors of zeros that it updates fastest."""
+
+    def zeros(self, length: int) -> np.ndarray: ...
 
     def update(
         self, state: State, gradient: np.ndarray, out: np.ndarray, scalars: AdamScalars

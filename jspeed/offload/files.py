@@ -23,8 +23,10 @@ from jspeed.offload.stores import (
     Wholeness,
     check_complete,
     check_index,
+    check_kept,
     check_state,
     checked_sizes,
+    tensor_indices,
 )
 
 _FILE = "state.bin"
@@ -141,29 +143,34 @@ class FileStore:
                 job.cancel()
         self._whole.end()
 
-    def read(self, index: int) -> State:
+    def read(self, index: int, tensors: Sequence[str] | None = None) -> State:
         """Returns copies of a chunk's arrays; see `ChunkStore.read`."""
         check_index(self._sizes, index)
+        which = tensor_indices(self._tensors, tensors)
         self._begin()
         try:
-            buffer = self._load(index, aligned_buffer(self._span(index)))
+            buffer = self._load(index, aligned_buffer(self._span(index)), which)
         except OffloadError as error:
             raise self._torn(error) from error
-        return self._views(index, buffer)
+        views = self._views(index, buffer)
+        return tuple(views[place] for place in which)
 
-    def write(self, index: int, state: Sequence[np.ndarray]) -> None:
+    def write(self, index: int, state: Sequence[np.ndarray | None]) -> None:
         """Replaces a chunk, behind the caller's back; see `ChunkStore.write`.
 
         An error of the disk shows at the next call.
         """
         self._whole.check()
         check_state(self._sizes, self._tensors, index, state)
+        check_kept(bool(self._written[index]), index, state)
         if any(index == other for other, _ in self._writes):
             self.flush()  # threads keep no order
         buffer = self._free.pop() if self._free else self._written_one()
+        which = [place for place, array in enumerate(state) if array is not None]
         for kept, array in zip(self._views(index, buffer), state, strict=True):
-            kept[...] = array
-        self._writes.append((index, self._threads.submit(self._store, index, buffer)))
+            if array is not None:
+                kept[...] = array
+        self._writes.append((index, self._threads.submit(self._store, index, buffer, which)))
         self._written[index] = True
 
     def flush(self) -> None:
@@ -235,37 +242,54 @@ class FileStore:
         self._store(index, buffer)
         return self._load(following, buffer) if following < len(self._sizes) else buffer
 
-    def _store(self, index: int, buffer: np.ndarray) -> np.ndarray:
-        """In a thread: writes a chunk and returns its buffer."""
-        self._checksums[index] = [
-            self._checksum.of(array.data) for array in self._views(index, buffer)
-        ]
+    def _store(
+        self, index: int, buffer: np.ndarray, which: Sequence[int] | None = None
+    ) -> np.ndarray:
+        """In a thread: writes a chunk, or some tensors of it, and returns its buffer."""
+        views = self._views(index, buffer)
         try:
-            self._file.write(buffer[: self._span(index)], self._offsets[index])
+            for place in range(len(views)) if which is None else which:
+                self._checksums[index, place] = self._checksum.of(views[place].data)
+            for part in self._parts(index, which):
+                self._file.write(buffer[part], self._offsets[index] + part.start)
         except OSError as error:
             raise OffloadError(
                 f'"{self._file.path}": chunk {index} cannot be written: {reason(error)}.'
             ) from error
         return buffer
 
-    def _load(self, index: int, buffer: np.ndarray) -> np.ndarray:
-        """In a thread: reads a chunk into a buffer, compares its checksums, returns the buffer."""
+    def _load(
+        self, index: int, buffer: np.ndarray, which: Sequence[int] | None = None
+    ) -> np.ndarray:
+        """In a thread: reads a chunk, or some tensors of it, into a buffer, compares checksums,
+        and returns the buffer."""
         try:
-            self._file.read(buffer[: self._span(index)], self._offsets[index])
+            for part in self._parts(index, which):
+                self._file.read(buffer[part], self._offsets[index] + part.start)
         except OSError as error:
             raise OffloadError(
                 f'"{self._file.path}": chunk {index} cannot be read: {reason(error)}.'
             ) from error
-        for tensor, array, expected in zip(
-            self._tensors, self._views(index, buffer), self._checksums[index], strict=True
-        ):
-            if (found := self._checksum.of(array.data)) != int(expected):
-                shown, wanted = (f"{x:0{self._checksum.digits}x}" for x in (found, int(expected)))
+        views = self._views(index, buffer)
+        for place in range(len(views)) if which is None else which:
+            found, expected = (
+                self._checksum.of(views[place].data),
+                int(self._checksums[index, place]),
+            )
+            if found != expected:
+                shown, wanted = (f"{x:0{self._checksum.digits}x}" for x in (found, expected))
                 raise OffloadError(
-                    f'"{self._file.path}": {tensor} of chunk {index} is damaged: its checksum is '
-                    f"{shown}; {wanted} was written. The disk or its driver lost data."
+                    f'"{self._file.path}": {self._tensors[place]} of chunk {index} is damaged: its '
+                    f"checksum is {shown}; {wanted} was written. The disk or its driver lost data."
                 )
         return buffer
+
+    def _parts(self, index: int, which: Sequence[int] | None) -> list[slice]:
+        """Bytes of a record: all at once, or those of some tensors, each on its own."""
+        if which is None or len(which) == len(self._tensors):
+            return [slice(0, self._span(index))]
+        step = self._span(index) // len(self._tensors)
+        return [slice(place * step, (place + 1) * step) for place in which]
 
 
 def _remove(folder: ProcessFolder, file: RecordFile, owner: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jspeed.layout.mesh import one_at_a_time
 from jspeed.layout.zero import HOST_MEMORY, Layout, Role
 from jspeed.offload.chunks import CHUNK_ELEMENTS, Piece, Shards
-from jspeed.offload.host_adam import HostAdam
+from jspeed.offload.host_adam import HostAdam, host_zeros
 from jspeed.offload.host_arrays import Resident, check_host_views, host_parts, in_host_memory
 from jspeed.offload.stores import TENSORS, ChunkStore, State
 
@@ -120,31 +121,29 @@ class HostOptimizer:
             taken = {name: _taken(shards, array, piece) for name, array in arrays.items()}
             for part in range(len(shards.indices)):
                 index = next(number)
-                state = self._kept(index, {*arrays, *zeros})
-                state |= {name: np.zeros(self._store.sizes[index], np.float32) for name in zeros}
+                size = self._store.sizes[index]
+                state = {name: np.zeros(size, np.float32) for name in zeros}
                 state |= {name: np.asarray(parts[part]) for name, parts in taken.items()}
-                self._store.write(index, tuple(state[name] for name in TENSORS))
-
-    def _kept(self, index: int, replaced: set[str]) -> dict[str, np.ndarray]:
-        """What a chunk has beside what is replaced."""
-        if replaced.issuperset(TENSORS):
-            return {}
-        return dict(zip(TENSORS, self._store.read(index), strict=True))
+                self._store.write(index, [state.get(name) for name in TENSORS])
 
     def leaf(self, path: str, tensor: str) -> jax.Array:
         """A tensor of a parameter's state as an array in the hosts' memory, placed as the moments:
         a copy."""
-        shards, which = self._shards[path], TENSORS.index(tensor)
-        count = len(shards.indices)
-        chunks = [
-            self._store.read(self._first[path] + n)[which]
-            for n in range(len(shards.pieces) * count)
-        ]
-        arrays = []
+        shards = self._shards[path]
+        count, arrays = len(shards.indices), []
         for part, devices in enumerate(shards.devices):
-            local = np.concatenate(chunks[part::count]).reshape(shards.local_shape)
+            local = host_zeros(math.prod(shards.local_shape))
+            end = 0
+            for piece, index in zip(
+                shards.pieces, itertools.count(self._first[path] + part, count), strict=False
+            ):
+                begin, end = end, end + piece.size
+                (local[begin:end],) = self._store.read(index, (tensor,))
             arrays += [
-                jax.device_put(local, SingleDeviceSharding(device, memory_kind=HOST_MEMORY))
+                jax.device_put(
+                    local.reshape(shards.local_shape),
+                    SingleDeviceSharding(device, memory_kind=HOST_MEMORY),
+                )
                 for device in devices
             ]
         sharding = shards.sharding.with_memory_kind(HOST_MEMORY)

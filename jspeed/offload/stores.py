@@ -6,7 +6,7 @@ An update on the host goes over the state chunk by chunk, in place. Where the ch
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -44,20 +44,20 @@ class ChunkStore(Protocol):
         """
         ...
 
-    def read(self, index: int) -> State:
-        """Returns copies of a chunk's arrays.
+    def read(self, index: int, tensors: Sequence[str] | None = None) -> State:
+        """Returns copies of a chunk's arrays: of all, or of those named, in that order.
 
         Raises:
-          OffloadError: as `pass_over`; or there is no such chunk.
+          OffloadError: as `pass_over`; or there is no such chunk or tensor.
         """
         ...
 
-    def write(self, index: int, state: Sequence[np.ndarray]) -> None:
+    def write(self, index: int, state: Sequence[np.ndarray | None]) -> None:
         """Replaces a chunk; the arrays belong to the caller again when this returns.
 
         Args:
           index: which chunk.
-          state: a float32 array `[sizes[index]]` for each tensor.
+          state: a float32 array `[sizes[index]]` for each tensor; None keeps what there is.
 
         Raises:
           OffloadError: the arrays do not fit the chunk; the state is torn; or writing failed.
@@ -159,9 +159,9 @@ def check_index(sizes: Sequence[int], index: int) -> None:
 
 
 def check_state(
-    sizes: Sequence[int], tensors: Sequence[str], index: int, state: Sequence[np.ndarray]
+    sizes: Sequence[int], tensors: Sequence[str], index: int, state: Sequence[np.ndarray | None]
 ) -> None:
-    """Checks that `state` fits chunk `index`.
+    """Checks that `state` fits chunk `index`; None stands for a tensor that is kept.
 
     Raises:
       OffloadError: it does not.
@@ -173,11 +173,38 @@ def check_state(
             f"{', '.join(tensors)}."
         )
     for tensor, array in zip(tensors, state, strict=True):
+        if array is None:
+            continue
         if array.shape != (sizes[index],) or array.dtype != np.float32:
             raise OffloadError(
                 f"state: {tensor} of chunk {index} is {array.dtype} {list(array.shape)}; expected "
                 f"float32 [{sizes[index]}]."
             )
+
+
+def check_kept(written: bool, index: int, state: Sequence[np.ndarray | None]) -> None:
+    """Checks that there is something to keep where `state` has None.
+
+    Raises:
+      OffloadError: the chunk was never written.
+    """
+    if not written and any(array is None for array in state):
+        raise OffloadError(
+            f"state: chunk {index} was never written, so that there is nothing to keep in the "
+            "place of None. Give all of its tensors."
+        )
+
+
+def tensor_indices(tensors: Sequence[str], wanted: Sequence[str] | None) -> list[int]:
+    """Returns the places of the tensors `wanted`, all by default.
+
+    Raises:
+      OffloadError: there is no such tensor.
+    """
+    for name in wanted or ():
+        if name not in tensors:
+            raise OffloadError(f'tensors: there is no "{name}"; the store has {tuple(tensors)}.')
+    return [tensors.index(name) for name in (tensors if wanted is None else wanted)]
 
 
 def check_complete(written: np.ndarray) -> None:
@@ -203,14 +230,22 @@ class HostStore:
     Args:
       sizes: elements of each chunk, in order.
       tensors: the names of the arrays of a chunk, for messages.
+      zeros: makes the memory for so many elements.
 
     Raises:
       OffloadError: sizes or names that make no sense.
     """
 
-    def __init__(self, sizes: Sequence[int], *, tensors: Sequence[str] = TENSORS) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        *,
+        tensors: Sequence[str] = TENSORS,
+        zeros: Callable[[int], np.ndarray] = host_zeros,
+    ) -> None:
         self._sizes = checked_sizes(sizes, tensors)
         self._tensors = tuple(tensors)
+        self._zeros = zeros
         self._chunks: list[State] = [()] * len(self._sizes)
         self._whole = Wholeness("The optimizer state in host memory")
 
@@ -229,21 +264,24 @@ class HostStore:
             self._whole.check_open()
         self._whole.end()
 
-    def read(self, index: int) -> State:
+    def read(self, index: int, tensors: Sequence[str] | None = None) -> State:
         """Returns copies of a chunk's arrays; see `ChunkStore.read`."""
         self._whole.check()
         check_index(self._sizes, index)
+        which = tensor_indices(self._tensors, tensors)
         self._check_complete()
-        return tuple(array.copy() for array in self._chunks[index])
+        return tuple(self._chunks[index][place].copy() for place in which)
 
-    def write(self, index: int, state: Sequence[np.ndarray]) -> None:
+    def write(self, index: int, state: Sequence[np.ndarray | None]) -> None:
         """Replaces a chunk; see `ChunkStore.write`."""
         self._whole.check()
         check_state(self._sizes, self._tensors, index, state)
+        check_kept(bool(self._chunks[index]), index, state)
         if not self._chunks[index]:
-            self._chunks[index] = tuple(host_zeros(array.size, array.dtype) for array in state)
+            self._chunks[index] = tuple(self._zeros(self._sizes[index]) for _ in state)
         for kept, array in zip(self._chunks[index], state, strict=True):
-            kept[...] = array
+            if array is not None:
+                kept[...] = array
 
     def flush(self) -> None:
         """Nothing is ever pending."""

@@ -285,6 +285,78 @@ def test_xla_reads_zeros_of_the_host_where_they_are(length: int) -> None:
             assert shown.unsafe_buffer_pointer() == zeros.ctypes.data
 
 
+def with_zeros(adam: HostAdam, length: int, seed: int = 0) -> Any:
+    """`fresh`, in memory of the engine's choice."""
+    state = tuple(adam.zeros(length) for _ in range(3))
+    state[0][:] = fresh(length, seed)[0]
+    return state
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16], ids=str)
+@pytest.mark.parametrize(("decoupled", "decay"), [(True, 0.1), (False, 0.1), (True, 0.0)])
+@pytest.mark.parametrize("length", [1, 70_001, 1_300_000])
+def test_memory_of_the_engines_choice_gets_the_same_numbers(
+    engine: str, length: int, decoupled: bool, decay: float, dtype: np.dtype
+) -> None:
+    rule = AdamRule(1e-8, decay, decoupled, True)
+    adam = HostAdam(rule, engine, threads=2)  # pyright: ignore[reportArgumentType]
+    state, out = with_zeros(adam, length), np.empty(length, dtype)
+    assert all(array.flags.writeable and array.dtype == FLOAT32 for array in state)
+    gradients = [noise(length, dtype, seed) for seed in range(2)]
+    expected, moments = on_the_device(rule, state[0].copy(), gradients, 0.5, 0.01)
+    for count, gradient in enumerate(gradients, 1):
+        numbers = NUMBERS | {"count": count, "gradient_factor": 0.5}
+        adam.update(state, gradient, out, **numbers)
+    # As in the first test; of a million L2 gradients some are differences that all but vanish, and
+    # steps, of 0.01, follow their signs.
+    np.testing.assert_allclose(state[0], expected, rtol=0, atol=5e-6)
+    np.testing.assert_allclose(state[1], moments.mu, rtol=3e-7, atol=4e-8)
+    np.testing.assert_allclose(state[2], moments.nu, rtol=6e-7, atol=1e-9)
+    np.testing.assert_array_equal(out, state[0].astype(dtype))
+
+
+def test_xla_updates_its_own_memory_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    adam = HostAdam(RULE, "xla")
+    kernel: Any = adam._kernel
+    monkeypatch.setattr(kernel, "_tiles", None)  # it needs none
+    state = with_zeros(adam, 1000)
+    addresses = {array.ctypes.data for array in state}
+    for _ in range(2):
+        adam.update(state, noise(1000, FLOAT32), state[0], **NUMBERS)
+        kept = kernel._memory._arrays
+        assert {array.unsafe_buffer_pointer() for array in kept.values()} == addresses == set(kept)
+    assert np.all(state[1] != 0)
+
+
+def test_xla_updates_parts_and_arrays_that_something_else_uses() -> None:
+    adam = HostAdam(RULE, "xla")
+    kernel: Any = adam._kernel
+    whole, parts, used = (with_zeros(adam, 1000) for _ in range(3))
+    gradient = noise(1000, FLOAT32)
+    adam.update(whole, gradient, whole[0], **NUMBERS)
+    for part in (slice(0, 300), slice(300, 1000)):
+        views: Any = tuple(array[part] for array in parts)
+        adam.update(views, gradient[part], views[0], **NUMBERS)
+    users = [np.asarray(array) for array in kernel._memory.arrays(used)]  # they forbid donation
+    adam.update(used, gradient, used[0], **NUMBERS)
+    for state in (parts, used):
+        for got, expected in zip(state, whole, strict=True):
+            np.testing.assert_array_equal(got, expected)
+    assert np.all(users[1] != 0)
+
+
+def test_xlas_memory_lives_as_long_as_a_view_of_it() -> None:
+    adam = HostAdam(RULE, "xla")
+    kept: Any = adam._kernel._memory._arrays  # pyright: ignore[reportAttributeAccessIssue]
+    vector = adam.zeros(1000)
+    view = vector[10:20]
+    del vector
+    assert len(kept) == 1
+    view[:] = 1
+    del view
+    assert not kept
+
+
 @needs_numba
 def test_auto_takes_numba() -> None:
     assert HostAdam(RULE).engine == "numba"

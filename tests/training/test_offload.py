@@ -3,6 +3,9 @@ to the last bit, switched on and off between save and load; and where the bytes 
 
 from __future__ import annotations
 
+import threading
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,8 @@ import jax
 import numpy as np
 import pytest
 
+from jspeed.checkpoint import deferred, made, store
+from jspeed.checkpoint.arrays import ArrayWriter
 from jspeed.core.errors import ConfigError, OffloadError
 from jspeed.core.tree import named_leaves
 from jspeed.engine.engine import Engine
@@ -25,6 +30,11 @@ def tier(request: Any, tmp_path: Path) -> Offload:
     """A tier's `offload_optimizer`."""
     section: Offload = {"device": request.param}
     return section | ({"nvme_path": str(tmp_path)} if request.param == "nvme" else {})
+
+
+def made_moments(engine: Engine) -> Any:
+    """The moments on the host, as arrays."""
+    return jax.tree.map(lambda leaf: np.array(made(leaf)), engine.whole_state().opt_state)
 
 
 _QUICK = ((2, 1.0), (4, 0.5))
@@ -112,6 +122,94 @@ def test_switched_between_save_and_load(saved, loaded, tmp_path):
     np.testing.assert_allclose(train(second, 3, skip=3), rest, rtol=1e-5)
 
 
+def test_a_background_save_does_not_see_what_is_trained_meanwhile(tmp_path, monkeypatch):
+    engine = make_engine({"device": "cpu"})
+    train(engine, 2)
+    before = engine.parameters()
+    go_on = threading.Event()
+    finish = ArrayWriter.finish
+    monkeypatch.setattr(ArrayWriter, "finish", lambda self: (go_on.wait(60), finish(self)))
+    engine.save_checkpoint(tmp_path)
+    train(engine, 2, skip=2)
+    go_on.set()
+    engine.wait_for_checkpoint()
+    engine.load_checkpoint(tmp_path)
+    for path, whole in engine.parameters().items():
+        np.testing.assert_array_equal(whole, before[path])
+
+
+@pytest.mark.parametrize("pipe", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("waited", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_a_leaf_at_a_time_is_in_memory(tmp_path, monkeypatch, pipe, waited):
+    """Of what lies on the disk, at any save and load; and of what lies in memory where the save is
+    waited for. Stacks that pipeline stages store in another order, too."""
+    tier = {"device": "cpu"} if waited else {"device": "nvme", "nvme_path": str(tmp_path)}
+    # Three layers on two stages of two chunks each: stored in another order, one of them twice.
+    layout: dict[str, Any] = {"stage": 1}
+    if pipe == 2:
+        layout |= {"mesh": {"pipe": 2}, "model": ModelFactory("gpt2", replace(TINY, layers=3))}
+    engine = make_engine(tier, **layout)
+    assert (engine.layout.order is not None and not engine.layout.order.as_in_model) == (pipe == 2)
+    train(engine, 2)
+    alive: list[weakref.ref[jax.Array]] = []
+    most = 0
+
+    def watched(make: Any) -> Any:
+        def watching(*args: Any) -> Any:
+            nonlocal most
+            array = make(*args)
+            found = array if isinstance(array, jax.Array) else next(iter(array.values()))
+            alive.append(weakref.ref(found))
+            most = max(most, sum(ref() is not None for ref in alive))
+            return array
+
+        return watching
+
+    monkeypatch.setattr(deferred, "GROUP_BYTES", 0)
+    monkeypatch.setattr(HostOptimizer, "leaf", watched(HostOptimizer.leaf))
+    engine.save_checkpoint(tmp_path / "saved", wait=waited)
+    leaves = 3 * len(engine.layout.leaves)
+    assert len(alive) == leaves
+    rest = train(engine, 1, skip=2)
+    alive.clear()
+    read = store.read_arrays
+    counts: list[int] = []
+
+    def one_by_one(folder: Path, entries: Any, like: Any) -> Any:
+        counts.append(len(like))
+        return (watched(read) if len(counts) > 1 else read)(folder, entries, like)
+
+    monkeypatch.setattr(store, "read_arrays", one_by_one)
+    engine.load_checkpoint(tmp_path / "saved")
+    assert counts[1:] == [1] * leaves
+    assert most <= 2  # the one before may still have a frame
+    assert train(engine, 1, skip=2) == rest
+
+
+def test_a_load_that_stops_on_the_way_trains_no_more(tier, tmp_path, monkeypatch):
+    engine = make_engine(tier)
+    train(engine, 1)
+    engine.save_checkpoint(tmp_path / "saved", wait=True)
+    rest = train(engine, 1, skip=1)
+    load, calls = HostOptimizer.load, []
+
+    def failing(self: HostOptimizer, *args: Any) -> None:
+        calls.append(1)
+        if len(calls) == 5:
+            raise MemoryError("no more")
+        load(self, *args)
+
+    monkeypatch.setattr(HostOptimizer, "load", failing)
+    with pytest.raises(MemoryError):
+        engine.load_checkpoint(tmp_path / "saved")
+    monkeypatch.undo()
+    for use in (lambda: train(engine, 1), lambda: engine.save_checkpoint(tmp_path / "other")):
+        with pytest.raises(OffloadError, match="Loading a checkpoint was stopped"):
+            use()
+    engine.load_checkpoint(tmp_path / "saved")
+    assert train(engine, 1, skip=1) == rest
+
+
 @pytest.mark.slow
 def test_parameters_alone_are_loaded(tmp_path):
     """`load_module_only` leaves the moments of the host, and the steps, as they were."""
@@ -120,10 +218,10 @@ def test_parameters_alone_are_loaded(tmp_path):
     first.save_checkpoint(tmp_path)
     first.wait_for_checkpoint()
     train(second, 2)
-    moments = jax.tree.map(np.asarray, second.whole_state().opt_state)
+    moments = made_moments(second)
     second.load_checkpoint(tmp_path, load_module_only=True)
     assert second.global_steps == 2
-    jax.tree.map(np.testing.assert_array_equal, moments, second.whole_state().opt_state)
+    jax.tree.map(np.testing.assert_array_equal, moments, made_moments(second))
     for path, whole in first.parameters().items():
         np.testing.assert_array_equal(second.parameters()[path], whole)
 
