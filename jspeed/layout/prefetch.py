@@ -92,7 +92,8 @@ class Layer:
           What the function returns, and the next layer's early weights.
         """
         given = [*self._consts, *jax.tree.leaves(args)]
-        keys = [key for key in self._flat.inputs if key not in set(self._weights)]
+        weights = set(self._weights)
+        keys = [key for key in self._flat.inputs if key not in weights]
         env = {**self._flat.constants, **dict(zip(keys, given, strict=True))}
         env |= {self._weights[i]: array for i, array in zip(self.early, early, strict=True)}
         waits = {position: (n, key) for n, (position, key) in enumerate(self._fetches.products)}

@@ -1,4 +1,4 @@
-"""How long what moves between devices and hosts for an offloaded optimizer takes."""
+"""How long what moves between devices and hosts for offloading takes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def host_link_seconds(layout: Layout, target: Target, *, tensors: int) -> float:
       tensors: of each parameter's state, fp32.
     """
     elements = 0
-    for path in layout.on_host:
+    for path in layout.on_host - layout.params_on_host:  # those are updated where they are
         sharding = layout.sharding(path, Role.MOMENTS)
         elements += math.prod(sharding.shard_shape(layout.leaves[path].shape))
     if layout.streamed:
@@ -34,3 +34,27 @@ def host_link_seconds(layout: Layout, target: Target, *, tensors: int) -> float:
         dtypes = (layout.reduce_dtype, layout.compute_dtype)
         one_way = max(jnp.dtype(dtype).itemsize for dtype in dtypes)
     return elements * one_way / target.host_link.bandwidth
+
+
+def fetching_seconds(layout: Layout, target: Target, *, accumulation: int) -> float:
+    """Seconds in which a device moves what it computes with from and to host memory.
+
+    In each microbatch parameters come twice, for the forward and for the backward pass, and their
+    gradients leave; from the second on they come again to be added to. The link does both at once.
+
+    Args:
+      layout: with `params_on_host`, or none.
+      target: whose link it is, with the bandwidth of its datasheet in each direction.
+      accumulation: microbatches in a step.
+    """
+    coming = leaving = 0
+    for path in layout.params_on_host:
+        part, gradient = (
+            math.prod(layout.sharding(path, role).shard_shape(layout.leaves[path].shape))
+            for role in (Role.MASTER, Role.MOMENTS)
+        )
+        gradient *= jnp.dtype(layout.host_gradient_dtype).itemsize
+        coming += 2 * part * jnp.dtype(layout.compute_dtype).itemsize
+        coming += gradient if accumulation > 1 else 0  # the first microbatch's is not used
+        leaving += gradient
+    return accumulation * max(coming, leaving) / target.host_link.bandwidth

@@ -33,10 +33,10 @@ _KEPT = {
     "output": "outputs of the last stage that wait for the head",
 }
 _LARGEST = 12
-_GATHERED = re.compile(r"\bgather\.([\w.\-]+)")
-_GATHER = re.compile(r"\bgather\.|\ball_gather\b")
+_GATHERED = re.compile(r"\b(?:gather|fetch)\.([\w.\-]+)")
+_GATHER = re.compile(r"\b(?:gather|fetch)\.|\ball_gather\b")
 _PUT = re.compile(rf"{re.escape(SCOPE)}({'|'.join(_KEPT)})\b")
-_REDUCE = re.compile(r"\breduce_scatter\b|\bpsum\b|\bgradient_sums\b")
+_REDUCE = re.compile(r"\breduce_scatter\b|\bpsum\b|\bgradient_sums\b|\bleave\.")
 
 
 @dataclass(frozen=True)

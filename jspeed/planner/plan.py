@@ -38,7 +38,7 @@ from jspeed.pipeline.program import make_turns
 from jspeed.planner.cluster import Cluster
 from jspeed.planner.collectives import collectives
 from jspeed.planner.compiled import Compiled, compile_lowered
-from jspeed.planner.host_link import HOST_LINK, host_link_seconds
+from jspeed.planner.host_link import HOST_LINK, fetching_seconds, host_link_seconds
 from jspeed.planner.memory import account
 from jspeed.planner.origins import Origins, module_classes
 from jspeed.planner.report import Plan, summarise
@@ -179,9 +179,8 @@ def _plan(step: _Step, cluster: Cluster, remarks: list[str]) -> Plan:
         )
     if layout.params_on_host:
         remarks.append(
-            "the layers' parameters come from host memory twice in each microbatch, forwards and "
-            "backwards, and their gradients leave for it: what the host's link takes for that is "
-            "not in the predicted step."
+            "the layers' parameters come from host memory, and their gradients leave for it, at "
+            "the link's full speed and all behind what is computed meanwhile."
         )
     remarks += [f"not in this plan: {key}" for key in map(str, step.config.switched_on_later())]
     state = explain_plan(step.program, run)
@@ -196,6 +195,8 @@ def _plan(step: _Step, cluster: Cluster, remarks: list[str]) -> Plan:
         temporaries=compiled.temporary_bytes,
         pipeline=turns,
     )
+    fetched = fetching_seconds(layout, cluster.target, accumulation=run.batch.accumulation)
+    time.spend(HOST_LINK, fetched - time.seconds)  # the rest is behind what is computed
     moved = host_link_seconds(layout, cluster.target, tensors=state.host_tensors)
     time.spend(HOST_LINK, moved)
     traffic = compiled.collectives

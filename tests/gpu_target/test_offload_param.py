@@ -169,3 +169,16 @@ def test_some_gathers_are_hidden_as_well():
     assert sum(bool(copy.products) for copy in copies) >= len(copies) / 2
     gathers = [overlap for overlap in compiled.overlaps if overlap.kind == "all-gather"]
     assert sum(g.count for g in gathers if g.matmuls) >= sum(g.count for g in gathers) / 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("param", "fits"), [("none", False), ("cpu", True)])
+def test_70_billion_parameters_fit_one_h100_only_with_it(param, fits):
+    config = load_config(
+        CONFIGS / "llama3_70b_1xh100.json",
+        overrides=(f"zero_optimization.offload_param.device={param}",),
+    )
+    plan = make_plan(config, Cluster(load_target("h100-80"), 1, 1))
+    assert plan.state.parameters > 70e9
+    assert (plan.memory.headroom > 0) == fits
+    assert (plan.memory.host > 16 * 68e9) == fits

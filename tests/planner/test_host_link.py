@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 
 from jspeed.layout.mesh import MeshShape, make_abstract_mesh
 from jspeed.layout.zero import Layout, ZeroSettings, place
-from jspeed.planner.host_link import host_link_seconds
+from jspeed.planner.host_link import fetching_seconds, host_link_seconds
 from jspeed.planner.targets import load_target
 
 H200 = load_target("h200")
@@ -18,7 +19,7 @@ SHAPES = {"w": (1000, 64), "b": (64,)}
 PARAMS = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in SHAPES.items()}
 
 
-def layout(*on_host: str, stage: int = 0, **more: bool) -> Layout:
+def layout(*on_host: str, stage: int = 0, **more: Any) -> Layout:
     made = place(
         PARAMS,
         mesh=make_abstract_mesh(MeshShape(data=4)),
@@ -44,3 +45,18 @@ def test_streamed_state_moves_whole():
     """All tensors of a chunk in one direction, and one more that nothing comes down beside."""
     seconds = host_link_seconds(layout("w", "b", streamed=True), H200, tensors=3)
     assert seconds == pytest.approx(16 * 64_064 / H200.host_link.bandwidth)
+
+
+@pytest.mark.parametrize(("stage", "held", "updated"), [(0, 1, 1), (2, 1, 4), (3, 4, 4)])
+def test_parameters_come_twice_in_each_microbatch(stage, held, updated):
+    """Gradients leave meanwhile, in fp32 where they add up, and are read again to be added to.
+    The update moves nothing of them."""
+    more = {"params_on_host": frozenset("w"), "host_gradient_dtype": "float32"}
+    made = layout("w", stage=stage, **more)
+    assert host_link_seconds(made, H200, tensors=3) == 0
+    assert fetching_seconds(layout("w", stage=stage), H200, accumulation=2) == 0
+    for accumulation in (1, 3):
+        coming = 2 * 2 * 64_000 // held + (4 * 64_000 // updated if accumulation > 1 else 0)
+        expected = accumulation * coming / H200.host_link.bandwidth
+        found = fetching_seconds(made, H200, accumulation=accumulation)
+        assert found == pytest.approx(expected)
