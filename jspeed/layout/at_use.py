@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from jspeed.core._compat import Jaxpr, JaxprEqn, Literal, equation_context, open_jaxpr, scan_counts
+from jspeed.core.errors import LayoutError
 from jspeed.layout.cut import Step, cut, with_put_off
 from jspeed.layout.gather import AtHome
 from jspeed.layout.homes import (
@@ -98,6 +99,7 @@ class _Interpreter:
         self.report = report
         self.refetch = refetch
         self.order = no_order()
+        self.leaves_from: set[str] = set()
 
     def run(self, jaxpr: Jaxpr, inputs: Sequence[Any], *, in_loop: bool) -> list[Any]:
         """Evaluates `jaxpr`; inputs may be `AtHome`, outputs never are."""
@@ -204,6 +206,7 @@ class _Interpreter:
         eqn, params = operation.eqn, operation.eqn.params
         jaxpr, _ = open_jaxpr(params["jaxpr"])
         streamed = [value for value in xs if isinstance(value, Streamed)]
+        self._check_once(streamed)
         const_owners, const_arrays = _taken_apart(consts)
         x_owners, x_arrays = _taken_apart([x for x in xs if not isinstance(x, Streamed)])
 
@@ -219,6 +222,20 @@ class _Interpreter:
         with equation_context(eqn):
             carry, ys = scan(_flat(const_arrays), carry, _flat(x_arrays))
         return [without_tangent(value) for value in (*carry, *ys)]
+
+    def _check_once(self, streamed: Sequence[Streamed]) -> None:
+        """Refuses a second loop: its gradients would be put where those of the first are."""
+        for home in streamed:
+            if home.leaving is None:
+                continue
+            if home.name in self.leaves_from:
+                raise LayoutError(
+                    f'parameter {home.name} stays in host memory ("zero_optimization.'
+                    'offload_param"), where one loop over the layers puts its gradients, but the '
+                    "model has several loops over it. Scan over the stack once, or remove "
+                    '"offload_param".'
+                )
+            self.leaves_from.add(home.name)
 
     def _constant(self, eqn: JaxprEqn, position: int, value: Any) -> Any:
         """A constant of a loop; it stays at home if each turn takes out a slice of it."""

@@ -143,3 +143,21 @@ def test_other_uses_are_refused(use):
 
     with pytest.raises(LayoutError, match="parameter blocks/kernel stays in host memory"):
         jax.jit(from_host)(jnp.ones((2, WIDTH)))
+
+
+def test_a_second_loop_is_refused_where_gradients_leave():
+    """Each loop would put its own gradients where the other's are; without gradients both may."""
+    kernel, x = parameters()[0], jnp.ones((2, WIDTH))
+
+    def twice(params: list[Any], x: jax.Array) -> jax.Array:
+        for _ in range(2):
+            x, _ = jax.lax.scan(lambda h, k: (jnp.tanh(h @ k), None), x, params[0])
+        return x.sum()
+
+    def from_host(x: jax.Array, leaving: Any) -> Any:
+        homes = [streamed("blocks/kernel", jnp.asarray(kernel), leaving)]
+        return call_with_gather_at_use(twice, homes, x, refetch=True)
+
+    np.testing.assert_allclose(jax.jit(from_host)(x, None), twice([kernel], x), rtol=1e-6)
+    with pytest.raises(LayoutError, match=r"blocks/kernel .* has several loops over it"):
+        jax.jit(jax.grad(from_host, argnums=1))(x, room(kernel))
