@@ -12,6 +12,7 @@ from jspeed.core.errors import OffloadError
 from jspeed.core.tree import map_named
 from jspeed.engine.accessors import Accessors
 from jspeed.layout.zero import Layout
+from jspeed.training.state import TrainState
 
 _PARTS = {"optim_states": "opt_state", "hp_params": "master", "lp_params": "copies"}
 _NOT_HELD = ("lp_grads", "contiguous_grad_buffer")
@@ -31,7 +32,8 @@ class Parking(Accessors):
     ) -> None:
         """Moves state from the devices into their hosts' memory, until `reload_states`.
 
-        Checkpoints can be saved and loaded meanwhile; steps and evaluation cannot be taken.
+        Checkpoints can be saved meanwhile; steps and evaluation cannot be taken. Loading one brings
+        all state back to the devices.
 
         Args:
           include: DeepSpeed's names of what moves: `optim_states`, `hp_params` (fp32 parameters),
@@ -66,6 +68,12 @@ class Parking(Accessors):
         """
         self._move(self._parked, "device", wait=not non_blocking)
         self._parked = ()
+
+    def take_state(self, state: TrainState) -> None:
+        """See `Accessors`; what stays as it is comes back to the devices with the rest."""
+        parked = self._parked
+        super().take_state(state)
+        self._move(parked, "device", wait=False)
 
     def check_reloaded(self) -> None:
         """Refuses to compute with a state that is not on the devices.

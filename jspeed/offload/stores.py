@@ -96,7 +96,7 @@ class Wholeness:
           OffloadError: it was.
         """
         if self._closed:
-            raise OffloadError(f"{self._what} was closed. Make a new store.")
+            raise OffloadError(f"{self._what} was closed with its engine. Make a new engine.")
 
     def check(self) -> None:
         """Refuses a state that was given up or is torn.

@@ -67,6 +67,14 @@ def test_parts_of_it_move_and_are_saved_meanwhile(tmp_path: Path):
     assert np.isfinite(float(engine.train_batch(second)["loss"]))
 
 
+def test_what_a_checkpoint_leaves_as_it_is_comes_back_with_the_rest(tmp_path: Path):
+    engine = make_engine()
+    engine.save_checkpoint(tmp_path, wait=True)
+    engine.offload_states()
+    engine.load_checkpoint(tmp_path, load_module_only=True)
+    assert kinds(engine.state) == {"device"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
