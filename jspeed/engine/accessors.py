@@ -18,7 +18,7 @@ from jspeed.engine.host_state import HostState
 from jspeed.engine.state_explanation import explain_plan, gather_notes, microbatch_shapes
 from jspeed.layout.data_share import DataShare
 from jspeed.layout.explain import Explanation
-from jspeed.layout.zero import Layout
+from jspeed.layout.zero import Layout, Role
 from jspeed.training.program import LossFn, Program
 from jspeed.training.state import TrainState, abstract_state, in_model_order
 from jspeed.training.step import Metrics
@@ -138,9 +138,12 @@ class Accessors:
 
     @property
     def module(self) -> Any:
-        """The model with a copy of its present parameters in fp32: an NNX module, or a callable."""
+        """The model with a copy of its present parameters in fp32, on the devices: an NNX module,
+        or a callable."""
         held = map_named(
-            lambda path, leaf: jax.device_put(self._master(path, leaf), leaf.sharding),
+            lambda path, leaf: jax.device_put(
+                self._master(path, leaf), self.layout.sharding(path, Role.MASTER)
+            ),
             self.state.master,
         )
         master = in_model_order(held, self.layout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -38,7 +39,7 @@ from jspeed.layout.mesh import one_at_a_time
 from jspeed.layout.rules import Rule
 from jspeed.training.contracts import check_callable
 from jspeed.training.program import LossFn, Program, make_program
-from jspeed.training.state import TrainState, abstract_parameters, create_state
+from jspeed.training.state import TrainState, abstract_parameters, create_state, host_gradients
 from jspeed.training.step import Metrics, make_eval_step
 
 
@@ -282,6 +283,8 @@ class Engine(Checkpointing, Parking):
         self._counters = counted
         assert isinstance(self.layout.mesh, Mesh), "an engine runs on devices"
         self.plan = self._plan(self.layout.mesh)
+        # Those that microbatches add up may have another dtype than one's own.
+        self._state = replace(self._state, host_gradients=host_gradients(self.layout))
         self._compile_step()
 
     def close(self) -> None:

@@ -264,7 +264,7 @@ def _host_gradient_shapes(layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def _host_gradients(layout: Layout) -> dict[str, jax.Array]:
+def host_gradients(layout: Layout) -> dict[str, jax.Array]:
     """Zeros in the hosts' memory, which have not been on any device."""
 
     def zeros(path: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
@@ -294,7 +294,7 @@ def create_state(
     shardings = jax.tree.map(
         lambda leaf: leaf.sharding, abstract_state(program, optimizer, layout, loss_scale)
     )
-    left = _host_gradients(layout)
+    left = host_gradients(layout)
     shardings = replace(
         shardings, master=on_device(shardings.master, layout), streamed={}, host_gradients={}
     )

@@ -27,6 +27,10 @@ def streamed_engine(**more: Any) -> Engine:
     return make_engine(ON_HOST, zero=zero, **more)
 
 
+def _plain_engine(**more: Any) -> Engine:
+    return make_engine(None, **more)
+
+
 _LAYOUTS: list[dict[str, Any]] = [
     {"devices": 1, "stage": 0},
     {"devices": 4, "stage": 0},
@@ -160,6 +164,23 @@ def test_evaluation_and_parking():
         path for path, kind in kinds.items() if kind != "device"
     } == engine.layout.params_on_host
     np.testing.assert_allclose(train(engine, 3), train(plain, 3), rtol=CLOSE)
+
+
+def test_the_model_can_be_called():
+    """With all its parameters on the device."""
+    layout: dict[str, Any] = {"devices": 1, "stage": 0}
+    ids = batches(1)[0]["input_ids"]
+    found, expected = (make(**layout).module(ids) for make in (streamed_engine, _plain_engine))
+    np.testing.assert_allclose(found, expected, rtol=CLOSE)
+
+
+def test_microbatches_add_up_in_their_own_dtype_after_a_new_batch_size():
+    """What one microbatch leaves is as it was reduced."""
+    engine = streamed_engine(bf16={"enabled": True})
+    kept = {str(leaf.dtype) for leaf in engine.state.host_gradients.values()}
+    assert (engine.gradient_accumulation_steps(), kept) == (1, {"bfloat16"})
+    engine.set_train_batch_size(2 * engine.train_batch_size())
+    assert {str(leaf.dtype) for leaf in engine.state.host_gradients.values()} == {"float32"}
 
 
 @pytest.mark.slow
