@@ -148,8 +148,8 @@ HYBRID_ENGINE_KEYS = section(
     auto=Auto.DEFAULT,
 )
 
-_ACT_OFFLOAD = "offloading activations is not built yet"
-_STATE_OFFLOAD = "offloading to host memory is not built yet"
+_ACT_OFFLOAD = 'not taken from here: set "model.remat" with "offload"'
+_STATE_OFFLOAD = 'not taken from here: set "zero_optimization.offload_optimizer", "offload_param"'
 
 COMPILE_KEYS = section(
     "compile",

@@ -13,7 +13,7 @@ _TWO_LAYERS = "the device has the parameters of two layers at a time, as large a
 _SUPER = "SuperOffload's speculative updates are not built yet"
 _STAGED = "transfers are staged and overlapped by themselves; there is nothing to set"
 _ZEROPP = "ZeRO++ (quantised or hierarchical communication) is not built yet"
-_ZENFLOW = "ZenFlow needs offloading, which is not built yet"
+_ZENFLOW = "ZenFlow's updates of a part of the gradients are not built yet"
 _PLACED = "XLA lays out buffers and schedules collectives by itself; there is nothing to set"
 _HOOKS = "jspeed has no module hooks: weights are gathered where the program reads them"
 

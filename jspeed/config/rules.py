@@ -94,24 +94,25 @@ def summed_gradients(values: Values) -> Iterator[Problem]:
 
 
 def offload(values: Values) -> Iterator[Problem]:
-    """NVMe needs a path."""
-    for name in ("offload_param", "offload_optimizer"):
-        section = f"{_ZERO}.{name}"
-        if values.get(f"{section}.device") == "nvme" and not values.get(f"{section}.nvme_path"):
-            yield Problem(
-                f"{section}.nvme_path",
-                f'missing; "{section}.device": "nvme" needs a folder on the disk.',
-            )
-    update = f"{_ZERO}.offload_optimizer.update"
-    if values.get(f"{_ZERO}.offload_optimizer.device") == "nvme" and values.get(update) == "device":
+    """NVMe needs a path, buffers and an update on the host; of parameters it is refused later."""
+    section = f"{_ZERO}.offload_optimizer"
+    if values.get(f"{section}.device") != "nvme":
+        return
+    if not values.get(f"{section}.nvme_path"):
+        yield Problem(
+            f"{section}.nvme_path",
+            f'missing; "{section}.device": "nvme" needs a folder on the disk.',
+        )
+    update = f"{section}.update"
+    if values.get(update) == "device":
         yield Problem(
             update,
             '"device" does not go with "device": "nvme": devices stream state from pinned memory. '
             'Use "host", or "device": "cpu".',
             values.line(update),
         )
-    buffers = f"{_ZERO}.offload_optimizer.buffer_count"
-    if values.get(f"{_ZERO}.offload_optimizer.device") == "nvme" and values.get(buffers) < 3:
+    buffers = f"{section}.buffer_count"
+    if values.get(buffers) < 3:
         yield Problem(
             buffers,
             f"{values.get(buffers)}; expected at least 3: one in use, one being read, one being "

@@ -72,9 +72,9 @@ BROKEN = [
         '"gradient_allreduce_op": "sum" does not go with "zero_optimization.zenflow"; use "mean".',
     ),
     (
-        zero(stage=3, offload_param={"device": "nvme"}),
-        '"zero_optimization.offload_param.nvme_path": missing; '
-        '"zero_optimization.offload_param.device": "nvme" needs a folder on the disk.',
+        zero(stage=3, offload_optimizer={"device": "nvme"}),
+        '"zero_optimization.offload_optimizer.nvme_path": missing; '
+        '"zero_optimization.offload_optimizer.device": "nvme" needs a folder on the disk.',
     ),
     (
         zero(offload_optimizer={"device": "nvme", "nvme_path": "/x", "buffer_count": 2}),

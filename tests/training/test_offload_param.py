@@ -196,6 +196,7 @@ def test_curves_are_equal_under_rematerialisation(remat):
     [
         ({"offload": None}, r'and it is "none". Set "zero_optimization.offload_optimizer"'),
         ({"offload": {"device": "cpu", "ratio": 0.5}}, r'with "ratio": 0.5. Set'),
+        ({"param": {"device": "nvme"}}, 'on the disk are not built yet. Use "cpu"'),
         ({"param": {"device": "nvme", "nvme_path": "/x"}}, 'on the disk are not built yet. Use "c'),
         ({"mesh": {"pipe": 2}}, r'"cpu" does not go with "mesh.pipe": 2: stages'),
         (
