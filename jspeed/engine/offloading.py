@@ -139,7 +139,8 @@ class OffloadedStep:
         params = {
             path: leaf for path, leaf in named_leaves(new.master) if path in self._layout.on_host
         }
-        gradients = update.gradients | new.host_gradients
+        gradients = update.gradients  # itself: what is taken out of it leaves the devices
+        gradients.update(new.host_gradients)
         params = self._host.apply(params, gradients, step)
         master = map_named(lambda path, leaf: params.get(path, leaf), new.master)
         return replace(new, master=master)

@@ -249,6 +249,21 @@ def test_devices_hold_the_parameters_alone():
         assert (leaf.dtype, leaf.sharding.memory_kind) == (np.float32, "pinned_host")
 
 
+def test_gradients_are_gone_from_the_devices_once_they_have_left():
+    engine = make_engine({"device": "cpu"}, devices=1, stage=0)
+    step: Any = engine.train_step
+    compiled, seen = step.compiled, []
+
+    def watched(state: Any, batch: Any) -> Any:
+        returned = compiled(state, batch)
+        seen.append(returned[2].gradients)
+        return returned
+
+    step.compiled = watched
+    train(engine, 1)
+    assert seen == [{}]
+
+
 @pytest.mark.slow
 def test_what_the_host_does_is_what_trains(monkeypatch):
     """Without its update nothing moves."""
