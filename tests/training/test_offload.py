@@ -18,6 +18,7 @@ from jspeed.checkpoint.arrays import ArrayWriter
 from jspeed.core.errors import ConfigError, OffloadError
 from jspeed.core.tree import named_leaves
 from jspeed.engine.engine import Engine
+from jspeed.models import ModelFactory
 from jspeed.offload import HostOptimizer
 from tests.training.curves import TINY
 from tests.training.offloaded import LAYOUTS, Offload, make_engine, train
@@ -85,7 +86,7 @@ def test_half_precision_keeps_its_masters(dtype):
 
 @pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_resumed_to_the_last_bit(tier, dtype, tmp_path):
-    precision = {} if dtype == "fp32" else {dtype: {"enabled": True}}
+    precision: dict[str, Any] = {} if dtype == "fp32" else {dtype: {"enabled": True}}
     first = make_engine(tier, **precision)
     train(first, 3)
     first.save_checkpoint(tmp_path / "saved")
