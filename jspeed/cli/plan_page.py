@@ -22,6 +22,7 @@ _PARTS = {
     "launch": "between kernels",
     "allocation": "temporaries that the system gives anew each step",
     "bubble": "waiting for another stage of the pipeline",
+    "host link": "what moves between device and host for the offloaded optimizer",
 }
 _INDENT = (0, 0, 0, 2)
 

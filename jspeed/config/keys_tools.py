@@ -7,7 +7,9 @@ from jspeed.config.kinds import Bool, Int, ListOf, Number, Text, choice
 _COMET = "Comet is not supported yet; use tensorboard, wandb or csv_monitor"
 _FLOPS = "the FLOPs profiler is not built yet; `jspeed train` prints model FLOP/s"
 _COMMS = "the communication logger is not built yet"
-_AIO = "asynchronous disk input/output belongs to NVMe offload, which is not built yet"
+_IN_FLIGHT = (
+    'as many requests and threads as buffers: "zero_optimization.offload_optimizer.buffer_count"'
+)
 _WRITER = "Orbax writes checkpoints asynchronously and in parallel by itself"
 _ELASTIC = "elastic batch sizes are not built yet; checkpoints resume on any device count"
 _NEBULA = "Nebula is a service of Azure for PyTorch; jspeed's checkpoints are asynchronous already"
@@ -150,16 +152,17 @@ CHECKPOINT_KEYS = (
 
 AIO_KEYS = section(
     "aio",
-    passive(
-        later("block_size", Int(1), 2**20, _AIO),
-        later("queue_depth", Int(1), 8, _AIO),
-        later("intra_op_parallelism", Int(1), 1, _AIO),
-        later("thread_count", Int(1), None, "its name in older documentation",
+    automatic("block_size", Int(1), 2**20,
+              'chunks are moved whole; "zero_optimization.sub_group_size" bounds them'),
+    automatic("queue_depth", Int(1), 8, _IN_FLIGHT),
+    automatic("intra_op_parallelism", Int(1), 1, _IN_FLIGHT),
+    automatic("thread_count", Int(1), None, "its name in older documentation",
               alias_of="aio.intra_op_parallelism"),
-        later("single_submit", Bool(), False, _AIO),
-        later("overlap_events", Bool(), True, _AIO),
-        later("use_gds", Bool(), False, _AIO),
-    ),
+    automatic("single_submit", Bool(), False, _IN_FLIGHT),
+    automatic("overlap_events", Bool(), True, "reads, updates and writes always overlap"),
+    refused("use_gds", Bool(), False,
+            "the host updates what is on the disk, so it passes through the host's memory; leave "
+            "the key out"),
 )  # fmt: skip
 
 ELASTICITY_KEYS = section(

@@ -120,6 +120,41 @@ def make_store(
     )
 
 
+def check_room_to_stream(layout: Layout, tensors: int) -> None:
+    """Refuses a run whose state its host cannot hold in pinned memory, before it has made anything.
+
+    Args:
+      layout: `streamed`.
+      tensors: fp32, of each parameter's state.
+
+    Raises:
+      OffloadError: it does not fit.
+    """
+    state = 0
+    for path in layout.on_host:
+        sharding = layout.sharding(path, Role.MOMENTS)
+        part = math.prod(sharding.shard_shape(layout.leaves[path].shape))
+        state += 4 * tensors * part * len(sharding.addressable_devices)
+    needs = [Need("master weights and moments, pinned, for each device its part", state)]
+    if jax.default_backend() == "cpu":
+        needs.append(_of_cpu_devices(layout))
+    check_host_memory(
+        needs,
+        'Train with "zero_optimization.stage" 1 or more, which shares the state out; offload less '
+        'of it with "ratio"; or keep it once for each process with "update": "host".',
+    )
+
+
+def _of_cpu_devices(layout: Layout) -> Need:
+    itemsize = jnp.dtype(layout.compute_dtype).itemsize
+    held = sum(
+        itemsize * math.prod(layout.sharding(path, Role.MASTER).shard_shape(leaf.shape))
+        for path, leaf in layout.leaves.items()
+    )
+    devices = len(layout.sharding(next(iter(layout.leaves)), Role.MASTER).addressable_devices)
+    return Need("parameters and gradients of the CPU's own devices", 2 * held * devices)
+
+
 def _check_room(section: OffloadOptimizerConfig, layout: Layout, sizes: Sequence[int]) -> None:
     """Refuses a run that its host or disk is too small for, before it has made anything."""
     widest, state = max(sizes, default=0), 12 * sum(sizes)
@@ -140,12 +175,7 @@ def _check_room(section: OffloadOptimizerConfig, layout: Layout, sizes: Sequence
             moving,
         ]
     if jax.default_backend() == "cpu":
-        held = sum(
-            itemsize * math.prod(layout.sharding(path, Role.MASTER).shard_shape(leaf.shape))
-            for path, leaf in layout.leaves.items()
-        )
-        devices = len(layout.sharding(next(iter(layout.leaves)), Role.MASTER).addressable_devices)
-        needs += [Need("parameters and gradients of the CPU's own devices", 2 * held * devices)]
+        needs.append(_of_cpu_devices(layout))
     check_host_memory(
         needs,
         'Train on more processes or hosts with "zero_optimization.stage" 1 or more, which share '

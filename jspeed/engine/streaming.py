@@ -14,6 +14,7 @@ import optax
 
 from jspeed.checkpoint import made
 from jspeed.core.tree import map_named, named_leaves
+from jspeed.engine.offload_setup import check_room_to_stream
 from jspeed.layout.mesh import one_at_a_time
 from jspeed.layout.zero import Layout, Role
 from jspeed.training.program import Program
@@ -35,6 +36,9 @@ class Streaming:
       optimizer: the configuration's, elementwise.
       layout: `streamed`.
       loss_scale: makes fp16's first loss-scale state, or None.
+
+    Raises:
+      OffloadError: the host has too little memory.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class Streaming:
         self._layout = layout
         self._loss_scale = loss_scale
         self._tensors = streamed_tensors(optimizer)
+        check_room_to_stream(layout, len(self._tensors))
 
     def start(self, state: TrainState, seed: int) -> TrainState:
         """The state with the initial parameters, and zeros or what moments begin as."""

@@ -129,6 +129,7 @@ class Explanation:
       leaves: one entry per parameter, in tree order.
       other_bytes: path -> bytes on one device of what belongs to no parameter.
       notes: `(parameter, reason)` for parameters that cannot be gathered layer by layer.
+      host_tensors: fp32 tensors that the host has of each parameter whose state is offloaded.
     """
 
     sizes: Mapping[str, int]
@@ -137,6 +138,7 @@ class Explanation:
     leaves: tuple[LeafExplanation, ...]
     other_bytes: Mapping[str, int]
     notes: tuple[tuple[str, str], ...] = ()
+    host_tensors: int = 3
 
     @property
     def devices(self) -> int:
@@ -236,7 +238,9 @@ def explain(
         )
         for path, leaf in layout.leaves.items()
     )
-    return Explanation(sizes, layout.stage, layout.compute_dtype, leaves, other, tuple(notes))
+    return Explanation(
+        sizes, layout.stage, layout.compute_dtype, leaves, other, tuple(notes), host_tensors
+    )
 
 
 def _host_bytes(layout: Layout, path: str, tensors: int) -> int:

@@ -126,26 +126,7 @@ def _backward(axis: str, saved: Any, d_out: jax.Array):
     )
     travelling = (jnp.stack([key, value]), segment_ids)
     arriving = _send(travelling, axis) if devices > 1 else travelling
-    block = block_size(early[0].shape[1])
-
-    def pair(rows: Any, keys: Any, key_segments: Any, *, causal: bool) -> tuple[Any, Any]:
-        """Gradients of queries, and of keys and values stacked, in fp32."""
-        queries, segments, normaliser, subtracted, d_out = rows
-        d_query, d_key, d_value = attend_blocks_backward(
-            queries,
-            keys[0],
-            keys[1],
-            segments,
-            key_segments,
-            normaliser,
-            subtracted,
-            d_out,
-            causal=causal,
-            block=block,
-            dtype=jnp.float32,
-        )
-        return d_query, jnp.stack([d_key, d_value])
-
+    pair = functools.partial(_pair_gradients, block=block_size(early[0].shape[1]))
     (keys_early, keys_late), (ks_early, ks_late) = _key_chunks(travelling[0]), _chunks(segment_ids)
     d_early, own_early = pair(early, keys_early, ks_early, causal=True)
     d_late, own_late = pair(late, keys_late, ks_late, causal=True)
@@ -189,6 +170,27 @@ def _backward(axis: str, saved: Any, d_out: jax.Array):
 
 
 ring_attention.defvjp(_forward, _backward)
+
+
+def _pair_gradients(
+    rows: Any, keys: Any, key_segments: Any, *, causal: bool, block: int
+) -> tuple[Any, Any]:
+    """Gradients of queries, and of keys and values stacked, in fp32."""
+    queries, segments, normaliser, subtracted, d_out = rows
+    d_query, d_key, d_value = attend_blocks_backward(
+        queries,
+        keys[0],
+        keys[1],
+        segments,
+        key_segments,
+        normaliser,
+        subtracted,
+        d_out,
+        causal=causal,
+        block=block,
+        dtype=jnp.float32,
+    )
+    return d_query, jnp.stack([d_key, d_value])
 
 
 def block_size(length: int) -> int:

@@ -37,6 +37,7 @@ from jspeed.pipeline.program import make_turns
 from jspeed.planner.cluster import Cluster
 from jspeed.planner.collectives import collectives
 from jspeed.planner.compiled import Compiled, compile_lowered
+from jspeed.planner.host_link import HOST_LINK, host_link_seconds
 from jspeed.planner.memory import account
 from jspeed.planner.origins import Origins, module_classes
 from jspeed.planner.report import Plan, summarise
@@ -170,10 +171,10 @@ def _plan(step: _Step, cluster: Cluster, remarks: list[str]) -> Plan:
             "cuDNN's attention cannot be compiled without a GPU: planned with attention block by "
             "block, which holds the same arrays, and timed as one kernel."
         )
-    if layout.on_host:
+    if layout.on_host and not layout.streamed:
         remarks.append(
-            "the optimizer's update on the host, and what moves for it between host and devices, "
-            "take time that is not in the predicted step."
+            "the optimizer's update on the host takes time that is not in the predicted step; what "
+            "moves for it between host and devices is."
         )
     remarks += [f"not in this plan: {key}" for key in map(str, step.config.switched_on_later())]
     state = explain_plan(step.program, run)
@@ -188,6 +189,8 @@ def _plan(step: _Step, cluster: Cluster, remarks: list[str]) -> Plan:
         temporaries=compiled.temporary_bytes,
         pipeline=turns,
     )
+    moved = host_link_seconds(layout, cluster.target, tensors=state.host_tensors)
+    time.spend(HOST_LINK, moved)
     traffic = compiled.collectives
     if turns is not None:
         traffic = collectives(compiled.module, layout.sizes, turns.taken(time.stage))

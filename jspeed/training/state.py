@@ -161,6 +161,10 @@ def state_shardings(shapes: TrainState, layout: Layout) -> Any:
     the shapes agree; counters and whatever else there is are replicated.
     """
     whole: Any = layout.replicated()
+    streamed: Any = {
+        path: dict.fromkeys(tensors, streamed_sharding(layout, path))
+        for path, tensors in shapes.streamed.items()
+    }
 
     def moments(path: str, leaf: Any) -> Any:
         owner = layout.owner(path, leaf.shape)
@@ -179,10 +183,7 @@ def state_shardings(shapes: TrainState, layout: Layout) -> Any:
         mutable=jax.tree.map(lambda _: whole, shapes.mutable),
         rng=whole,
         loss_scale=jax.tree.map(lambda _: whole, shapes.loss_scale),
-        streamed={
-            path: dict.fromkeys(tensors, streamed_sharding(layout, path))
-            for path, tensors in shapes.streamed.items()
-        },
+        streamed=streamed,
     )
 
 

@@ -108,7 +108,8 @@ class _Rule:
                 schedule_position=scalars["updates"],
             )
             new = {path.removesuffix(f"/{LEAF}"): leaf for path, leaf in named_leaves(after)}
-            new["master"] = optax.apply_updates(master, steps)[LEAF]
+            updated: Any = optax.apply_updates(master, steps)
+            new["master"] = updated[LEAF]
             applied = scalars["applied"]
             if applied is None:
                 return {name: new[name] for name in chunk}

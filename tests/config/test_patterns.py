@@ -217,9 +217,14 @@ def test_the_data_s_sequences_count_where_they_are_shorter():
 
 
 def test_as_many_blocks_as_there_are_and_some_past_the_end_will_do():
-    load(sparse_attention={"mode": "bigbird", "num_random_blocks": 64, "num_global_blocks": 64})
-    load(sparse_attention={"mode": "variable", "global_block_indices": [0, 64]})
-    load(sparse_attention={"mode": "bslongformer", "num_sliding_window_blocks": 99})
+    for section in (
+        {"mode": "bigbird", "num_random_blocks": 64, "num_global_blocks": 64},
+        {"mode": "variable", "global_block_indices": [0, 64]},
+        {"mode": "bslongformer", "num_sliding_window_blocks": 99},
+    ):
+        config = load(sparse_attention=section)
+        assert pattern(config) == config.sparse_attention
+        assert config.to_dict()["sparse_attention"].items() >= section.items()
 
 
 def test_the_seed_is_the_models_whichever_place_names_the_pattern():

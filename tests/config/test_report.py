@@ -40,7 +40,7 @@ def test_defaults_of_sections_that_are_off_are_left_out():
     assert "csv_monitor" not in text
     assert "aio." not in text
     full = rendered("gpt2_tiny.json", everything=True)
-    assert row_of(full, "aio.queue_depth").split()[1:4] == ["8", "default", "later"]
+    assert row_of(full, "aio.queue_depth").split()[1:4] == ["8", "default", "automatic"]
 
 
 def test_later_features_and_open_autos_are_told_below():

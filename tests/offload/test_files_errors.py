@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jspeed.core.errors import OffloadError
@@ -138,7 +139,10 @@ def test_an_old_record_is_damage_too(tmp_path: Path) -> None:
 
 def test_padding_is_nobodys(tmp_path: Path) -> None:
     store = filled(tmp_path)
+    before = [np.copy(tensor) for tensor in store.read(2)]
     overwrite(tmp_path / FILE, offset(2, 0) + 4 * SIZES[2], b"x" * (PAGE - 4 * SIZES[2]))
+    for tensor, was in zip(store.read(2), before, strict=True):
+        np.testing.assert_array_equal(tensor, was)
     go_over(store)
     store.close()
 

@@ -13,21 +13,16 @@ import jax
 import numpy as np
 import pytest
 
-import jspeed
 from jspeed.checkpoint import deferred, made, store
 from jspeed.checkpoint.arrays import ArrayWriter
 from jspeed.core.errors import ConfigError, OffloadError
 from jspeed.core.tree import named_leaves
 from jspeed.engine.engine import Engine
-from jspeed.models import ModelFactory
-from jspeed.nn import language_model_loss
 from jspeed.offload import HostOptimizer
-from tests.training.curves import BATCH, TINY, batches, ds_config
+from tests.training.curves import TINY
+from tests.training.offloaded import LAYOUTS, Offload, make_engine, train
 
-STEPS = 20
 CLOSE = 1e-6
-
-Offload = dict[str, Any]
 
 
 @pytest.fixture(params=[pytest.param("cpu", marks=pytest.mark.slow), "nvme"])
@@ -37,57 +32,11 @@ def tier(request: Any, tmp_path: Path) -> Offload:
     return section | ({"nvme_path": str(tmp_path)} if request.param == "nvme" else {})
 
 
-def make_engine(
-    offload: Offload | None,
-    *,
-    devices: int = 8,
-    stage: int = 3,
-    model: ModelFactory | None = None,
-    **more: Any,
-) -> Engine:
-    """Of the tiny GPT-2, its state in chunks of at most 3000 elements."""
-    mesh = more.get("mesh", {})
-    shards = devices // mesh.get("tensor", 1) // mesh.get("pipe", 1) // mesh.get("seq", 1)
-    config = ds_config(stage=stage, micro=BATCH // shards // (4 if shards < 8 else 1))
-    config["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1}}
-    config["scheduler"] = {
-        "type": "WarmupLR",
-        "params": {"warmup_max_lr": 1e-2, "warmup_num_steps": 5},
-    }
-    config["zero_optimization"] |= {"sub_group_size": 3000}
-    if offload is not None:
-        config["zero_optimization"] |= {"offload_optimizer": offload}
-    return jspeed.initialize(
-        model=model or ModelFactory("gpt2", TINY),
-        loss_fn=language_model_loss,
-        config=config | more,
-        devices=jax.devices()[:devices],
-        seed=0,
-        report=False,
-    )
-
-
-def train(engine: Engine, steps: int = STEPS, *, skip: int = 0) -> list[float]:
-    """The losses of some steps, after those that were taken already."""
-    data = batches(skip + steps)[skip:]
-    return [float(engine.train_batch(batch)["loss"]) for batch in data]
-
-
 def made_moments(engine: Engine) -> Any:
     """The moments on the host, as arrays."""
     return jax.tree.map(lambda leaf: np.array(made(leaf)), engine.whole_state().opt_state)
 
 
-_LAYOUTS: list[dict[str, Any]] = [
-    {"devices": 1, "stage": 0},
-    {"devices": 4, "stage": 0},
-    {"devices": 4, "stage": 1},
-    {"devices": 8, "stage": 2},
-    {"devices": 8, "stage": 3},
-    {"devices": 8, "stage": 3, "mesh": {"tensor": 2}},
-    {"devices": 8, "stage": 2, "mesh": {"seq": 2, "replica": 2}},
-    {"devices": 8, "stage": 1, "mesh": {"pipe": 2}},
-]
 _QUICK = ((2, 1.0), (4, 0.5))
 
 
@@ -95,7 +44,7 @@ _QUICK = ((2, 1.0), (4, 0.5))
     ("layout", "ratio"),
     [
         pytest.param(layout, ratio, marks=[] if (n, ratio) in _QUICK else pytest.mark.slow)
-        for n, layout in enumerate(_LAYOUTS)
+        for n, layout in enumerate(LAYOUTS)
         for ratio in (1.0, 0.5)
     ],
     ids=str,

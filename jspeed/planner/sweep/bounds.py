@@ -25,7 +25,8 @@ from jspeed.models import ModelFactory
 from jspeed.pipeline.cost import live_microbatches
 from jspeed.pipeline.schedules import ZERO_BUBBLE, make_schedule
 from jspeed.planner.cluster import Cluster, collective_seconds
-from jspeed.planner.sweep.candidates import Candidate, sequence_length
+from jspeed.planner.sweep.candidates import Candidate
+from jspeed.planner.sweep.sizes import sequence_length
 from jspeed.training.program import Program, make_program
 
 _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jspeed.config import Config, SweepConfig, load_config, resolve_batch
+from jspeed.config import Config, load_config, resolve_batch
 from jspeed.config.problem import config_error
 from jspeed.core.errors import ConfigError, JspeedError
 from jspeed.engine.build import mesh_shape
@@ -18,6 +18,14 @@ from jspeed.layout.mesh import MeshShape
 from jspeed.pipeline.partition import require_layers
 from jspeed.pipeline.schedules import INTERLEAVED, KINDS, check_schedule
 from jspeed.planner.run_file import RunFile
+from jspeed.planner.sweep.sizes import (
+    axis_sizes,
+    micro_batch_sizes,
+    sequence_length,
+    uncut_by_tensor,
+    varies,
+    varies_pipe,
+)
 
 
 @dataclass(frozen=True, order=True)
@@ -250,19 +258,14 @@ def _meshes(
 ) -> tuple[list[MeshShape], list[Discarded]]:
     """The meshes of `gpus` devices that the axes allow; `data` takes what remains."""
     mesh, sweep = config.mesh, config.sweep
-    sizes = {
-        "pipe": _pipe_sizes(config, gpus),
-        "replica": _replica_sizes(config, gpus, gpus_per_host),
-        "seq": _seq_sizes(config, gpus, gpus_per_host),
-        "tensor": _tensor_sizes(config, gpus, gpus_per_host),
-    }
+    sizes = axis_sizes(config, gpus, gpus_per_host)
     found: list[MeshShape] = []
     discarded: list[Discarded] = []
     for chosen in itertools.product(*sizes.values()):
         shape = MeshShape(**dict(zip(sizes, chosen, strict=True)))
         data = gpus // shape.devices
         reason = _no_mesh(config, shape, gpus)
-        if not reason and not _varies(sweep, "data") and mesh.data not in (-1, data):
+        if not reason and not varies(sweep, "data") and mesh.data not in (-1, data):
             reason = f'data would be {data}, but "sweep.axes" keeps it at {mesh.data}'
         if reason:
             named = {"replica": shape.replica, "tensor": shape.tensor}
@@ -285,14 +288,7 @@ def _no_mesh(config: Config, shape: MeshShape, gpus: int) -> str:
     length = sequence_length(config)
     if length % shape.seq:
         return f'"mesh.seq": {shape.seq} does not divide sequences of {length} tokens'
-    return undividable(_units(config), shape.tensor)
-
-
-def sequence_length(config: Config) -> int:
-    """Tokens of a row."""
-    model, data = config.model, config.data
-    assert model is not None
-    return data.sequence_length if data else model.sequence_length
+    return undividable(uncut_by_tensor(config), shape.tensor)
 
 
 def _schedules(config: Config, stages: int) -> Iterator[tuple[str, int]]:
@@ -302,7 +298,7 @@ def _schedules(config: Config, stages: int) -> Iterator[tuple[str, int]]:
         yield "", 1
         return
     kinds: Sequence[str] = sweep.schedules or (own.schedule,)
-    if sweep.schedules is None and _varies_pipe(sweep):
+    if sweep.schedules is None and varies_pipe(sweep):
         kinds = KINDS
     for kind in dict.fromkeys(kinds):
         if kind != INTERLEAVED:
@@ -310,98 +306,3 @@ def _schedules(config: Config, stages: int) -> Iterator[tuple[str, int]]:
             continue
         for chunks in sorted(set(sweep.chunks or (max(2, own.chunks),))):
             yield kind, chunks
-
-
-def _units(config: Config) -> dict[str, int]:
-    """What `tensor` never cuts, unless rules by hand say what it cuts."""
-    assert config.model is not None
-    return {} if splits_tensor(config) else {"heads": config.model.heads}
-
-
-def _varies(sweep: SweepConfig, axis: str) -> bool:
-    return sweep.axes is None or axis in sweep.axes
-
-
-def _varies_pipe(sweep: SweepConfig) -> bool:
-    return sweep.pipe is not None or (sweep.axes is not None and "pipe" in sweep.axes)
-
-
-def _pipe_sizes(config: Config, gpus: int) -> list[int]:
-    sweep = config.sweep
-    assert config.model is not None
-    if sweep.pipe is not None:
-        return sorted(set(sweep.pipe))
-    if not _varies_pipe(sweep):
-        return [config.mesh.pipe]
-    return [size for size in divisors(gpus) if size <= config.model.layers]
-
-
-def _seq_sizes(config: Config, gpus: int, gpus_per_host: int) -> list[int]:
-    sweep = config.sweep
-    if sweep.seq is not None:
-        return sorted(set(sweep.seq))
-    if sweep.axes is None or "seq" not in sweep.axes:
-        return [config.mesh.seq]
-    return divisors(min(gpus, gpus_per_host))
-
-
-def _replica_sizes(config: Config, gpus: int, gpus_per_host: int) -> list[int]:
-    sweep, shard = config.sweep, config.zero.mics_shard_size
-    own = config.mesh.replica
-    if shard > 0:  # MiCS: groups of so many, copied between groups
-        own = max(1, gpus // (config.mesh.pipe * config.mesh.seq * config.mesh.tensor * shard))
-    if sweep.replica is not None:
-        return sorted(set(sweep.replica))
-    if not _varies(sweep, "replica"):
-        return [own]
-    if sweep.axes is not None:
-        return divisors(gpus)
-    hosts = gpus // min(gpus, gpus_per_host)
-    return sorted({1, own, hosts})
-
-
-def _tensor_sizes(config: Config, gpus: int, gpus_per_host: int) -> list[int]:
-    sweep = config.sweep
-    if sweep.tensor is not None:
-        return sorted(set(sweep.tensor))
-    if not _varies(sweep, "tensor"):
-        return [config.mesh.tensor]
-    if not splits_tensor(config) and sweep.axes is None:
-        return [config.mesh.tensor]
-    return divisors(min(gpus, gpus_per_host))
-
-
-def splits_tensor(config: Config) -> bool:
-    """Whether a sharding rule splits a parameter over the `tensor` axis."""
-    return any("tensor" in axes for _, axes in config.mesh.rules)
-
-
-def micro_batch_sizes(sweep: SweepConfig, rows: int) -> list[int]:
-    """The microbatches to try where a device has so many rows of a step."""
-    if sweep.micro_batch_sizes is not None:
-        return sorted(set(sweep.micro_batch_sizes))
-    least, most = sweep.min_micro_batch_size, min(rows, sweep.max_micro_batch_size or rows)
-    powers = [size for size in _powers_of_two(most) if size >= least]
-    return _evenly(powers, sweep.micro_batch_count)
-
-
-def _powers_of_two(most: int) -> Iterator[int]:
-    size = 1
-    while size <= most:
-        yield size
-        size *= 2
-
-
-def _evenly(sizes: Sequence[int], count: int | None) -> list[int]:
-    """So many of them, the first and the last included where there are two."""
-    if count is None or count >= len(sizes):
-        return list(sizes)
-    if count == 1:
-        return [sizes[-1]]
-    step = (len(sizes) - 1) / (count - 1)
-    return [sizes[round(turn * step)] for turn in range(count)]
-
-
-def divisors(number: int) -> list[int]:
-    """All of them, ascending."""
-    return [size for size in range(1, number + 1) if number % size == 0]

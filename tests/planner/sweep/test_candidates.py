@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from jspeed.config import resolve_batch
 from jspeed.core.errors import ConfigError
 from jspeed.planner.sweep import enumerate_candidates
-from jspeed.planner.sweep.candidates import Enumeration, divisors, micro_batch_sizes
+from jspeed.planner.sweep.candidates import Enumeration
+from jspeed.planner.sweep.sizes import divisors, micro_batch_sizes
 from tests.planner.sweep.runs import TENSOR_RULES, run_file
 
 

@@ -1,0 +1,36 @@
+"""How long what moves between devices and hosts for an offloaded optimizer takes."""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+
+from jspeed.layout.zero import Layout, Role
+from jspeed.planner.targets import Target
+
+HOST_LINK = "host link"
+"""The part of a step's time that waits for what moves between a device and its host's memory."""
+
+
+def host_link_seconds(layout: Layout, target: Target, *, tensors: int) -> float:
+    """Seconds in which a device moves what the update of offloaded parameters needs.
+
+    Updated on the host, gradients come down while parameters go up. Streamed, a chunk of each
+    tensor goes back as the next one's comes: all but the first of each chunk at the same time.
+
+    Args:
+      layout: with parameters `on_host`, or none.
+      target: whose link it is, with the bandwidth of its datasheet in each direction.
+      tensors: of each parameter's state, fp32.
+    """
+    elements = 0
+    for path in layout.on_host:
+        sharding = layout.sharding(path, Role.MOMENTS)
+        elements += math.prod(sharding.shard_shape(layout.leaves[path].shape))
+    if layout.streamed:
+        one_way = 4 * (tensors + 1)
+    else:
+        dtypes = (layout.reduce_dtype, layout.compute_dtype)
+        one_way = max(jnp.dtype(dtype).itemsize for dtype in dtypes)
+    return elements * one_way / target.host_link.bandwidth
