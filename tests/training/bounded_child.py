@@ -129,4 +129,5 @@ def main(device: str, folder: str, width: int, layers: int, room: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3], *map(int, sys.argv[3:]))
+    given_device, given_folder, *sizes = sys.argv[1:]
+    main(given_device, given_folder, *map(int, sizes))
