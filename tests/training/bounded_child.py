@@ -1,9 +1,9 @@
 """Run as a child: trains under a limit on this process's memory that the optimizer's state exceeds.
 
-    python -m tests.training.bounded_child DEVICE FOLDER WIDTH LAYERS ROOM
+    python -m tests.training.bounded_child DEVICE FOLDER WIDTH LAYERS LIMIT
 
-DEVICE is that of `offload_optimizer`; WIDTH and LAYERS make the model; ROOM is how many bytes this
-process may take beyond what it has when JAX has been imported and has run. Prints JSON.
+DEVICE is that of `offload_optimizer`; WIDTH and LAYERS make the model; LIMIT is how many bytes of
+private memory this process may have, Python's and JAX's own among them. Prints JSON.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 import jspeed
 
 ROWS = 4
-KERNELS = 16
+KERNELS = 32
 SUB_GROUP = 2**20
 BUFFERS = 4
 
@@ -89,12 +89,11 @@ def make_engine(device: str, folder: str, width: int, layers: int) -> Any:
     )
 
 
-def main(device: str, folder: str, width: int, layers: int, room: int) -> None:
+def main(device: str, folder: str, width: int, layers: int, limit: int) -> None:
     threading.stack_size(2**20)  # 8 MB count against the limit otherwise, used or not
     jax.block_until_ready(jax.jit(lambda x: x @ x)(jnp.ones((64, 64))))
     rng = np.random.default_rng(0)
     batch = {name: rng.standard_normal((ROWS, width), np.float32) for name in "xy"}
-    limit = memory("VmData") + room
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     peaks = {"imported": memory("VmHWM")}
 
