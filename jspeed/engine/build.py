@@ -20,9 +20,10 @@ from jspeed.engine.offload_setup import (
 )
 from jspeed.engine.stages import stage_order
 from jspeed.layout.mesh import PIPE, AnyMesh, MeshShape, make_mesh, resolve_mesh
+from jspeed.layout.placing import ZeroSettings, place
 from jspeed.layout.rules import Rule
 from jspeed.layout.tensor import tensor_splits
-from jspeed.layout.zero import Layout, ZeroSettings, place
+from jspeed.layout.zero import Layout
 from jspeed.optim import (
     Applied,
     LossScale,

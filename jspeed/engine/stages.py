@@ -9,8 +9,8 @@ from typing import Any
 from jspeed.config import Config
 from jspeed.core.errors import ModelError
 from jspeed.core.tree import named_leaves
+from jspeed.layout.placing import stacked_layers
 from jspeed.layout.stages import StageOrder
-from jspeed.layout.zero import stacked_layers
 from jspeed.pipeline.module import LayerList, LayerSpec
 from jspeed.pipeline.partition import partition_layers
 from jspeed.training.program import Program

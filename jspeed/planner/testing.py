@@ -20,9 +20,10 @@ import optax
 
 from jspeed.layout.compiler_options import CommunicationSettings, compiler_options
 from jspeed.layout.mesh import MeshShape
+from jspeed.layout.placing import ZeroSettings, place
 from jspeed.layout.rules import Rule
 from jspeed.layout.tensor import tensor_splits
-from jspeed.layout.zero import Layout, ZeroSettings, place
+from jspeed.layout.zero import Layout
 from jspeed.pipeline.schedules import make_schedule
 from jspeed.planner.compiled import Compiled, compile_lowered
 from jspeed.planner.targets import described_mesh

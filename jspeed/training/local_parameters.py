@@ -170,10 +170,11 @@ class LocalParameters:
         self, path: str, grad: jax.Array, axes: tuple[str, ...], dtype: str | None = None
     ) -> jax.Array:
         layout = self.layout
+        grad = grad.astype(dtype or layout.reduce_dtype)
+        if all(layout.sizes[axis] == 1 for axis in axes):
+            return grad  # XLA's CPU backend would make a copy of it, beside the original
         plan = GatherPlan(axes, -1, layout.automatic_axes, layout.leaves[path].automatic_spec())
-        return island(
-            plan, lambda g: jax.lax.psum(g, axes), grad.astype(dtype or layout.reduce_dtype)
-        )
+        return island(plan, lambda g: jax.lax.psum(g, axes), grad)
 
 
 def state_specs(layout: Layout, state: TrainState) -> tuple[Any, Any, Any]:

@@ -26,7 +26,6 @@ from jspeed.optim import LossScale
 from jspeed.training.gradients import GradientSettings, local_evaluation, local_gradients
 from jspeed.training.program import LossFn, Program
 from jspeed.training.state import TrainState, on_host, with_host_leaves
-from jspeed.training.streaming import make_streamed_update
 from jspeed.training.update import keep_unless, make_update
 
 Metrics = dict[str, jax.Array]
@@ -110,24 +109,14 @@ def make_train_step(
         layout,
         gradient_clipping=settings.gradient_clipping,
         skip_nonfinite=settings.skip_nonfinite,
+        chunk_size=settings.chunk_size,
     )
-
-    stream = None
-    if layout.streamed:
-        stream = make_streamed_update(optimizer, layout, most=settings.chunk_size)
 
     def train_step(state: TrainState, batch: Any) -> Any:
         scale = state.loss_scale.scale if state.loss_scale is not None else jnp.float32(1.0)
         reduced, unscale, loss, weight, mutable, left = compute(state, scale, batch)
-        new_master, opt_state, casts, seen, factor = update(state, reduced, unscale)
-        streamed = state.streamed
-        if stream is not None:
-            keep = seen.finite if settings.skip_nonfinite else None
-            params, streamed = stream(state, reduced, factor, keep)
-            new_master = map_named(
-                lambda path, leaf: params.get(path, leaf),
-                with_host_leaves(new_master, state.master, layout),
-            )
+        updated = update(state, reduced, unscale)
+        seen = updated.gradients
         updates = state.updates + 1
         if settings.skip_nonfinite:
             updates = keep_unless(seen.finite, updates, state.updates)
@@ -149,23 +138,23 @@ def make_train_step(
             )
             loss_scale = settings.loss_scale.update(loss_scale, seen.finite)
             metrics["next_loss_scale"] = loss_scale.scale
-        master, copies = publish(new_master, layout, casts)
+        master, copies = publish(updated.master, layout, updated.casts)
         new = TrainState(
             step=state.step + 1,
             updates=updates,
             master=with_host_leaves(master, state.master, layout),
             copies=copies,
-            opt_state=opt_state,
+            opt_state=updated.opt_state,
             mutable=mutable,
             rng=state.rng,
             loss_scale=loss_scale,
             host_gradients=left,
-            streamed=streamed,
+            streamed=updated.streamed,
         )
         if rates is None:
             return new, metrics
         applied = seen.finite if settings.skip_nonfinite else jnp.bool_(True)
-        return new, metrics, _for_host(state, reduced, factor, applied, layout, rates)
+        return new, metrics, _for_host(state, reduced, updated.factor, applied, layout, rates)
 
     return train_step
 

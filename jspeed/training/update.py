@@ -14,8 +14,10 @@ import optax
 
 from jspeed.core.tree import map_named, named_leaves
 from jspeed.layout.zero import Layout, Role
+from jspeed.offload.chunks import CHUNK_ELEMENTS
 from jspeed.optim import GradientNorm, clipping_factor, gradient_norm
-from jspeed.training.state import TrainState, on_device
+from jspeed.training.state import TrainState, on_device, with_host_leaves
+from jspeed.training.streaming import make_streamed_update
 from pallas_kernels.fused_adamw import InPlaceTransformation
 
 
@@ -28,6 +30,7 @@ class Updated(NamedTuple):
       casts: path -> parameter in the compute dtype, of those that were cast on the way.
       gradients: what is known of the gradients, unscaled.
       factor: what a reduced gradient is multiplied with before it is used: unscaled and clipped.
+      streamed: state in the hosts' memory, as `TrainState` has it.
     """
 
     master: Any
@@ -35,11 +38,13 @@ class Updated(NamedTuple):
     casts: Mapping[str, jax.Array]
     gradients: GradientNorm
     factor: jax.Array
+    streamed: dict[str, dict[str, jax.Array]]
 
 
 Update = Callable[[TrainState, Any, jax.Array], Updated]
 """`(state, reduced gradients, unscale) -> Updated`; see `local_gradients`. The gradients of all
-parameters count for the norm; updated are those of the layout that are not `on_host`."""
+parameters count for the norm; updated are those of the layout that are not `on_host`, and those
+whose state is `streamed`."""
 
 
 def make_update(
@@ -48,6 +53,7 @@ def make_update(
     *,
     gradient_clipping: float,
     skip_nonfinite: bool,
+    chunk_size: int = CHUNK_ELEMENTS,
 ) -> Update:
     """The update of an optimizer.
 
@@ -57,7 +63,40 @@ def make_update(
       layout: where everything lives.
       gradient_clipping: the largest global norm; 0 for none.
       skip_nonfinite: leave parameters and the optimizer as they were when a gradient is not finite.
+      chunk_size: elements of the chunks in which state is streamed through the devices.
     """
+    if layout.streamed:
+        return _streaming(optimizer, layout, gradient_clipping, skip_nonfinite, chunk_size)
+    return _on_devices(optimizer, layout, gradient_clipping, skip_nonfinite)
+
+
+def _streaming(
+    optimizer: optax.GradientTransformation,
+    layout: Layout,
+    gradient_clipping: float,
+    skip_nonfinite: bool,
+    chunk_size: int,
+) -> Update:
+    rest = _on_devices(optimizer, layout, gradient_clipping, skip_nonfinite)
+    stream = make_streamed_update(optimizer, layout, most=chunk_size)
+
+    def update(state: TrainState, reduced: Any, unscale: jax.Array) -> Updated:
+        updated = rest(state, reduced, unscale)
+        applied = updated.gradients.finite if skip_nonfinite else None
+        params, streamed = stream(state, reduced, updated.factor, applied)
+        whole = with_host_leaves(updated.master, state.master, layout)
+        master = map_named(lambda path, leaf: params.get(path, leaf), whole)
+        return updated._replace(master=master, streamed=streamed)
+
+    return update
+
+
+def _on_devices(
+    optimizer: optax.GradientTransformation,
+    layout: Layout,
+    gradient_clipping: float,
+    skip_nonfinite: bool,
+) -> Update:
     if isinstance(optimizer, InPlaceTransformation):
         return _in_place(optimizer, layout, gradient_clipping, skip_nonfinite)
     supported = optax.with_extra_args_support(optimizer)
@@ -77,7 +116,7 @@ def make_update(
         if skip_nonfinite:
             master = keep_unless(seen.finite, master, old)
             opt_state = keep_unless(seen.finite, opt_state, state.opt_state)
-        return Updated(master, opt_state, {}, seen, factor)
+        return Updated(master, opt_state, {}, seen, factor, state.streamed)
 
     return update
 
@@ -105,7 +144,8 @@ def _in_place(
             schedule_position=state.updates,
         )
         master = constrain(new.params, layout, Role.MOMENTS)
-        return Updated(master, opt_state, dict(named_leaves(new.copies)), seen, factor)
+        casts = dict(named_leaves(new.copies))
+        return Updated(master, opt_state, casts, seen, factor, state.streamed)
 
     return update
 

@@ -16,7 +16,7 @@ from jspeed.engine.engine import initialize
 from jspeed.engine.explain import explain_run
 from jspeed.engine.state_explanation import gather_notes
 from jspeed.layout.mesh import MeshShape, make_abstract_mesh
-from jspeed.layout.zero import ZeroSettings, place
+from jspeed.layout.placing import ZeroSettings, place
 from jspeed.models import ModelFactory, build_model
 from jspeed.nn import language_model_loss
 from jspeed.training.program import make_program

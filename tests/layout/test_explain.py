@@ -9,8 +9,9 @@ import pytest
 
 from jspeed.layout.explain import Explanation, StateArray, explain, shard_bytes
 from jspeed.layout.mesh import MeshShape, make_abstract_mesh
+from jspeed.layout.placing import ZeroSettings, place
 from jspeed.layout.rules import Rule
-from jspeed.layout.zero import Layout, Role, ZeroSettings, place
+from jspeed.layout.zero import Layout, Role
 
 # All sizes divide by 8.
 TREE: dict[str, tuple[int, ...]] = {"w": (64, 32), "b": (16,)}

@@ -9,9 +9,9 @@ import pytest
 from jspeed.core.errors import LayoutError
 from jspeed.layout.logical import logical_splits
 from jspeed.layout.mesh import MeshShape, make_abstract_mesh
+from jspeed.layout.placing import ZeroSettings, place
 from jspeed.layout.rules import Rule
 from jspeed.layout.tensor import tensor_splits
-from jspeed.layout.zero import ZeroSettings, place
 from jspeed.models import GPT2Config, LlamaConfig, ModelFactory
 from jspeed.training.program import Program, make_program
 from jspeed.training.state import abstract_parameters

@@ -11,8 +11,9 @@ from jax.sharding import PartitionSpec
 
 from jspeed.core.errors import LayoutError
 from jspeed.layout.mesh import ZERO_AXES, MeshShape, make_abstract_mesh
+from jspeed.layout.placing import ZeroSettings, place
 from jspeed.layout.rules import Rule, axes_of
-from jspeed.layout.zero import Layout, Role, ZeroSettings, manual_spec, place
+from jspeed.layout.zero import Layout, Role, manual_spec
 
 SHARDED = ZERO_AXES
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import pytest
 
 from jspeed.layout.mesh import MeshShape, make_abstract_mesh
-from jspeed.layout.zero import Layout, ZeroSettings, place
+from jspeed.layout.placing import ZeroSettings, place
+from jspeed.layout.zero import Layout
 from jspeed.planner.host_link import fetching_seconds, host_link_seconds
 from jspeed.planner.targets import load_target
 

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jspeed.core.errors import ConfigError
+from jspeed.config.remat import Checkpoint
+from jspeed.core.errors import ConfigError, LayoutError
 from jspeed.core.tree import named_leaves
 from jspeed.engine.engine import Engine
 from jspeed.models import ModelFactory
+from jspeed.models.llama.config import LlamaConfig
 from jspeed.offload import HostOptimizer
-from tests.training.curves import TINY, batches
+from tests.training.curves import TINY, VOCAB, batches
 from tests.training.offloaded import STEPS, make_engine, train
 
 ON_HOST = {"device": "cpu"}
@@ -184,11 +186,37 @@ def test_microbatches_add_up_in_their_own_dtype_after_a_new_batch_size():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["full", "dots", "attention"])
+@pytest.mark.parametrize(
+    "remat", ["full", "dots", "attention", Checkpoint(offload=("layer_in",))], ids=str
+)
 def test_curves_are_equal_under_rematerialisation(remat):
     model = ModelFactory("gpt2", replace(TINY, remat=remat))
     plain, streamed = make_engine(None, model=model), streamed_engine(model=model)
     np.testing.assert_allclose(train(streamed, 5), train(plain, 5), rtol=CLOSE)
+
+
+@pytest.mark.slow
+def test_curves_of_a_llama_are_equal():
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        layers=3,
+        hidden_size=32,
+        heads=4,
+        kv_heads=2,
+        head_dim=8,
+        intermediate_size=64,
+        attention="cpu",
+    )
+    model = ModelFactory("llama", config)
+    plain, streamed = make_engine(None, model=model), streamed_engine(model=model)
+    np.testing.assert_allclose(train(streamed, 5), train(plain, 5), rtol=CLOSE)
+
+
+@pytest.mark.slow
+def test_groups_of_layers_are_refused():
+    model = ModelFactory("gpt2", replace(TINY, layers=4, remat=Checkpoint(layers=2)))
+    with pytest.raises(LayoutError, match=r"parameter blocks/.* stays in host memory"):
+        train(streamed_engine(model=model), 1)
 
 
 @pytest.mark.parametrize(
