@@ -149,7 +149,8 @@ def test_each_weight_comes_and_each_gradient_leaves_in_the_loops(remat):
     assert hidden >= 20 / 24 * sum(copy.elements for copy in (*fetched, *left))
 
 
-@pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "full"])
 def test_temporaries_stay_under_two_layers_beside_activations(remat):
     """Between 4 and 16 layers they grow by what is kept of each layer's activations alone."""
     few, many = (

@@ -176,6 +176,7 @@ def test_the_model_can_be_called():
     np.testing.assert_allclose(found, expected, rtol=CLOSE)
 
 
+@pytest.mark.slow
 def test_microbatches_add_up_in_their_own_dtype_after_a_new_batch_size():
     """What one microbatch leaves is as it was reduced."""
     engine = streamed_engine(bf16={"enabled": True})

@@ -18,7 +18,7 @@ from tests.training.offloaded import LAYOUTS, make_engine, train
 
 CLOSE = 1e-6
 TIER: dict[str, Any] = {"device": "cpu", "update": "device"}
-_QUICK = ((2, 1.0), (5, 0.5))
+_QUICK = ((2, 1.0),)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +65,7 @@ def test_every_elementwise_optimizer_streams(optimizer):
     np.testing.assert_allclose(train(offloaded, 8), train(plain, 8), rtol=CLOSE)
 
 
+@pytest.mark.slow
 def test_half_precision_keeps_its_masters_and_skips():
     """Under fp16 with a first scale that overflows; what is skipped changes no chunk."""
     precision: dict[str, Any] = {"fp16": {"enabled": True, "initial_scale_power": 20}}
@@ -99,7 +100,7 @@ def test_resumed_to_the_last_bit(dtype, tmp_path):
     [
         pytest.param(None, TIER, marks=pytest.mark.slow),
         pytest.param(TIER, None, marks=pytest.mark.slow),
-        (TIER, {"device": "cpu"}),
+        pytest.param(TIER, {"device": "cpu"}, marks=pytest.mark.slow),
         pytest.param({"device": "cpu"}, TIER | {"ratio": 0.5}, marks=pytest.mark.slow),
     ],
     ids=str,
