@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from jspeed.config import load_config
-from jspeed.layout import zero
+from jspeed.layout import placing
 from jspeed.planner.targets import has_gpu_compiler
 from tests.planner.goldens import CONFIGS, GOLDEN, differences, kept, plan_of, readme_table
 
@@ -79,13 +79,13 @@ def test_a_parameter_left_whole_is_named_and_breaks_the_golden_plan(
 ) -> None:
     """The regression: for one large parameter the layout finds no dimension to split."""
     path, parameter = CONFIGS / "llama3_8b_8xh100.json", "blocks/mlp/down/kernel"
-    place_leaf = zero._place_leaf
+    place_leaf = placing._place_leaf
 
     def forgetful(name: str, *args: Any) -> zero.LeafPlacement:
         leaf = place_leaf(name, *args)
         return dataclasses.replace(leaf, zero_dim=None) if name == parameter else leaf
 
-    monkeypatch.setattr(zero, "_place_leaf", forgetful)
+    monkeypatch.setattr(placing, "_place_leaf", forgetful)
     plan = plan_of(path).to_json()
     named = {entry["path"]: entry["because"] for entry in plan["kept_whole"]}
     assert named[parameter] == "no reason is known; stage 3 was to split it"
