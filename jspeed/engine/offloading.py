@@ -14,11 +14,10 @@ from jspeed.core.errors import OffloadError
 from jspeed.core.tree import map_named, named_leaves
 from jspeed.engine.build import RunPlan
 from jspeed.engine.host_state import HostState
-from jspeed.engine.offload_setup import adam_rule, make_store
+from jspeed.engine.offload_setup import adam_rule, chunk_elements, make_store
 from jspeed.engine.streaming import Streaming
 from jspeed.layout.zero import Layout
 from jspeed.offload import HostAdam, HostOptimizer, HostStep
-from jspeed.offload.chunks import CHUNK_ELEMENTS
 from jspeed.training.program import Program
 from jspeed.training.state import TrainState
 from jspeed.training.step import HostUpdate, Metrics
@@ -57,7 +56,7 @@ class Offloading(HostState):
             plan.layout,
             adam,
             functools.partial(make_store, section, plan.layout, adam),
-            most=min(section.chunk_size, CHUNK_ELEMENTS),
+            most=chunk_elements(config),
         )
 
     def step(self, compiled: Any) -> OffloadedStep:

@@ -220,6 +220,10 @@ class Layout:
     def sharding(self, path: str, role: Role) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec(*self.role_spec(path, role)))
 
+    def part_elements(self, path: str, role: Role) -> int:
+        """Elements of a parameter that one device has in a role."""
+        return math.prod(self.sharding(path, role).shard_shape(self.leaves[path].shape))
+
     def stored_sharding(self, path: str, role: Role) -> NamedSharding:
         """The sharding of what is kept between steps, in memory of the device or of its host."""
         sharding = self.sharding(path, role)

@@ -92,7 +92,7 @@ class HostOptimizer:
             self._first.setdefault(chunk.path, len(sizes))
             sizes += [chunk.piece.size] * len(shards.indices)
         self._store = make_store(sizes)
-        widest = max((sum(1 for _ in s.indices) for s in self._shards.values()), default=0)
+        widest = max((len(shards.indices) for shards in self._shards.values()), default=0)
         self._buffers = _Ring(
             2 + _AHEAD, widest, max(sizes, default=0), np.dtype(layout.compute_dtype)
         )
