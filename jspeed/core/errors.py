@@ -39,6 +39,10 @@ class OffloadError(JspeedError):
     """State beyond the device (in host memory or on disk) that cannot be kept, read or trusted."""
 
 
+class LaunchError(JspeedError):
+    """Processes that cannot be started, wired together or kept running."""
+
+
 class NotInJspeedError(JspeedError, AttributeError):
     """A DeepSpeed call without a counterpart; the text shows what to write instead."""
 

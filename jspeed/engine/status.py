@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
+
+from jspeed.core.processes import LAUNCH
 
 State = Literal["running", "finished", "preempted", "interrupted", "failed"]
 
@@ -20,12 +22,14 @@ class Status:
       step: optimizer steps taken.
       steps: that were asked for.
       reason: of a failure.
+      launch: the launch that the run is of, see `jspeed.core.processes`; empty without one.
     """
 
     status: State
     step: int
     steps: int
     reason: str = ""
+    launch: str = field(default_factory=lambda: os.environ.get(LAUNCH, ""))
 
     def write(self, directory: Path) -> None:
         """Replaces `status.json` in one move, so that a reader never sees half of it."""
@@ -38,6 +42,13 @@ class Status:
 def read_status(directory: Path) -> Status | None:
     """The status of a run, or None if there is none that can be read."""
     try:
-        return Status(**json.loads((directory / "status.json").read_text()))
+        found = json.loads((directory / "status.json").read_text())
+        return Status(**{"launch": "", **found})
     except (OSError, ValueError, TypeError):
         return None
+
+
+def is_of_this_launch(directory: Path) -> bool:
+    """Whether the run in a folder is of the launch that this process is of."""
+    own, status = os.environ.get(LAUNCH), read_status(directory)
+    return bool(own) and status is not None and status.launch == own
