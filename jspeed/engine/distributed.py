@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
 import traceback
 from types import TracebackType
@@ -81,7 +82,7 @@ def _leave_at_once(
     """For `sys.excepthook`: the interpreter's own end would wait for the other processes, which
     wait for this one."""
     traceback.print_exception(kind, error, where)
-    leave(1, error)
+    leave(128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1, error)
 
 
 def _leave_at_exit() -> None:

@@ -283,8 +283,7 @@ class Engine(Checkpointing, Parking):
         keys["train_micro_batch_size_per_gpu"] = micro_batch_size
         self.config = load_config(keys)
         self._counters = counted
-        assert isinstance(self.layout.mesh, Mesh), "an engine runs on devices"
-        self.plan = self._plan(self.layout.mesh)
+        self.plan = self._plan(self.mesh)
         # Those that microbatches add up may have another dtype than one's own.
         self._state = replace(self._state, host_gradients=host_gradients(self.layout))
         self._compile_step()

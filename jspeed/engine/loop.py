@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import jax
 
 from jspeed.core.tree import named_leaves
+from jspeed.engine.agreement import Stopping
 from jspeed.engine.engine import Engine
 from jspeed.engine.folder import CHECKPOINTS
 from jspeed.engine.overflow import note_overflow
@@ -83,6 +84,7 @@ class _Pending:
     metrics: Metrics
     data_seconds: float
     train_seconds: float
+    asked: jax.Array | None
 
 
 @dataclass
@@ -120,23 +122,29 @@ class Loop:
         saved = engine.global_steps if engine.global_steps else -1
         self._arrived = time.perf_counter()
         with StopRequests(earlier=self.earlier, notify=self._stopping) as stop:
-            while engine.global_steps < settings.steps and stop.requested is None:
+            stopping = Stopping(stop, engine.mesh)
+            while engine.global_steps < settings.steps and not stopping.is_due(engine.global_steps):
                 started = time.perf_counter()
                 batch = next(self.batches)
                 fetched = time.perf_counter()
                 metrics = engine.train_batch(batch)
                 if settings.breakdown:
                     jax.block_until_ready(metrics)
+                asked = stopping.ask()
                 trained = time.perf_counter()
                 step = engine.global_steps
                 if pending is not None:
                     self._report(pending)
+                    stopping.heed(pending.step, pending.asked)
                 samples = engine.global_samples
-                pending = _Pending(step, samples, metrics, fetched - started, trained - fetched)
+                pending = _Pending(
+                    step, samples, metrics, fetched - started, trained - fetched, asked
+                )
                 saves, evaluates = settings.saves_after(step), settings.evaluates_after(step)
                 # It is ready where the engine waits by itself; see `train_batch`.
                 if saves or evaluates or _is_ready(metrics["loss"]):
                     self._report(pending)
+                    stopping.heed(step, asked)
                     pending = None
                 if saves:
                     self._save()
@@ -149,7 +157,7 @@ class Loop:
             self._prune()
         state: State = "finished"
         if engine.global_steps < settings.steps:
-            state = "preempted" if stop.requested is signal.SIGTERM else "interrupted"
+            state = "preempted" if stopping.by is signal.SIGTERM else "interrupted"
         self._note(state)
         return state
 
