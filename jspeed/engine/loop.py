@@ -17,6 +17,8 @@ from typing import Any, Protocol
 
 import jax
 
+from jspeed.checkpoint.checksums import of_all_processes
+from jspeed.core.errors import CheckpointError
 from jspeed.core.tree import named_leaves
 from jspeed.engine.agreement import Stopping
 from jspeed.engine.engine import Engine
@@ -153,8 +155,7 @@ class Loop:
                 self._report(pending)
             if saved != engine.global_steps:
                 self._save()
-            engine.wait_for_checkpoint()
-            self._prune()
+            self._finish_saving()
         state: State = "finished"
         if engine.global_steps < settings.steps:
             state = "preempted" if stopping.by is signal.SIGTERM else "interrupted"
@@ -233,7 +234,9 @@ class Loop:
         return {"eval_loss": loss, "eval_perplexity": perplexity}
 
     def _save(self) -> None:
+        """Starts a save; if the one before it has failed, that costs the run only itself."""
         started = time.perf_counter()
+        self._await_save()
         tag = self.engine.save_checkpoint(
             self.settings.checkpoints,
             client_state={"data": self.batches.state()},
@@ -243,6 +246,28 @@ class Loop:
         self._prune()
         self._note("running")
         self._checkpoint_seconds = time.perf_counter() - started
+
+    def _finish_saving(self) -> None:
+        """Waits for the last save, and tries once more if it failed: nothing comes after it.
+
+        Raises:
+          CheckpointError: it failed again.
+        """
+        if not self._await_save():
+            self._save()
+            self.engine.wait_for_checkpoint()
+        self._prune()
+
+    def _await_save(self) -> bool:
+        """Waits for the save that is running, and says so if it failed; whether all is well, the
+        same in all processes."""
+        failed = False
+        try:
+            self.engine.wait_for_checkpoint()
+        except CheckpointError as error:
+            failed = True
+            LOGGER.error("%s The run goes on and saves again when it is time.", error)
+        return not any(of_all_processes(int(failed)))
 
     def _prune(self) -> None:
         if self.settings.keep_checkpoints is not None:

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from jspeed.config import Config
-from jspeed.core.errors import CheckpointError, ConfigError
+from jspeed.core.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from jspeed.core.processes import restarts
 from jspeed.core.tree import count_parameters
 from jspeed.data import TextDataset, TrainIterator, build_dataset
@@ -200,8 +200,9 @@ def _make_parts(config: Config) -> _Parts:
 def _resume(parts: _Parts, display: Display) -> None:
     """Takes up the latest checkpoint, if there is one."""
     folder = parts.settings.checkpoints
-    if parts.engine.latest_checkpoint(folder) is None:
-        return
+    with suppress(DamagedCheckpointError):  # loading says what is damaged, and takes another
+        if parts.engine.latest_checkpoint(folder) is None:
+            return
     tag, client = parts.engine.load_checkpoint(folder)
     if "data" not in client:
         raise CheckpointError(

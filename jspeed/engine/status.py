@@ -35,7 +35,8 @@ class Status:
         """Replaces `status.json` in one move, so that a reader never sees half of it."""
         directory.mkdir(parents=True, exist_ok=True)
         fresh = directory / "status.json.new"
-        fresh.write_text(json.dumps(asdict(self)) + "\n")
+        content = {name: value for name, value in asdict(self).items() if value or name != "launch"}
+        fresh.write_text(json.dumps(content) + "\n")
         os.replace(fresh, directory / "status.json")
 
 
