@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,23 +20,22 @@ from jspeed.core.errors import CheckpointError
 _BLOCK = 2**22
 _THREADS = 4
 _PART = "checksums.{process}.json"
-_OWN = ("arrays/ocdbt.process_{process}/", "arrays/array_metadatas/process_{process}")
-"""Where the files that a process has written begin."""
+_SAVED = ("arrays/", "files/")
+_OWN = re.compile(r"arrays/(?:ocdbt\.process_|array_metadatas/process_)(\d+)(?:/|$)")
+"""The number of the process that has written a file; the first wrote all others."""
 
 
 def write_own_checksums(folder: Path) -> None:
     """Puts the checksums of the files that this process has written beside them."""
     process = jax.process_index()
-    if process == 0:
-        others = tuple(
-            start.format(process=other) for other in range(1, jax.process_count()) for start in _OWN
-        )
-        own = [name for name in files_under(folder) if not name.startswith(others)]
-    else:
-        starts = tuple(start.format(process=process) for start in _OWN)
-        own = [name for name in files_under(folder) if name.startswith(starts)]
-    sums = checksums(folder, own)
+    names = (name for name in files_under(folder) if name.startswith(_SAVED))
+    sums = checksums(folder, (name for name in names if _writer(name) == process))
     write_file(folder / _PART.format(process=process), json.dumps(sums).encode())
+
+
+def _writer(name: str) -> int:
+    own = _OWN.match(name)
+    return int(own.group(1)) if own else 0
 
 
 def take_checksums(folder: Path) -> dict[str, str]:
