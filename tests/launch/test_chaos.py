@@ -1,4 +1,4 @@
-"""A supervised run survives SIGKILLs at random moments; the long version is a script beside this."""
+"""A supervised run survives SIGKILLs at random moments; the script beside this kills more often."""
 
 from __future__ import annotations
 
