@@ -23,7 +23,8 @@ from jspeed.launch.children import REPORT, Child, Ended, write_line
 from jspeed.launch.group import Outcome, Signals, run_group
 from jspeed.launch.output import Output
 
-NODE = "jspeed.launch.node"
+NODE = "jspeed.launch"
+"""The module that another host runs."""
 LOST_SECONDS = 5.0
 """From the loss of the launcher to the end of what does not stop by itself."""
 
@@ -127,7 +128,3 @@ def _heed(signals: Signals) -> None:
     time.sleep(LOST_SECONDS)
     for _ in range(3):  # as three Ctrl-C: they are killed
         signals.note(signal.SIGINT)
-
-
-if __name__ == "__main__":
-    main()
