@@ -1,4 +1,4 @@
-"""The commands: train, explain, config, targets, plan, sweep, schedule.
+"""The commands: train, explain, config, targets, plan, sweep, schedule, launch, report.
 
 Nothing here imports JAX before a command that needs it has prepared the environment, so that
 `jspeed config` stays quick and a machine without a GPU driver shows nothing of its plugins.
@@ -17,7 +17,12 @@ import typer
 
 from jspeed import __version__
 from jspeed.cli.cluster import cluster_asked
-from jspeed.cli.environment import device_overrides, prepare_jax, prepare_jax_on_cpu
+from jspeed.cli.environment import (
+    device_overrides,
+    prepare_jax,
+    prepare_jax_anywhere,
+    prepare_jax_on_cpu,
+)
 from jspeed.cli.interrupts import note_termination
 from jspeed.config import load_config
 
@@ -360,3 +365,12 @@ def launch(
         min_elastic_nodes=min_elastic_nodes,
     )
     raise typer.Exit(launch_command(request))
+
+
+@app.command()
+def report(json: AsJson = False) -> None:
+    """Print what a run would find on this machine, and what is missing."""
+    prepare_jax_anywhere()
+    from jspeed.cli.report import report_command
+
+    raise typer.Exit(report_command(as_json=json))

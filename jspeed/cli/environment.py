@@ -132,6 +132,15 @@ def prepare_jax_on_cpu() -> None:
     _import_jax()
 
 
+def prepare_jax_anywhere() -> None:
+    """Imports JAX on whatever devices there are, without taking all of their memory."""
+    if has_accelerator():
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    else:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    _import_jax()
+
+
 def mesh_devices(config: Config) -> int | None:
     """How many devices a configuration's mesh asks for; None if it takes what there is."""
     mesh = config.mesh
