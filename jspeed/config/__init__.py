@@ -30,6 +30,7 @@ from jspeed.config.sections import (
     SweepConfig,
     TensorParallelConfig,
     TokenizerConfig,
+    WatchdogConfig,
     ZeroConfig,
 )
 
@@ -69,6 +70,7 @@ __all__ = [
     "TensorParallelConfig",
     "TokenizerConfig",
     "Treatment",
+    "WatchdogConfig",
     "ZeroConfig",
     "load_config",
     "resolve_batch",

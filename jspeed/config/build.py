@@ -260,7 +260,9 @@ def run(values: Values) -> types.RunConfig | None:
     """Return the run section, or None when there is none."""
     if not values.has_section("run"):
         return None
-    return types.RunConfig(**_fields(values, "run", types.RunConfig))
+    watchdog = types.WatchdogConfig(**_fields(values, "run.watchdog", types.WatchdogConfig))
+    fields = _fields(values, "run", types.RunConfig, leave_out=("watchdog",))
+    return types.RunConfig(**fields, watchdog=watchdog)
 
 
 def cluster(values: Values) -> types.ClusterConfig:

@@ -4,7 +4,7 @@ and the aliases that lead into them."""
 from jspeed.config.key import later, mapped, section
 from jspeed.config.keys_attention import MODEL_ATTENTION_KEYS
 from jspeed.config.keys_sweep import SWEEP_KEYS
-from jspeed.config.kinds import Bool, Int, Number, ShardingRules, Text, choice
+from jspeed.config.kinds import Bool, Int, Number, ShardingRules, Text, choice, either
 from jspeed.config.model_families import MODEL_FAMILIES
 from jspeed.config.remat import RematKind
 
@@ -103,7 +103,15 @@ RUN_KEYS = section(
     mapped("keep_checkpoints", _COUNT, None, "how many checkpoints stay; null means all"),
     mapped("log_every", _COUNT, 1, "steps between lines of the log"),
     mapped("compile_cache", Bool(), True, "XLA's persistent compilation cache"),
-)
+    section(
+        "watchdog",
+        mapped("factor", either(Int(0, 0), Number(1)), 10,
+               "a part of a step is late after so many times its median; 0 switches it off"),
+        mapped("minimum_seconds", Number(above=0), 60, "and after so many seconds at least"),
+        mapped("end_after_seconds", Number(0), None,
+               "end the run when it stays late for so long; null: never"),
+    ),
+)  # fmt: skip
 
 CLUSTER_KEYS = section(
     "cluster",

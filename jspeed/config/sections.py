@@ -254,6 +254,15 @@ class DataConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class WatchdogConfig:
+    """When a run counts as standing still; a factor of 0 means never."""
+
+    factor: float
+    minimum_seconds: float
+    end_after_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class RunConfig:
     """One training run; intervals are in optimizer steps and 0 means never."""
 
@@ -266,6 +275,7 @@ class RunConfig:
     keep_checkpoints: int | None
     log_every: int
     compile_cache: bool
+    watchdog: WatchdogConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from jspeed.engine.progress import Display, memory_bytes
 from jspeed.engine.reporting import LOGGER
 from jspeed.engine.signals import StopRequests
 from jspeed.engine.status import State, Status
+from jspeed.engine.watchdog import STEP, WAITING, Watchdog
 from jspeed.monitor import Monitor
 from jspeed.training.step import Metrics
 
@@ -100,6 +101,7 @@ class Loop:
       monitor: where metrics go.
       display: where progress goes.
       settings: how the run goes.
+      watchdog: entered; told what the loop is at.
       files: to keep with each checkpoint.
       earlier: gives a signal that asked to stop before the loop began.
     """
@@ -110,6 +112,7 @@ class Loop:
     monitor: Monitor
     display: Display
     settings: LoopSettings
+    watchdog: Watchdog
     files: dict[str, bytes] = field(default_factory=dict)
     earlier: Callable[[], signal.Signals | None] = lambda: None
     _arrived: float = field(default=0.0, init=False)
@@ -127,12 +130,14 @@ class Loop:
             stopping = Stopping(stop, engine.mesh)
             while engine.global_steps < settings.steps and not stopping.is_due(engine.global_steps):
                 started = time.perf_counter()
-                batch = next(self.batches)
+                with self.watchdog.phase("fetching a batch", engine.global_steps + 1):
+                    batch = next(self.batches)
                 fetched = time.perf_counter()
-                metrics = engine.train_batch(batch)
-                if settings.breakdown:
-                    jax.block_until_ready(metrics)
-                asked = stopping.ask()
+                with self.watchdog.phase(STEP, engine.global_steps + 1):
+                    metrics = engine.train_batch(batch)
+                    if settings.breakdown:
+                        jax.block_until_ready(metrics)
+                    asked = stopping.ask()
                 trained = time.perf_counter()
                 step = engine.global_steps
                 if pending is not None:
@@ -149,7 +154,8 @@ class Loop:
                     stopping.heed(step, asked)
                     pending = None
                 if saves:
-                    self._save()
+                    with self.watchdog.phase("saving", step):
+                        self._save()
                     saved = step
             if pending is not None:
                 self._report(pending)
@@ -174,14 +180,16 @@ class Loop:
 
     def _report(self, pending: _Pending) -> None:
         """Waits for a step's metrics, evaluates if it is time, and hands all of it on at once."""
-        values = {name: value.item() for name, value in jax.device_get(pending.metrics).items()}
+        with self.watchdog.phase(WAITING, pending.step):
+            values = {name: value.item() for name, value in jax.device_get(pending.metrics).items()}
         now = time.perf_counter()
         seconds, self._arrived = now - self._arrived, now
         entry = self._entry(pending, values, seconds)
         self.display.step(pending.step, entry)
         shown = time.perf_counter()
         if self.settings.evaluates_after(pending.step):
-            entry |= self._evaluate(pending.step)
+            with self.watchdog.phase("evaluating", pending.step):
+                entry |= self._evaluate(pending.step)
         evaluated = time.perf_counter()
         self._arrived += evaluated - shown  # belongs to no step's seconds
         if self.settings.breakdown and "eval_loss" in entry:

@@ -20,13 +20,15 @@ from jspeed.core.tree import count_parameters
 from jspeed.data import TextDataset, TrainIterator, build_dataset
 from jspeed.engine.abstract_run import check_attention
 from jspeed.engine.compilation import enable_compile_cache
+from jspeed.engine.distributed import leave
 from jspeed.engine.engine import Engine, initialize
 from jspeed.engine.folder import METRICS, claim_folder, clear_folder, failure_noted
 from jspeed.engine.loop import Loop, LoopSettings
 from jspeed.engine.progress import Display
-from jspeed.engine.reporting import heed_log_level
+from jspeed.engine.reporting import LOGGER, heed_log_level
 from jspeed.engine.signals import StopRequests
 from jspeed.engine.status import State, Status, is_of_this_launch
+from jspeed.engine.watchdog import StalledRunError, Watchdog
 from jspeed.models import ModelFactory, build_model
 from jspeed.monitor import Monitor, make_monitor
 from jspeed.monitor.monitor import ResumePoint
@@ -162,7 +164,7 @@ def _train_run(
             Status("finished", engine.global_steps, run.steps).write(directory)
             display.say(f"nothing to do: {engine.global_steps} of {run.steps} steps are done.")
             return RunResult("finished", engine.global_steps, directory)
-        with _monitor(engine, directory) as monitor, display:
+        with _monitor(engine, directory) as monitor, _watchdog(engine, run) as watchdog, display:
             state = Loop(
                 engine=engine,
                 batches=parts.batches,
@@ -170,6 +172,7 @@ def _train_run(
                 monitor=monitor,
                 display=display,
                 settings=parts.settings,
+                watchdog=watchdog,
                 files={_TOKENIZER: _tokenizer_bytes(parts.data, directory)},
                 earlier=lambda: early.requested,
             ).run()
@@ -256,6 +259,24 @@ def _monitor(engine: Engine, directory: Path) -> Monitor:
         csv_monitor=placed(config.csv_monitor),
         wandb=config.wandb,
         resume=ResumePoint(first_step=start + 1, samples=engine.global_samples),
+    )
+
+
+def _watchdog(engine: Engine, run: RunConfig) -> Watchdog:
+    def end(error: StalledRunError) -> None:
+        if jax.process_index() == 0:
+            with suppress(OSError):
+                status = Status("failed", engine.global_steps, run.steps, str(error))
+                status.write(Path(run.dir))
+        LOGGER.error("%s", error)
+        leave(1, error)
+
+    return Watchdog(
+        run.watchdog,
+        Path(run.dir),
+        process=jax.process_index(),
+        processes=jax.process_count(),
+        end=end,
     )
 
 

@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from jspeed.config import WatchdogConfig
+from jspeed.engine.watchdog import Watchdog
+
 
 def tiny_run(directory: Path, **changes: Any) -> dict[str, Any]:
     """A run file: bytes of the golden text, two layers, ZeRO-3 on two devices."""
@@ -70,3 +73,9 @@ def losses(directory: Path) -> dict[int, float]:
         assert entry["step"] not in found, f"step {entry['step']} stands there twice"
         found[entry["step"]] = entry["loss"]
     return found
+
+
+def silent_watchdog(directory: Path) -> Watchdog:
+    """One that is switched off."""
+    config = WatchdogConfig(factor=0, minimum_seconds=1, end_after_seconds=None)
+    return Watchdog(config, directory, process=0, processes=1, end=lambda error: None)

@@ -13,6 +13,7 @@ from jspeed.engine.progress import Silent
 from jspeed.models import ModelFactory
 from jspeed.monitor import Monitor
 from jspeed.nn import language_model_loss
+from tests.engine.runs import silent_watchdog
 from tests.training.curves import TINY, batches, ds_config
 
 PAUSE = 0.3
@@ -61,6 +62,7 @@ def test_a_steps_seconds_are_its_own(devices, tmp_path):
         evaluation=list,
         monitor=Monitor(),
         display=display,
+        watchdog=silent_watchdog(tmp_path),
         settings=LoopSettings(directory=tmp_path, steps=4),
     ).run()
     assert sorted(display.seconds) == [1, 2, 3, 4]

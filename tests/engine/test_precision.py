@@ -16,7 +16,7 @@ from jspeed.engine.progress import Silent
 from jspeed.models import ModelFactory
 from jspeed.monitor import Monitor
 from jspeed.nn import language_model_loss
-from tests.engine.runs import losses, start
+from tests.engine.runs import losses, silent_watchdog, start
 from tests.training.curves import BATCH, TINY, batches, ds_config
 
 DYNAMIC = {"enabled": True, "initial_scale_power": 16, "hysteresis": 1}
@@ -155,6 +155,7 @@ def _run_loop(engine, factors, tmp_path):
         evaluation=list,
         monitor=Monitor(),
         display=lines,
+        watchdog=silent_watchdog(tmp_path),
         settings=LoopSettings(directory=tmp_path, steps=len(factors)),
     )
     return loop.run(), lines.lines
