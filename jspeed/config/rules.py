@@ -208,7 +208,7 @@ def model(values: Values) -> Iterator[Problem]:
     family, hidden, heads, kv_heads = (
         values.get(f"model.{name}") for name in ("family", "hidden_size", "heads", "kv_heads")
     )
-    if hidden and heads and hidden % heads:
+    if hidden and heads and hidden % heads and not values.get("model.head_dim"):
         yield Problem(
             "model.hidden_size",
             f'{hidden} is not divisible by "model.heads" {heads} (remainder {hidden % heads}).',
@@ -238,12 +238,13 @@ def model(values: Values) -> Iterator[Problem]:
             f'{family} has learned positions; remove it, or use "family": "llama".',
             values.line(name),
         )
-    if family == "llama" and values.get("model.dropout"):
+    if family is not None and not learned and values.get("model.dropout"):
         yield Problem(
             "model.dropout",
-            f"{values.get('model.dropout'):g} is given, but llama has no dropout; set it to 0.",
+            f"{values.get('model.dropout'):g} is given, but {family} has no dropout; set it to 0.",
             values.line("model.dropout"),
         )
+    yield from _of_other_families(values, family)
     path = "model.attention.sequence_parallel"
     if values.get(path) == "ring" and values.get("mesh.pipe") > 1:
         yield Problem(
@@ -258,6 +259,34 @@ def model(values: Values) -> Iterator[Problem]:
             "model.rope_scaling.low_freq_factor",
             f"{low:g} must be below high_freq_factor {high:g}.",
             values.line("model.rope_scaling.low_freq_factor"),
+        )
+
+
+def _of_other_families(values: Values, family: str | None) -> Iterator[Problem]:
+    """Keys that only other families have."""
+    if family is None:
+        return
+    traits = MODEL_FAMILIES[family]
+    for name, has in (
+        ("head_dim", not traits.learned_positions),
+        ("sliding_window", not traits.learned_positions),
+        ("activation", traits.learned_positions),
+        ("token_types", traits.masked),
+        ("output_bias", traits.masked),
+    ):
+        path = f"model.{name}"
+        value = values.get(path)
+        if value and not has:
+            yield Problem(
+                path,
+                f"{shown(value)} is given, which {family} does not have; remove it.",
+                values.line(path),
+            )
+    if values.get("model.head_dim") and values.get("model.head_dim") % 2:
+        yield Problem(
+            "model.head_dim",
+            f"{values.get('model.head_dim')} is odd, but rotary embedding turns pairs of features.",
+            values.line("model.head_dim"),
         )
 
 
@@ -278,6 +307,14 @@ def data(values: Values) -> Iterator[Problem]:
             path, f'{rows} is longer than "model.sequence_length" {longest}.', values.line(path)
         )
     yield from _split_sequence(values, path, rows)
+    window = values.get("model.sliding_window")
+    if rows is not None and window is not None and rows > window:
+        yield Problem(
+            path,
+            f'{rows} is longer than "model.sliding_window" {window}, and windows are not built '
+            f"yet; with at most {window} tokens every token sees all before it, as it should.",
+            values.line(path),
+        )
     kind, file = values.get("data.tokenizer.kind"), values.get("data.tokenizer.path")
     if kind == "file" and file is None:
         yield Problem("data.tokenizer.path", 'missing; "kind": "file" needs a tokenizer.json.')

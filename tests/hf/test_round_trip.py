@@ -1,0 +1,128 @@
+"""Every family: loaded, compared with transformers, trained, exported, and read by transformers.
+
+Logits are of the order of 1 to 10 here; 1e-5 beside them is rounding in fp32.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import jspeed
+from jspeed.engine import Engine
+from jspeed.models import model_from_hf
+
+tiny = pytest.importorskip("tests.hf.tiny")
+torch = tiny.torch
+
+RATE = 0.05
+
+
+def engine_of(folder: Path, devices: int = 1, **config: Any) -> Engine:
+    model = model_from_hf(folder)
+    return jspeed.initialize(
+        model=model,
+        loss_fn=model.loss_fn,
+        config={
+            "train_batch_size": 4,
+            "optimizer": {"type": "SGD", "params": {"lr": RATE}},
+            **config,
+        },
+        devices=jax.devices()[:devices],
+        report=False,
+    )
+
+
+def batch(name: str) -> dict[str, np.ndarray]:
+    ids = tiny.tokens(1)
+    if name == "bert":  # told are a third of the tokens
+        return {"input_ids": ids, "labels": np.where(np.arange(12) % 3 == 0, ids, -100)}
+    return {"input_ids": ids, "labels": np.roll(ids, -1, axis=1)}
+
+
+def torch_step(model: Any, batch: dict[str, np.ndarray]) -> float:
+    """One step of plain SGD on the mean loss; the loss before it."""
+    labels = torch.tensor(batch["labels"], dtype=torch.long)
+    out = model(torch.tensor(batch["input_ids"], dtype=torch.long)).logits
+    loss = torch.nn.functional.cross_entropy(out.flatten(0, 1), labels.flatten())
+    loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.sub_(RATE * parameter.grad)
+    return float(loss)
+
+
+@pytest.mark.parametrize("name", tiny.MODELS)
+def test_family(name, tmp_path):
+    source, model = tiny.saved(tmp_path / "theirs", name, seed=len(name))
+    engine = engine_of(source)
+    ids = tiny.tokens()
+    np.testing.assert_allclose(engine.module(ids), tiny.logits(model, ids), atol=1e-5)
+
+    engine.save_hf_model(tmp_path / "same", dtype="float32")
+    assert tiny.contents(tmp_path / "same") == tiny.contents(source)
+
+    losses = engine.train_batch(batch(name))["loss"], torch_step(model, batch(name))
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    engine.save_hf_model(tmp_path / "trained")
+    again = tiny.read_back(tmp_path / "trained", name)
+    np.testing.assert_allclose(tiny.logits(again, ids), tiny.logits(model, ids), atol=2e-5)
+    np.testing.assert_allclose(engine.module(ids), tiny.logits(again, ids), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
+def test_files_of_several_shards(name, tmp_path):
+    source, model = tiny.saved(tmp_path / "theirs", name, seed=3, max_shard_size="20KB")
+    assert len(list(source.glob("model-*.safetensors"))) > 2
+    engine = engine_of(source)
+    ids = tiny.tokens()
+    np.testing.assert_allclose(engine.module(ids), tiny.logits(model, ids), atol=1e-5)
+    out = tmp_path / "ours"
+    engine.save_hf_model(out, max_shard_size=20_000)
+    files = sorted(path.name for path in out.glob("*.safetensors"))
+    assert len(files) > 2
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    theirs = json.loads((source / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(theirs["weight_map"])
+    assert index["metadata"] == theirs["metadata"]
+    # One file is left when fewer are asked for: none of before lies beside it.
+    np.testing.assert_array_equal(
+        tiny.logits(tiny.read_back(out, name), ids), tiny.logits(model, ids)
+    )
+    engine.save_hf_model(out)
+    assert [path.name for path in out.glob("model*")] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+def test_half_precision_files(name, tmp_path):
+    """Values of bfloat16 are exact in fp32, so nothing is lost either way."""
+    source, model = tiny.saved(tmp_path / "theirs", name, dtype="bfloat16")
+    assert {dtype for _, dtype in tiny.contents(source).values()} == {"BF16"}
+    engine = engine_of(source)
+    ids = tiny.tokens()
+    np.testing.assert_allclose(engine.module(ids), tiny.logits(model.float(), ids), atol=1e-5)
+    engine.save_hf_model(tmp_path / "ours", dtype="bfloat16")
+    assert tiny.contents(tmp_path / "ours") == tiny.contents(source)
+    for one, other in zip(
+        tiny.read_back(tmp_path / "ours", name).parameters(), model.parameters(), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+def test_tokens_of_two_sentences(tmp_path):
+    source, model = tiny.saved(tmp_path / "theirs", "bert", seed=7)
+    bert = engine_of(source).module
+    ids, kinds = tiny.tokens(), (np.arange(48).reshape(4, 12) % 12 > 6).astype(np.int32)
+    ours = bert.hidden(ids, token_type_ids=kinds) @ bert.head()
+    with torch.no_grad():
+        theirs = model(
+            torch.tensor(ids, dtype=torch.long), token_type_ids=torch.tensor(kinds).long()
+        ).logits
+    np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-5)
