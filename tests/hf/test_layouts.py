@@ -16,13 +16,7 @@ tiny = pytest.importorskip("tests.hf.tiny")
 ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 
 
-QUICK = ("gpt2", "qwen3")
-EACH = [
-    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in tiny.MODELS
-]
-
-
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", tiny.some_quick("qwen3"))
 def test_zero_3_and_tensor_2(name, tmp_path):
     source, _ = tiny.saved(tmp_path / "theirs", name, seed=2)
     engine = engine_of(source, devices=8, mesh={"data": 4, "tensor": 2}, **ZERO3)
@@ -38,6 +32,7 @@ def test_zero_3_and_tensor_2(name, tmp_path):
     np.testing.assert_allclose(again, np.asarray(one.module(ids)), atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
@@ -60,7 +55,7 @@ def test_other_layouts(config, tmp_path):
     assert np.isfinite(float(engine.train_batch(batch("qwen2"))["loss"]))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
+@pytest.mark.parametrize("name", tiny.some_quick("gpt2", of=("gpt2", "llama", "bert")))
 def test_devices_read_their_own_part(name, tmp_path):
     """Of what is split over all devices each byte is read once, of what is whole too, since all
     devices are given the same; so in all no more is read than the files hold."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,11 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**_ROTARY, "head_dim": 14}),
     "bert": ("BertConfig", "BertForMaskedLM", _BERT),
 }
+
+
+def some_quick(*names: str, of: Iterable[str] = MODELS) -> list[Any]:
+    """Models as parameters of a test, slow but for some."""
+    return [pytest.param(name, marks=() if name in names else (pytest.mark.slow,)) for name in of]
 
 
 def make(name: str, *, seed: int = 0, **more: Any) -> Any:
