@@ -1,4 +1,4 @@
-"""The commands: train, explain, config, targets, plan, sweep, schedule.
+"""The commands: train, explain, config, targets, plan, sweep, schedule, convert.
 
 Nothing here imports JAX before a command that needs it has prepared the environment, so that
 `jspeed config` stays quick and a machine without a GPU driver shows nothing of its plugins.
@@ -17,6 +17,7 @@ import typer
 
 from jspeed import __version__
 from jspeed.cli.cluster import cluster_asked
+from jspeed.cli.convert import convert_app
 from jspeed.cli.environment import device_overrides, prepare_jax, prepare_jax_on_cpu
 from jspeed.cli.interrupts import note_termination
 from jspeed.config import load_config
@@ -30,6 +31,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(convert_app, name="convert")
 
 RunFile = Annotated[str, typer.Argument(metavar="RUN", help="A run file or ds_config.json.")]
 Overrides = Annotated[
