@@ -355,8 +355,12 @@ def _vocabulary(values: Values, kind: str) -> Iterator[Problem]:
     elif table is not None and words is not None and table < words:
         yield Problem(
             "model.vocab_size",
-            f'{table} is smaller than the tokenizer\'s {words} ids ("{path}"); leave it out to '
-            "use the tokenizer's size.",
+            f'{table} is smaller than the tokenizer\'s {words} ids ("{path}"); '
+            + (
+                'use the tokenizer of "model.hf".'
+                if values.is_given("model.hf")
+                else "leave it out to use the tokenizer's size."
+            ),
             values.line("model.vocab_size"),
         )
 

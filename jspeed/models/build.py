@@ -127,9 +127,14 @@ def build_model(model: ModelConfig, *, vocab_size: int, platform: str) -> ModelF
         budget.
     """
     if model.vocab_size is not None and model.vocab_size < vocab_size:
+        instead = (
+            "Leave it out to use the tokenizer's size."
+            if model.hf is None
+            else 'Use the tokenizer of "model.hf".'
+        )
         raise ConfigError(
             f'"model.vocab_size": {model.vocab_size} is smaller than the tokenizer\'s {vocab_size} '
-            "ids. Leave it out to use the tokenizer's size."
+            f"ids. {instead}"
         )
     if isinstance(model.remat, Budget):
         raise ConfigError(

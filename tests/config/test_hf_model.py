@@ -199,7 +199,7 @@ def test_what_stands_beside_a_folder(tmp_path):
     assert str(caught.value) == (
         f'"model.layers": 12 contradicts {folder / "config.json"}, which says 24; leave it out.'
     )
-    with pytest.raises(ConfigError, match='"model.sequence_length": 512 contradicts'):
+    with pytest.raises(ConfigError, match=r'"model\.sequence_length": 512 contradicts'):
         loaded(written(tmp_path, GPT2), sequence_length=512)
 
 
