@@ -187,6 +187,9 @@ def to_document(
     document["dtype"] = document["torch_dtype"] = dtype
     for name, key in family.keys.items():
         document[name] = values[key.ours] if isinstance(key, Taken) else key.values[0]
+    if family.rotary and original:  # shorter rows do not make a model forget longer ones
+        name = "max_position_embeddings"
+        document[name] = max(document[name], original.get(name) or 0)
     name, default = family.activation
     ours = values.get("activation") or ACTIVATIONS[default]
     if ACTIVATIONS.get(document.get(name, "")) != ours:

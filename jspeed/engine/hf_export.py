@@ -110,7 +110,7 @@ def export_checkpoint(
     document = hf_document(factory, dtype=dtype)
     _write(factory.family, folder, shapes, values, document, max_shard_size)
     copied = copy_companions(Path(origin), Path(folder)) if origin else []
-    if _TOKENIZER in files and _TOKENIZER not in copied:
+    if _TOKENIZER not in copied and _is_usual(files.get(_TOKENIZER)):
         (Path(folder) / _TOKENIZER).write_bytes(files[_TOKENIZER])
     return tag
 
@@ -189,6 +189,11 @@ def _and_one(
 ) -> Iterator[tuple[str, np.ndarray]]:
     yield from values
     yield path, value
+
+
+def _is_usual(tokenizer: bytes | None) -> bool:
+    """Whether a tokenizer's JSON is Hugging Face's; those for bytes and ids are jspeed's own."""
+    return tokenizer is not None and "model" in json.loads(tokenizer)
 
 
 def _find(source: Path, tag: str | None) -> tuple[CheckpointStore, str]:
