@@ -23,7 +23,12 @@ def read_document(folder: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        state = "no such folder" if not folder.is_dir() else f"no {CONFIG_NAME} in it"
+        state = (
+            f"no {CONFIG_NAME} in it"
+            if folder.is_dir()
+            else "no such folder, and nothing is fetched from the network (`hf download NAME "
+            "--local-dir DIR` does)"
+        )
         raise ConfigError(
             f'"{folder}": {state}. Expected a folder as save_pretrained of transformers writes it; '
             "beside weights that DeepSpeed consolidated, put the config.json of their model."

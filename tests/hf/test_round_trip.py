@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 import jspeed
+from jspeed.core.errors import ConfigError
 from jspeed.engine import Engine
-from jspeed.models import model_from_hf
+from jspeed.engine.hf_export import export_checkpoint
+from jspeed.models import build_model, model_from_hf
 
 tiny = pytest.importorskip("tests.hf.tiny")
 torch = tiny.torch
@@ -121,6 +123,46 @@ def test_half_precision_files(name, tmp_path):
         tiny.read_back(tmp_path / "ours", name).parameters(), model.parameters(), strict=True
     ):
         assert torch.equal(one, other)
+
+
+SCRATCH: dict[str, dict[str, Any]] = {
+    "bert": {"activation": "gelu_tanh"},  # and no output bias, which transformers always has
+    "gpt2": {"tie_embeddings": False},
+    "qwen3": {"kv_heads": 2, "head_dim": 6, "rope_theta": 5e5},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRATCH)
+def test_models_that_began_here(name, tmp_path):
+    section = {"family": name, "layers": 2, "hidden_size": 24, "heads": 4, "sequence_length": 16}
+    section |= {"vocab_size": tiny.VOCABULARY, "intermediate_size": 40, **SCRATCH[name]}
+    config = jspeed.load_config({"train_batch_size": 4, "model": section}).model
+    assert config is not None
+    model = build_model(config, vocab_size=tiny.VOCABULARY, platform="cpu")
+    optimizer = {"type": "SGD", "params": {"lr": RATE}}
+    engine = jspeed.initialize(
+        model=model,
+        loss_fn=model.loss_fn,
+        config={"train_batch_size": 4, "optimizer": optimizer},
+        devices=jax.devices()[:1],
+        report=False,
+    )
+    engine.save_hf_model(tmp_path / "ours")
+    engine.save_checkpoint(tmp_path / "checkpoints", wait=True)
+    export_checkpoint(tmp_path / "checkpoints", tmp_path / "converted", max_shard_size=30_000)
+    ids = tiny.tokens()
+    for folder in (tmp_path / "ours", tmp_path / "converted"):
+        again = tiny.logits(tiny.read_back(folder, name), ids)
+        np.testing.assert_allclose(engine.module(ids), again, atol=1e-5)
+
+
+def test_rows_longer_than_the_window(tmp_path):
+    source, model = tiny.saved(tmp_path / "theirs", "mistral")
+    ours, ids = engine_of(source).module, np.concatenate([tiny.tokens(), tiny.tokens(1)], axis=1)
+    np.testing.assert_allclose(ours(ids[:, :16]), tiny.logits(model, ids[:, :16]), atol=1e-5)
+    with pytest.raises(ConfigError, match="a sequence of 24 tokens is longer than the model's"):
+        ours(ids)
 
 
 def test_tokens_of_two_sentences(tmp_path):
