@@ -112,7 +112,8 @@ class Checkpointing(Accessors):
         """Writes the parameters in Hugging Face's layout, as `save_pretrained` of transformers:
         config.json, safetensors, and the tokenizer of the folder that the model came from.
 
-        Gathers one parameter after the other, under any ZeRO stage.
+        Gathers one parameter after the other, under any ZeRO stage. Of several processes all must
+        call it; the first one writes, and all return when the folder is complete.
 
         Args:
           save_dir: the folder; weights in it are replaced.

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from jspeed.checkpoint import CheckpointStore, Deferred, made
@@ -53,14 +54,16 @@ def export_engine(
         )
     document = hf_document(factory, dtype=dtype or engine.layout.compute_dtype)
     values = engine.whole_parameters()
-    if jax.process_index() != 0:
+    if jax.process_index() == 0:
+        shapes = {path: leaf.shape for path, leaf in _abstract(factory).items()}
+        _write(factory.family, folder, shapes, values, document, max_shard_size)
+        if factory.hf is not None:
+            copy_companions(Path(factory.hf).expanduser(), Path(folder))
+    else:
         for _ in values:  # what is spread over processes is gathered by all of them
             pass
-        return
-    shapes = {path: leaf.shape for path, leaf in _abstract(factory).items()}
-    _write(factory.family, folder, shapes, values, document, max_shard_size)
-    if factory.hf is not None:
-        copy_companions(Path(factory.hf).expanduser(), Path(folder))
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("save_hf_model")
 
 
 def export_checkpoint(
