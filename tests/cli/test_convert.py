@@ -25,6 +25,7 @@ def run_file(source: Path, runs: Path, **more: Any) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_there_and_back(tmp_path):
     source, model = tiny.saved(tmp_path / "theirs", "qwen2")
     (source / "tokenizer.json").write_text("{}")

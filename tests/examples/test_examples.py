@@ -99,6 +99,7 @@ def test_own_loop(tmp_path):
     assert numbers(output, r"([\d.]+)% right")[0] > 90
 
 
+@pytest.mark.slow
 def test_finetune_hf(tmp_path):
     """Another script's arguments; the folder that comes out is the one that went in, trained."""
     tiny = pytest.importorskip("tests.hf.tiny")
