@@ -37,7 +37,7 @@ if __name__ == "__main__":
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
-            attn_implementation="eager" if "eager" in task.options else "sdpa",
+            attn_implementation="eager" if "eager" in task.options else "sdpa",  # pyright: ignore[reportCallIssue]
             use_cache=False,
         )
     )

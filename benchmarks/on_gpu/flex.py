@@ -112,7 +112,7 @@ def _block_mask(torch: Any, problem: Attention, mask: Any) -> Any:
         order = torch.argsort(which.to(torch.int32), dim=-1, descending=True, stable=True)
         return counts[None, None], order.to(torch.int32)[None, None].contiguous()
 
-    options = {"mask_mod": lambda b, h, q, k: q >= k} if problem.causal else {}
+    options: dict[str, Any] = {"mask_mod": lambda b, h, q, k: q >= k} if problem.causal else {}
     return BlockMask.from_kv_blocks(
         *lists(partial), *lists(full), BLOCK_SIZE=problem.block, **options
     )

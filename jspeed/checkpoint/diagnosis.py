@@ -14,6 +14,17 @@ _NOT_YET = (
     "jspeed does not convert these yet; name a jspeed checkpoint, or load the weights into the "
     "model yourself before training"
 )
+# What can be done with a checkpoint of others, where something can.
+_INSTEAD = {
+    "Hugging Face": (
+        'A run starts from its weights with "model": {"hf": DIR}; `jspeed convert hf-to-jspeed` '
+        "makes a jspeed checkpoint of it"
+    ),
+    "DeepSpeed": (
+        "DeepSpeed's own zero_to_fp32.py with --safe_serialization makes safetensors of it; with "
+        'the model\'s config.json beside them, a run starts from these with "model": {"hf": DIR}'
+    ),
+}
 
 # Signs in the text of system and TensorStore errors, and what they mean to the user.
 _KNOWN_REASONS = (
@@ -94,7 +105,7 @@ def missing_tag(
     if (origin := foreign_origin(folder)) is not None:
         return kind(
             f'"{folder}"{source} is a {origin[0]} checkpoint, not a jspeed one (it holds '
-            f'"{origin[1]}"). {_NOT_YET}.{_others(complete)}'
+            f'"{origin[1]}"). {_instead(origin[0])}.{_others(complete)}'
         )
     if aside.exists():
         return kind(
@@ -135,10 +146,14 @@ def _others(complete: list[str]) -> str:
     return f" Complete checkpoints there: {listed(complete)}."
 
 
+def _instead(origin: str) -> str:
+    return _INSTEAD.get(origin, _NOT_YET)
+
+
 def _contents(folder: Path) -> str:
     """Describes a folder without a checkpoint of ours by what would help to see the mistake."""
     if (origin := foreign_origin(folder)) is not None:
-        return f'it is a {origin[0]} checkpoint (it holds "{origin[1]}"). {_NOT_YET}'
+        return f'it is a {origin[0]} checkpoint (it holds "{origin[1]}"). {_instead(origin[0])}'
     unfinished = sorted(
         entry.name.removesuffix(folders.SAVING)
         for entry in folder.iterdir()
@@ -150,7 +165,7 @@ def _contents(folder: Path) -> str:
         if (origin := foreign_origin(entry)) is not None:
             return (
                 f'"{entry.name}" in it is a {origin[0]} checkpoint (it holds "{origin[1]}"). '
-                f"{_NOT_YET}"
+                f"{_instead(origin[0])}"
             )
     names = sorted(entry.name for entry in folder.iterdir())
     if not names:

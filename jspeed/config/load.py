@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jspeed.config import hf_section
 from jspeed.config.aliases import forward
 from jspeed.config.auto import AutoFacts, resolve
 from jspeed.config.build import derive
@@ -33,8 +34,9 @@ def load_config(
     """
     overrides = [overrides] if isinstance(overrides, str) else overrides
     document, overridden = apply_overrides(read_source(source), overrides)
+    document, origins = hf_section.complete(document)
     checker = Checker(document, overridden)
-    given, aliases, contradictions = forward(checker.given)
+    given, aliases, contradictions = forward(hf_section.noted(checker.given, origins))
     values = Values(given, aliases, checker.patterned)
     resolved = derive(resolve(values, AutoFacts())[0])
     problems = [*checker.problems, *contradictions]

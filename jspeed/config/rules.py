@@ -8,8 +8,7 @@ from jspeed.config import patterns, remat_rules
 from jspeed.config.batch import ACCUMULATION, MICRO, TRAIN, check
 from jspeed.config.build import BYTE_VOCABULARY
 from jspeed.config.key import REFUSED
-from jspeed.config.keys import KEYS
-from jspeed.config.model_families import MODEL_FAMILIES
+from jspeed.config.model_rules import model
 from jspeed.config.problem import Problem, shown
 from jspeed.config.sections import BatchConfig
 from jspeed.config.values import Values
@@ -201,66 +200,6 @@ def batch_triangle(values: Values) -> Iterator[Problem]:
         yield replace(problem, line=values.line(problem.path))
 
 
-def model(values: Values) -> Iterator[Problem]:
-    """Heads divide the width, and each family gets its own keys only."""
-    if not values.has_section("model"):
-        return
-    family, hidden, heads, kv_heads = (
-        values.get(f"model.{name}") for name in ("family", "hidden_size", "heads", "kv_heads")
-    )
-    if hidden and heads and hidden % heads:
-        yield Problem(
-            "model.hidden_size",
-            f'{hidden} is not divisible by "model.heads" {heads} (remainder {hidden % heads}).',
-            values.line("model.hidden_size"),
-        )
-    if heads and kv_heads and heads % kv_heads:
-        yield Problem(
-            "model.kv_heads",
-            f'{kv_heads} does not divide "model.heads" {heads}; every key/value head serves the '
-            "same number of query heads.",
-            values.line("model.kv_heads"),
-        )
-    learned = family is not None and MODEL_FAMILIES[family].learned_positions
-    if learned and heads and kv_heads and kv_heads != heads:
-        yield Problem(
-            "model.kv_heads",
-            f"{kv_heads} differs from heads {heads}, but {family} has no grouped-query attention; "
-            'use "family": "llama".',
-            values.line("model.kv_heads"),
-        )
-    scaled = values.has_section("model.rope_scaling")
-    theta = values.get("model.rope_theta") != KEYS["model.rope_theta"].default
-    if learned and (scaled or theta):
-        name = "model.rope_scaling" if scaled else "model.rope_theta"
-        yield Problem(
-            name,
-            f'{family} has learned positions; remove it, or use "family": "llama".',
-            values.line(name),
-        )
-    if family == "llama" and values.get("model.dropout"):
-        yield Problem(
-            "model.dropout",
-            f"{values.get('model.dropout'):g} is given, but llama has no dropout; set it to 0.",
-            values.line("model.dropout"),
-        )
-    path = "model.attention.sequence_parallel"
-    if values.get(path) == "ring" and values.get("mesh.pipe") > 1:
-        yield Problem(
-            path,
-            f'"ring" does not go with "mesh.pipe" {values.get("mesh.pipe")}: its permutes would '
-            'stand in branches that stages take differently. Use "ulysses" or "allgather".',
-            values.line(path),
-        )
-    low, high = (values.get(f"model.rope_scaling.{end}_freq_factor") for end in ("low", "high"))
-    if scaled and low >= high:
-        yield Problem(
-            "model.rope_scaling.low_freq_factor",
-            f"{low:g} must be below high_freq_factor {high:g}.",
-            values.line("model.rope_scaling.low_freq_factor"),
-        )
-
-
 def data(values: Values) -> Iterator[Problem]:
     """Rows fit the model, the tokenizer's words fit its table, and files are named."""
     if not values.has_section("data"):
@@ -278,6 +217,14 @@ def data(values: Values) -> Iterator[Problem]:
             path, f'{rows} is longer than "model.sequence_length" {longest}.', values.line(path)
         )
     yield from _split_sequence(values, path, rows)
+    window = values.get("model.sliding_window")
+    if rows is not None and window is not None and rows > window:
+        yield Problem(
+            path,
+            f'{rows} is longer than "model.sliding_window" {window}, and windows are not built '
+            f"yet; with at most {window} tokens every token sees all before it, as it should.",
+            values.line(path),
+        )
     kind, file = values.get("data.tokenizer.kind"), values.get("data.tokenizer.path")
     if kind == "file" and file is None:
         yield Problem("data.tokenizer.path", 'missing; "kind": "file" needs a tokenizer.json.')
@@ -318,8 +265,12 @@ def _vocabulary(values: Values, kind: str) -> Iterator[Problem]:
     elif table is not None and words is not None and table < words:
         yield Problem(
             "model.vocab_size",
-            f'{table} is smaller than the tokenizer\'s {words} ids ("{path}"); leave it out to '
-            "use the tokenizer's size.",
+            f'{table} is smaller than the tokenizer\'s {words} ids ("{path}"); '
+            + (
+                'use the tokenizer of "model.hf".'
+                if values.is_given("model.hf")
+                else "leave it out to use the tokenizer's size."
+            ),
             values.line("model.vocab_size"),
         )
 

@@ -201,18 +201,27 @@ class AttentionConfig:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A model of jspeed's own families; None leaves a value to the family or the tokenizer."""
+    """A model of jspeed's own families; None leaves a value to the family or the tokenizer.
 
-    family: Literal["gpt2", "llama", "bert"]
+    `hf` is the folder that the first weights come from, or None.
+    """
+
+    hf: str | None
+    family: Literal["gpt2", "llama", "mistral", "qwen2", "qwen3", "bert"]
     layers: int
     hidden_size: int
     heads: int
     kv_heads: int | None
+    head_dim: int | None
     intermediate_size: int | None
+    activation: Literal["gelu_tanh", "gelu", "relu"] | None
     vocab_size: int | None
     sequence_length: int
     dropout: float
     tie_embeddings: bool | None
+    token_types: int | None
+    output_bias: bool
+    sliding_window: int | None
     rope_theta: float
     rope_scaling: RopeScalingConfig | None
     norm_epsilon: float

@@ -17,6 +17,8 @@ SMALLEST_VOCABULARY = 257
 
 # What the usual tokenizer files call the end of a document; the first one present is taken.
 _KNOWN_SEPARATORS = (SEPARATOR, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
+# And what they call the mask of masked language models.
+_KNOWN_MASKS = ("[MASK]", "<mask>")
 
 
 class BpeTokenizer(Tokenizer):
@@ -42,6 +44,8 @@ class BpeTokenizer(Tokenizer):
                 "special token."
             )
         self.separator_id = vocabulary[name]
+        mask = next((name for name in _KNOWN_MASKS if name in vocabulary), None)
+        self.mask_id = None if mask is None else vocabulary[mask]
 
     @classmethod
     def from_json(cls, text: str, *, origin: str) -> "BpeTokenizer":

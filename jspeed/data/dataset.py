@@ -63,12 +63,12 @@ class TextDataset:
         self.sequence_length = sequence_length
         self.tokens = len(stream)
         self.document_mask = document_mask
-        separator = tokenizer.separator_id
-        self._masking = Masking(tokenizer.vocab_size, seed, separator) if masked else None
+        size, separator, mask = tokenizer.vocab_size, tokenizer.separator_id, tokenizer.mask_id
+        self._masking = Masking(size, seed, separator, mask) if masked else None
         self._validation_masking = (
-            Masking(tokenizer.vocab_size, _VALIDATION_SEED, separator) if masked else None
+            Masking(size, _VALIDATION_SEED, separator, mask) if masked else None
         )
-        self.vocab_size = tokenizer.vocab_size + masked
+        self.vocab_size = size + (masked and mask is None)
         self._sequences = PackedSequences(stream, sequence_length=sequence_length, name=name)
         self.split = Split.of(len(self._sequences), validation_fraction)
         self._identity = StreamIdentity(

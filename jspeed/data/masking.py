@@ -21,19 +21,21 @@ class Masking:
     run was resumed, and is another one in each epoch.
 
     Attributes:
-      vocab_size: of the tokenizer; the mask is the id behind its last one.
+      vocab_size: of the tokenizer.
       seed: of the choice.
       separator_id: a token that is never chosen, or None.
+      own_mask: the tokenizer's mask, or None: then the mask is the id behind its last one.
     """
 
     vocab_size: int
     seed: int
     separator_id: int | None = None
+    own_mask: int | None = None
 
     @property
     def mask_id(self) -> int:
-        """The id of the mask; a model's vocabulary is one larger than the tokenizer's."""
-        return self.vocab_size
+        """The id of the mask; where the tokenizer has none, a model's vocabulary is one larger."""
+        return self.vocab_size if self.own_mask is None else self.own_mask
 
     def apply(self, batch: Batch, numbers: Sequence[int]) -> Batch:
         """Returns a batch to be told.

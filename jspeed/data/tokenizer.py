@@ -22,10 +22,12 @@ class Tokenizer(ABC):
         have fewer ids than were asked for when the corpus is too small to find that many pairs.
       separator_id: the id that stands before each document of the token stream. It opens a document
         when text is generated, and its appearance ends one. None if unknown (see `IdTokenizer`).
+      mask_id: the id that stands in the place of tokens to be told, or None if there is none.
     """
 
     vocab_size: int
     separator_id: int | None
+    mask_id: int | None = None
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:

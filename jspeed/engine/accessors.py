@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from jspeed.engine.state_explanation import explain_plan, gather_notes, microbat
 from jspeed.layout.data_share import DataShare
 from jspeed.layout.explain import Explanation
 from jspeed.layout.zero import Layout, Role
+from jspeed.models import ModelFactory
 from jspeed.training.program import LossFn, Program
 from jspeed.training.state import TrainState, abstract_state, in_model_order
 from jspeed.training.step import Metrics
@@ -34,7 +36,11 @@ def whole_on_host(leaf: jax.Array, layout: Layout, path: str) -> np.ndarray:
 
 
 class Accessors:
-    """The read-only half of `Engine`."""
+    """The read-only half of `Engine`.
+
+    Attributes:
+      model_factory: what made the model, if it is of one of jspeed's own families.
+    """
 
     config: Config
     plan: RunPlan
@@ -47,6 +53,7 @@ class Accessors:
     _counters: Counters
     _offloading: HostState | None
     _parked: tuple[str, ...] = ()
+    model_factory: ModelFactory | None = None
 
     @property
     def state(self) -> TrainState:
@@ -86,10 +93,12 @@ class Accessors:
 
         Where there are several processes, all must call it, and all get all parameters.
         """
-        return {
-            path: whole_on_host(self._master(path, leaf), self.layout, path)
-            for path, leaf in named_leaves(self.state.master)
-        }
+        return dict(self.whole_parameters())
+
+    def whole_parameters(self) -> Iterator[tuple[str, np.ndarray]]:
+        """`parameters`, one after the other; of several processes, all must take them all."""
+        for path, leaf in named_leaves(self.state.master):
+            yield path, whole_on_host(self._master(path, leaf), self.layout, path)
 
     def _master(self, path: str, leaf: jax.Array) -> jax.Array:
         """A parameter in fp32, given what the devices hold of it."""

@@ -9,6 +9,7 @@ from typing import Any
 from jspeed.engine.accessors import Accessors
 from jspeed.engine.arguments import check_directory
 from jspeed.engine.checkpoints import EngineCheckpoints, save_16bit
+from jspeed.engine.hf_export import MAX_SHARD_SIZE, ExportDType, export_engine
 from jspeed.engine.not_in_jspeed import LOAD_CHECKPOINT, SAVE, refuses
 
 
@@ -100,6 +101,32 @@ class Checkpointing(Accessors):
         """
         check_directory(save_dir, "save_dir")
         return save_16bit(self, save_dir, save_filename)
+
+    def save_hf_model(
+        self,
+        save_dir: str | os.PathLike[str],
+        *,
+        dtype: ExportDType | None = None,
+        max_shard_size: int = MAX_SHARD_SIZE,
+    ) -> None:
+        """Writes the parameters in Hugging Face's layout, as `save_pretrained` of transformers:
+        config.json, safetensors, and the tokenizer of the folder that the model came from.
+
+        Gathers one parameter after the other, under any ZeRO stage. Of several processes all must
+        call it; the first one writes, and all return when the folder is complete.
+
+        Args:
+          save_dir: the folder; weights in it are replaced.
+          dtype: of the weights; the compute dtype when None.
+          max_shard_size: bytes of one file, beyond which there are several and an index.
+
+        Raises:
+          ModelError: the model is not of one of jspeed's own families.
+          ConfigError: Hugging Face has no such model.
+          CheckpointError: the folder cannot be written.
+        """
+        check_directory(save_dir, "save_dir")
+        export_engine(self, save_dir, dtype=dtype, max_shard_size=max_shard_size)
 
     def wait_for_checkpoint(self) -> None:
         """Waits until the save that is running is complete; raises `CheckpointError` if it

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,13 @@ import numpy as np
 import optax
 
 from jspeed.checkpoint import CheckpointStore, made
-from jspeed.core.errors import CheckpointError, DamagedCheckpointError, MissingExtraError
+from jspeed.config.hf_model import CONFIG_NAME
+from jspeed.core.errors import (
+    CheckpointError,
+    ConfigError,
+    DamagedCheckpointError,
+    MissingExtraError,
+)
 from jspeed.core.tree import map_named, named_leaves
 from jspeed.engine.accessors import Accessors, whole_on_host
 from jspeed.engine.counters import Counters
@@ -37,6 +44,7 @@ from jspeed.engine.saved_state import (
     shapes_in_model_order,
 )
 from jspeed.layout.zero import Layout, Role
+from jspeed.models import ModelFactory, hf_document
 from jspeed.training.state import (
     TrainState,
     on_device,
@@ -91,6 +99,9 @@ class EngineCheckpoints:
         }
         if not wait and not _on_disk(engine):
             arrays = {path: made(leaf) for path, leaf in arrays.items()}  # while training goes on
+        model = engine.model_factory
+        if model is not None:
+            files = {**described(model), **files}
         metadata = {
             "step": engine.global_steps,
             "counters": engine.counters().to_json(),
@@ -150,11 +161,11 @@ class EngineCheckpoints:
                 shapes_in_model_order(shapes, engine.layout), tuple(parts)
             ).items()
         }
-        deferred = _on_host(shapes, engine.layout)
+        deferred = names_on_host(shapes, engine.layout)
         restored = self.store.restore(tag, like=like, subset=True, deferred=deferred)
         _check_same_model(engine, found, restored, tag, self.directory, optimizer)
         current = engine.whole_state(host=False)
-        state = _rebuild(current, shapes, restored, engine.layout, schedule)
+        state = rebuild(current, shapes, restored, engine.layout, schedule)
         if optimizer != schedule:
             opt_state = _with_schedules_at(state.updates, state.opt_state)
             state = replace(state, opt_state=opt_state)
@@ -188,13 +199,24 @@ def _first_whole(
     raise damage
 
 
+def described(model: ModelFactory) -> dict[str, bytes]:
+    """What lets a checkpoint be written as a Hugging Face model: its config.json, if it can be."""
+    try:
+        document = hf_document(model)
+    except ConfigError:
+        return {}
+    if model.hf is not None:  # Hugging Face's own key for where a model came from
+        document["_name_or_path"] = str(Path(model.hf).expanduser().absolute())
+    return {CONFIG_NAME: json.dumps(document, indent=2).encode()}
+
+
 def _on_disk(engine: Accessors) -> bool:
     """Whether the state may be larger than the host's memory."""
     section = engine.config.zero.offload_optimizer
     return section is not None and section.device == "nvme"
 
 
-def _on_host(state: TrainState, layout: Layout) -> list[str]:
+def names_on_host(state: TrainState, layout: Layout) -> list[str]:
     """Names of what the host has of a whole state."""
     return [
         name
@@ -234,7 +256,7 @@ def _check_same_model(
         )
 
 
-def _rebuild(
+def rebuild(
     state: TrainState,
     shapes: TrainState,
     restored: dict[str, jax.Array],

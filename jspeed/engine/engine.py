@@ -34,10 +34,12 @@ from jspeed.engine.not_in_jspeed import (
 )
 from jspeed.engine.offloading import make_host_state
 from jspeed.engine.parking import Parking
+from jspeed.engine.pretrained import load_weights, pretrained_weights
 from jspeed.engine.reporting import Reporter
 from jspeed.engine.sparse_attention import sets_pattern
 from jspeed.layout.mesh import one_at_a_time
 from jspeed.layout.rules import Rule
+from jspeed.models import ModelFactory
 from jspeed.training.contracts import check_callable
 from jspeed.training.program import LossFn, Program, make_program
 from jspeed.training.state import TrainState, abstract_parameters, create_state, host_gradients
@@ -65,7 +67,8 @@ def initialize(
 
     Args:
       model: a Flax NNX module, a function `rngs -> NNX module` (created sharded, never whole on one
-        device), a Linen module, or a pair `(init, apply)` of functions.
+        device), a Linen module, or a pair `(init, apply)` of functions. One of `model_from_hf`
+        starts from the weights of its folder.
       loss_fn: `(model, batch, rng) -> scalar mean` or `LossSum(total, weight)`. For NNX `model` is
         the module itself; otherwise a callable that carries the parameters.
       config: a path, a mapping, or a loaded `Config`.
@@ -88,6 +91,7 @@ def initialize(
 
     Raises:
       ConfigError, LayoutError, ModelError: what cannot be, and what would.
+      CheckpointError: the folder of a `model_from_hf` does not hold the model's weights.
     """
     init_distributed()
     loaded = config if isinstance(config, Config) else load_config(config)
@@ -105,18 +109,24 @@ def initialize(
     mesh = plan_devices(loaded, devices)
     loaded = loaded.resolve_auto(compilation.auto_facts(loaded, program, mesh))
     loaded.require_trainable()
-    return Engine(
-        config=loaded,
-        program=program,
-        mesh=mesh,
-        loss_fn=loss_fn,
-        eval_fn=eval_fn or loss_fn,
-        optimizer=optimizer,
-        schedule=lr_scheduler,
-        rules=own_rules,
-        seed=_seed(loaded) if seed is None else seed,
-        report=report,
-    )
+    factory = model if isinstance(model, ModelFactory) else None
+    with pretrained_weights(factory, program) as weights:
+        engine = Engine(
+            config=loaded,
+            program=program,
+            mesh=mesh,
+            loss_fn=loss_fn,
+            eval_fn=eval_fn or loss_fn,
+            optimizer=optimizer,
+            schedule=lr_scheduler,
+            rules=own_rules,
+            seed=_seed(loaded) if seed is None else seed,
+            report=report,
+        )
+        engine.model_factory = factory
+        if weights is not None:
+            load_weights(engine, weights)
+    return engine
 
 
 def _seed(config: Config) -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from jspeed.checkpoint import CheckpointStore
 from jspeed.config import Config
 from jspeed.core.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from jspeed.core.processes import restarts
@@ -22,7 +23,7 @@ from jspeed.engine.abstract_run import check_attention
 from jspeed.engine.compilation import enable_compile_cache
 from jspeed.engine.distributed import leave
 from jspeed.engine.engine import Engine, initialize
-from jspeed.engine.folder import METRICS, claim_folder, clear_folder, failure_noted
+from jspeed.engine.folder import CHECKPOINTS, METRICS, claim_folder, clear_folder, failure_noted
 from jspeed.engine.loop import Loop, LoopSettings
 from jspeed.engine.progress import Display
 from jspeed.engine.reporting import LOGGER, heed_log_level
@@ -150,7 +151,7 @@ def _train_run(
     # A run that is to be replaced stays what it is until its successor is made.
     unnoted = overwrite and earlier is not None
     with nullcontext() if unnoted else failure_noted(directory, run.steps, lambda: reached):
-        parts = _make_parts(config)
+        parts = _make_parts(config, resume=resume)
         if resume:
             _resume(parts, display)
     engine = parts.engine
@@ -179,7 +180,7 @@ def _train_run(
     return RunResult(state, engine.global_steps, directory)
 
 
-def _make_parts(config: Config) -> _Parts:
+def _make_parts(config: Config, *, resume: bool) -> _Parts:
     model, _, run = run_sections(config)
     platform = jax.devices()[0].platform
     check_attention(config, platform)
@@ -187,6 +188,8 @@ def _make_parts(config: Config) -> _Parts:
         enable_compile_cache()
     data = load_data(config)
     factory = build_model(model, vocab_size=data.vocab_size, platform=platform)
+    if resume and CheckpointStore(Path(run.dir) / CHECKPOINTS).latest() is not None:
+        factory = replace(factory, read_weights=False)  # they would be replaced at once
     engine = initialize(
         model=factory,
         loss_fn=factory.loss_fn,

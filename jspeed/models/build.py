@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax
 from flax import nnx
 
 from jspeed.config import Budget, ModelConfig
+from jspeed.config.hf_model import read_document
 from jspeed.core.errors import ConfigError
 from jspeed.core.loss import LossSum
 from jspeed.models.bert import Bert, BertConfig
@@ -29,10 +32,19 @@ class ModelFactory:
     Attributes:
       config: the family's own configuration, complete.
       vocab_size: of the embedding.
+      sequence_length: the longest sequence, where it is known.
+      hf: a folder in Hugging Face's layout whose weights the engine puts in the place of random
+        ones, or None.
+      original: the `config.json` of that folder, or of one that the model came from earlier.
+      read_weights: whether the engine reads the folder's weights; a run that is resumed does not.
     """
 
     family: str
     config: GPT2Config | LlamaConfig | BertConfig
+    sequence_length: int | None = None
+    hf: str | None = None
+    original: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
+    read_weights: bool = True
 
     @property
     def vocab_size(self) -> int:
@@ -80,7 +92,13 @@ class ModelFactory:
         (PaLM, Chowdhery et al., 2022, appendix B; the causal half is not taken off). Of attention
         with a pattern only the blocks that it computes count.
         """
-        attention = 12.0 * self.config.layers * self.config.hidden_size * sequence_length
+        config = self.config
+        width = (
+            config.heads * config.head_dim
+            if isinstance(config, LlamaConfig)
+            else (config.hidden_size)
+        )
+        attention = 12.0 * config.layers * width * sequence_length
         if self.config.pattern is not None:
             attention *= self.share_of_scores(sequence_length)
         return self.product_flops_per_token() + attention
@@ -109,9 +127,14 @@ def build_model(model: ModelConfig, *, vocab_size: int, platform: str) -> ModelF
         budget.
     """
     if model.vocab_size is not None and model.vocab_size < vocab_size:
+        instead = (
+            "Leave it out to use the tokenizer's size."
+            if model.hf is None
+            else 'Use the tokenizer of "model.hf".'
+        )
         raise ConfigError(
             f'"model.vocab_size": {model.vocab_size} is smaller than the tokenizer\'s {vocab_size} '
-            "ids. Leave it out to use the tokenizer's size."
+            f"ids. {instead}"
         )
     if isinstance(model.remat, Budget):
         raise ConfigError(
@@ -137,26 +160,37 @@ def build_model(model: ModelConfig, *, vocab_size: int, platform: str) -> ModelF
     }
     if model.tie_embeddings is not None:
         common["tie_embeddings"] = model.tie_embeddings
+    original = read_document(Path(model.hf).expanduser()) if model.hf is not None else None
+    origin = (model.sequence_length, model.hf, original)
     if model.traits.learned_positions:
-        made = BertConfig if model.traits.masked else GPT2Config
+        made = GPT2Config
+        if model.traits.masked:
+            made = functools.partial(
+                BertConfig, token_types=model.token_types or 2, output_bias=model.output_bias
+            )
         config = made(
             **common,
+            activation=model.activation or "gelu_tanh",
             sequence_length=model.sequence_length,
             intermediate_size=model.intermediate_size or 4 * model.hidden_size,
             dropout=model.dropout,
         )
-        return ModelFactory(model.family, config)
+        return ModelFactory(model.family, config, *origin)
     scaling = model.rope_scaling
     return ModelFactory(
-        "llama",
+        model.family,
         LlamaConfig(
             **common,
             kv_heads=model.kv_heads or model.heads,
             intermediate_size=model.intermediate_size or _swiglu_width(model.hidden_size),
-            head_dim=model.hidden_size // model.heads,
+            head_dim=model.head_dim or model.hidden_size // model.heads,
             rope_theta=model.rope_theta,
             rope_scaling=RopeScaling(**dataclasses.asdict(scaling)) if scaling else None,
+            qkv_bias=model.traits.qkv_bias,
+            qk_norm=model.traits.qk_norm,
+            sliding_window=model.sliding_window,
         ),
+        *origin,
     )
 
 

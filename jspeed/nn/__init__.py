@@ -1,6 +1,6 @@
 """Layers and losses that the model families are built from."""
 
-from jspeed.nn.activations import gelu, swiglu
+from jspeed.nn.activations import activate, gelu, swiglu
 from jspeed.nn.attention import causal_attention, choose_implementation, self_attention
 from jspeed.nn.blocks import (
     LayerNorm,
@@ -29,6 +29,7 @@ __all__ = [
     "NormImplementation",
     "RMSNorm",
     "SparseSelfAttention",
+    "activate",
     "causal_attention",
     "choose_implementation",
     "cross_entropy",

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jspeed.config.remat import Remat
-from jspeed.nn.activations import gelu
+from jspeed.nn.activations import Activation, activate
 from jspeed.nn.attention import Implementation, self_attention
 from jspeed.nn.attention_island import preferred_order
 from jspeed.nn.attention_sparse import Pattern
@@ -26,6 +26,7 @@ class TransformerConfig:
     """The shape of a transformer, as far as all families have it.
 
     Attributes:
+      activation: of the MLP in GPT-2 and BERT; the others have SwiGLU.
       remat: what the backward pass computes again; see `jspeed.config.remat`.
       pattern: which blocks of tokens see each other, None for all, as
         `pallas_kernels.block_sparse_attention.BigBird(block=64)`.
@@ -42,6 +43,7 @@ class TransformerConfig:
     intermediate_size: int
     norm_epsilon: float = 1e-5
     tie_embeddings: bool = True
+    activation: Activation = "gelu_tanh"
     remat: Remat = "none"
     attention: Implementation = "xla"
     pattern: Pattern | None = None
@@ -125,7 +127,7 @@ class Attention(PatternedAttention):
 
 
 class MLP(nnx.Module):
-    """Two projections with GELU between (tanh form, as GPT-2 and BERT were trained)."""
+    """Two projections with an activation between: GELU in the tanh form, if not said otherwise."""
 
     def __init__(
         self, config: TransformerConfig, *, stddev: float, residual_stddev: float, rngs: nnx.Rngs
@@ -137,8 +139,9 @@ class MLP(nnx.Module):
         fc, proj = ("embed", "mlp"), ("mlp", "embed")
         self.fc = linear(width, inner, axes=fc, stddev=stddev)
         self.proj = linear(inner, width, axes=proj, stddev=residual_stddev)
+        self.activation: Activation = config.activation
         self.recompute = "activation" in config.recompute
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        inner = tagged(self.fc(x), "mlp_in")
-        return tagged(self.proj(gelu(inner, recompute=self.recompute)), "mlp_out")
+        inner = activate(tagged(self.fc(x), "mlp_in"), self.activation, recompute=self.recompute)
+        return tagged(self.proj(inner), "mlp_out")

@@ -84,22 +84,21 @@ def test_next_save_clears_an_unfinished_one(store: CheckpointStore, arrays: Arra
 
 
 @pytest.mark.parametrize(
-    ("file", "origin"),
+    ("file", "origin", "tail"),
     [
-        ("mp_rank_00_model_states.pt", "DeepSpeed"),
-        ("zero_pp_rank_0_mp_rank_00_optim_states.pt", "DeepSpeed"),
-        ("_CHECKPOINT_METADATA", "Orbax"),
-        ("model-00001-of-00002.safetensors", "Hugging Face"),
+        ("mp_rank_00_model_states.pt", "DeepSpeed", "DeepSpeed's own zero_to_fp32.py with --safe"),
+        ("zero_pp_rank_0_mp_rank_00_optim_states.pt", "DeepSpeed", "DeepSpeed's own zero_to_fp32"),
+        ("_CHECKPOINT_METADATA", "Orbax", "jspeed does not convert these yet; name a jspeed"),
+        ("model-00001-of-00002.safetensors", "Hugging Face", "A run starts from its weights with"),
     ],
 )
 def test_foreign_checkpoints_are_recognised(
-    tmp_path: Path, like: Like, arrays: Arrays, file: str, origin: str
+    tmp_path: Path, like: Like, arrays: Arrays, file: str, origin: str, tail: str
 ) -> None:
     folder = tmp_path / "global_step5"
     folder.mkdir()
     (folder / file).write_bytes(b"theirs")
     store = CheckpointStore(tmp_path)
-    tail = "jspeed does not convert these yet; name a jspeed checkpoint, or load the weights"
     assert (found := message(store, like, "global_step5")).startswith(
         f'"{folder}" is a {origin} checkpoint, not a jspeed one (it holds "{file}"). {tail}'
     ), found

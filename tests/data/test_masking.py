@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jspeed.data import build_dataset
+from jspeed.data.bpe import BpeTokenizer
 from jspeed.data.masking import Masking
 
 VOCAB, ROWS, LENGTH = 1000, 200, 128
@@ -78,3 +79,17 @@ def test_a_resumed_run_has_the_same_masks(tmp_path: Path, processes: int):
         iterator.close()
     first, second = (next(iter(dataset.validation_batches(4))) for _ in range(2))
     np.testing.assert_array_equal(first["labels"], second["labels"])
+
+
+def test_the_mask_of_a_tokenizer():
+    """A file that has a mask of its own, as BERT's, has it used, and no id is added for it."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {"[MASK]": 0, "[SEP]": 1, "[UNK]": 2, "a": 3, "b": 4}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = BpeTokenizer.from_json(inner.to_str(), origin="test")
+    assert (tokenizer.mask_id, tokenizer.separator_id) == (0, 1)
+    _, batch = masked(Masking(VOCAB, seed=0, own_mask=0))
+    told = batch["labels"] != -100
+    assert (batch["input_ids"][told] == 0).mean() > 0.7
+    assert (batch["input_ids"] < VOCAB).all()

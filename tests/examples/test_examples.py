@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from jspeed.data.bpe import train_bpe
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -92,3 +97,35 @@ def test_own_loop(tmp_path):
     assert validation[-1] < validation[0] / 2
     assert numbers(output, r"best after step \d+: loss ([\d.]+)") == [min(validation)]
     assert numbers(output, r"([\d.]+)% right")[0] > 90
+
+
+@pytest.mark.slow
+def test_finetune_hf(tmp_path):
+    """Another script's arguments; the folder that comes out is the one that went in, trained."""
+    tiny = pytest.importorskip("tests.hf.tiny")
+    settings = {"vocab_size": 300, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    tiny.MODELS["gpt2_300"] = ("GPT2Config", "GPT2LMHeadModel", settings)
+    source, _ = tiny.saved(tmp_path / "theirs", "gpt2_300")
+    text = (ROOT / "docs" / "zero.md").read_text()
+    (tmp_path / "text.txt").write_text(text)
+    train_bpe(iter([text]), vocab_size=300).save(source / "tokenizer.json")
+    block = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": "auto"},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto"}},
+        "bf16": {"enabled": "auto"},
+    }
+    (tmp_path / "ds_config.json").write_text(json.dumps(block))
+    arguments = (
+        f"--deepspeed ds_config.json --model_name_or_path {source} --train_file text.txt "
+        "--output_dir out --max_steps 30 --learning_rate 3e-3 --block_size 32"
+    )
+    output = run("finetune_hf.py", *arguments.split(), tmp_path=tmp_path)
+    losses = numbers(output, r"loss ([\d.]+)")
+    assert losses[0] > losses[-1] + 0.1
+    assert tiny.contents(tmp_path / "out") == tiny.contents(source)
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
+        source / "tokenizer.json"
+    ).read_bytes()
+    tiny.read_back(tmp_path / "out", "gpt2_300")

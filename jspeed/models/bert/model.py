@@ -14,18 +14,21 @@ from jspeed.models.bert.config import BertConfig
 from jspeed.nn import (
     LayerNorm,
     Linear,
+    activate,
     embed,
-    gelu,
     normal_param,
     scan_layers,
     split_sequence,
     stack_layers,
     tagged,
 )
+from jspeed.nn.activations import Activation
 from jspeed.nn.tiling import in_chunks
 from jspeed.nn.transformer import MLP, Attention
 
 _STDDEV = 0.02
+# The row of the output bias, and zeros up to a number of features that suits matrix units.
+_BIAS_ROWS = 8
 
 
 def _norm(config: BertConfig) -> LayerNorm:
@@ -82,6 +85,9 @@ class Bert(nnx.Module):
         self.lm_head = (
             None if config.tie_embeddings else normal(width, vocabulary, axes=("embed", "vocab"))
         )
+        zeros = jnp.zeros((vocabulary,), jnp.float32)
+        self.head_bias = nnx.Param(zeros, logical_axes=("vocab",)) if config.output_bias else None
+        self.activation: Activation = config.activation
         self.remat: Remat = config.remat
         self.sequence_sharding = config.sequence_sharding
         self.loss_chunk_size = config.loss_chunk_size
@@ -130,11 +136,22 @@ class Bert(nnx.Module):
             return layer(x, segment_ids, recompute_attention=again)
 
         x = scan_layers(self.blocks, x, call, remat=self.remat)
-        return self.ln_head(gelu(self.transform(x)))
+        x = self.ln_head(activate(self.transform(x), self.activation))
+        if self.head_bias is None:
+            return x
+        return jnp.pad(x, ((0, 0), (0, 0), (0, _BIAS_ROWS))).at[..., -_BIAS_ROWS].set(1)
 
     def head(self) -> jax.Array:
-        """The output projection `[features, vocabulary]`."""
-        return self.wte[...].T if self.lm_head is None else self.lm_head[...]
+        """The output projection `[features, vocabulary]`.
+
+        With an output bias, `hidden` has more features, of which one is always 1, and this has the
+        bias in that one's row.
+        """
+        kernel = self.wte[...].T if self.lm_head is None else self.lm_head[...]
+        if self.head_bias is None:
+            return kernel
+        bias = jnp.pad(self.head_bias[...][None], ((0, _BIAS_ROWS - 1), (0, 0)))
+        return jnp.concatenate([kernel, bias.astype(kernel.dtype)])
 
     def __call__(self, input_ids: jax.Array) -> jax.Array:
         """Tokens `[batch, seq]` -> logits `[batch, seq, vocabulary]` in the compute dtype."""

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jspeed.config.remat import Remat
+from jspeed.core.errors import ConfigError
 from jspeed.models.llama.config import LlamaConfig
 from jspeed.nn import (
     Linear,
@@ -39,21 +40,28 @@ class Attention(PatternedAttention):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
         width, dim = config.hidden_size, config.head_dim
 
-        def linear(inputs: int, outputs: int, axes: LogicalAxes) -> Linear:
+        def linear(inputs: int, outputs: int, axes: LogicalAxes, *, bias: bool) -> Linear:
             return Linear(
                 inputs,
                 outputs,
                 axes=axes,
                 stddev=_STDDEV,
-                bias=False,
+                bias=bias,
                 rngs=rngs,
                 sequence_sharding=config.sequence_sharding,
             )
 
-        self.q = linear(width, config.heads * dim, ("embed", "heads"))
-        self.k = linear(width, config.kv_heads * dim, ("embed", "kv_heads"))
-        self.v = linear(width, config.kv_heads * dim, ("embed", "kv_heads"))
-        self.o = linear(config.heads * dim, width, ("heads", "embed"))
+        bias = config.qkv_bias
+        self.q = linear(width, config.heads * dim, ("embed", "heads"), bias=bias)
+        self.k = linear(width, config.kv_heads * dim, ("embed", "kv_heads"), bias=bias)
+        self.v = linear(width, config.kv_heads * dim, ("embed", "kv_heads"), bias=bias)
+        self.o = linear(config.heads * dim, width, ("heads", "embed"), bias=False)
+        norm = functools.partial(
+            RMSNorm, epsilon=config.norm_epsilon, recompute="norm" in config.recompute
+        )
+        self.q_norm = norm(dim) if config.qk_norm else None
+        self.k_norm = norm(dim) if config.qk_norm else None
+        self.window = config.sliding_window
         self.heads, self.kv_heads, self.dim = config.heads, config.kv_heads, dim
         self.theta, self.scaling = config.rope_theta, config.rope_scaling
         self.causal, self.pattern = True, config.pattern
@@ -70,10 +78,18 @@ class Attention(PatternedAttention):
         recompute: bool = False,
     ) -> jax.Array:
         batch, seq, _ = x.shape
+        if self.window is not None and seq > self.window:
+            raise ConfigError(
+                f"a sequence of {seq} tokens is longer than the model's sliding window of "
+                f"{self.window}, and windows are not built yet. Use at most {self.window} tokens, "
+                "of which every one sees all before it, as it should."
+            )
         frequencies = rope_frequencies(self.dim, self.theta, self.scaling)
         q = self.q(x).reshape(batch, seq, self.heads, self.dim)
         k = self.k(x).reshape(batch, seq, self.kv_heads, self.dim)
         v = self.v(x).reshape(batch, seq, self.kv_heads, self.dim)
+        q = q if self.q_norm is None else self.q_norm(q)
+        k = k if self.k_norm is None else self.k_norm(k)
         out = self_attention(
             tagged(apply_rope(q, positions, frequencies), "attention_qkv"),
             tagged(apply_rope(k, positions, frequencies), "attention_qkv"),
