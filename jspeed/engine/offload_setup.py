@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jspeed.config import Config, OffloadOptimizerConfig, OptimizerConfig
+from jspeed.config import Config, OffloadOptimizerConfig, OffloadParamConfig, OptimizerConfig
 from jspeed.core.errors import ConfigError
+from jspeed.layout.disk_port import DiskPort
 from jspeed.layout.zero import Layout, Role
 from jspeed.offload import AdamRule, ChunkStore, FileStore, HostAdam, HostStore
 from jspeed.offload.chunks import CHUNK_ELEMENTS
+from jspeed.offload.layer_files import LayerFiles
 from jspeed.offload.needs import Need, check_disk, check_host_memory
 
 SECTION = "zero_optimization.offload_optimizer"
@@ -96,15 +98,10 @@ def with_parameters_on_host(
     Raises:
       ConfigError: what does not go with it.
     """
-    device = config.zero.offload_param
-    if device is None or not layout.leaves:
+    section = config.zero.offload_param
+    if section is None or not layout.leaves:
         return layout
-    said = f'"{PARAMETERS}.device": "{device}"'
-    if device == "nvme":
-        raise ConfigError(
-            f'{said}: parameters on the disk are not built yet. Use "cpu"; the state of the '
-            f'optimizer, six times as large, can go to the disk: "{SECTION}.device": "nvme".'
-        )
+    said = f'"{PARAMETERS}.device": "{section.device}"'
     optimizer = config.zero.offload_optimizer
     if optimizer is None or optimizer.ratio != 1:
         found = '"none"' if optimizer is None else f'offloaded with "ratio": {optimizer.ratio}'
@@ -145,7 +142,8 @@ def with_parameters_on_host(
             f'update its part of {min(split)} and hold all of it. Use "stage": 3.'
         )
     dtype = layout.reduce_dtype if accumulation == 1 else config.precision.grad_accum_dtype
-    return replace(layout, params_on_host=chosen, host_gradient_dtype=dtype)
+    disk = DiskPort() if section.device == "nvme" else None
+    return replace(layout, params_on_host=chosen, host_gradient_dtype=dtype, disk=disk)
 
 
 def chunk_elements(config: Config) -> int:
@@ -188,6 +186,28 @@ def make_store(
         sizes,
         buffers=section.buffer_count,
         name=f"optimizer{next(_STORES)}",
+        process=jax.process_index(),
+    )
+
+
+def make_files(section: OffloadParamConfig, layout: Layout, *, accumulates: bool) -> LayerFiles:
+    """The files of the layers.
+
+    Args:
+      section: where.
+      layout: with `params_on_host` on the disk.
+      accumulates: whether there are several microbatches.
+
+    Raises:
+      OffloadError: the disk has too little room, or the folder cannot be used.
+    """
+    assert section.nvme_path is not None
+    return LayerFiles(
+        section.nvme_path,
+        layout,
+        buffers=section.buffer_count,
+        accumulates=accumulates,
+        name=f"parameters{next(_STORES)}",
         process=jax.process_index(),
     )
 

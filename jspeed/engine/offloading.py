@@ -14,11 +14,12 @@ from jspeed.core.errors import OffloadError
 from jspeed.core.tree import map_named, named_leaves
 from jspeed.engine.build import RunPlan
 from jspeed.engine.host_state import HostState
-from jspeed.engine.offload_setup import adam_rule, make_store
+from jspeed.engine.offload_setup import adam_rule, make_files, make_store
 from jspeed.engine.streaming import Streaming
 from jspeed.layout.zero import Layout
 from jspeed.offload import HostAdam, HostOptimizer, HostStep
 from jspeed.offload.chunks import CHUNK_ELEMENTS
+from jspeed.offload.layer_files import LayerFiles
 from jspeed.training.program import Program
 from jspeed.training.state import TrainState
 from jspeed.training.step import HostUpdate, Metrics
@@ -58,7 +59,38 @@ class Offloading(HostState):
             adam,
             functools.partial(make_store, section, plan.layout, adam),
             most=min(section.chunk_size, CHUNK_ELEMENTS),
+            make_files=self._files_maker(config, plan),
         )
+        self.rebatched(plan)
+
+    def _files_maker(self, config: Config, plan: RunPlan) -> Callable[[], LayerFiles] | None:
+        section = config.zero.offload_param
+        if plan.layout.disk is None or section is None:
+            return None
+        several = plan.batch.accumulation > 1
+        return functools.partial(make_files, section, plan.layout, accumulates=several)
+
+    def rebatched(self, plan: RunPlan) -> None:
+        """See `HostState`."""
+        files, port = self._host.files, plan.layout.disk
+        if files is None or port is None:
+            return
+        if plan.layout is not self._layout:
+            files.make_gradients(plan.layout, accumulates=plan.batch.accumulation > 1)
+        self._layout = plan.layout
+        port.files = files
+
+    def evaluation(self, compiled: Any) -> Any:
+        """See `HostState`; it reads what the next update writes."""
+        if self._host.files is None:
+            return compiled
+
+        def evaluate(state: TrainState, batch: Any) -> Any:
+            result = jax.block_until_ready(compiled(state, batch))
+            self._host.settle()
+            return result
+
+        return evaluate
 
     def step(self, compiled: Any) -> OffloadedStep:
         """The whole step around the one on the devices."""
@@ -97,6 +129,9 @@ class Offloading(HostState):
     def _load(self, path: str, tensor: str, value: jax.Array) -> None:
         self._host.load(path, {tensor: value})
 
+    def _put(self, path: str, master: jax.Array) -> None:
+        self._host.put(path, master)
+
     def _check_taken(self) -> None:
         if self._half_taken:
             raise OffloadError(
@@ -134,6 +169,7 @@ class OffloadedStep:
 
     def _on_host(self, new: TrainState, update: HostUpdate) -> TrainState:
         applied, step = _read(new, update)
+        self._host.settle()
         if not applied:
             return new
         params = {
