@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +13,13 @@ import optax
 
 from jspeed.config import Config, OffloadOptimizerConfig, OffloadParamConfig, OptimizerConfig
 from jspeed.core.errors import ConfigError
+from jspeed.engine.disk_setup import PARAMETERS, SECTION, STORES, buffers_of_layers, check_disks
 from jspeed.layout.disk_port import DiskPort
 from jspeed.layout.zero import Layout, Role
 from jspeed.offload import AdamRule, ChunkStore, FileStore, HostAdam, HostStore
 from jspeed.offload.chunks import CHUNK_ELEMENTS
-from jspeed.offload.layer_files import LayerFiles
-from jspeed.offload.needs import Need, check_disk, check_host_memory
+from jspeed.offload.needs import Need, check_host_memory
 
-SECTION = "zero_optimization.offload_optimizer"
-PARAMETERS = "zero_optimization.offload_param"
-_STORES = itertools.count()  # engines of one process may share a folder
 _ON_HOST = ("Adam", "AdamW", "FusedAdam")
 _ELEMENTWISE = (*_ON_HOST, "Lion", "Adagrad", "SGD")
 
@@ -164,20 +159,23 @@ def adam_rule(section: OptimizerConfig) -> AdamRule:
 
 
 def make_store(
-    section: OffloadOptimizerConfig, layout: Layout, adam: HostAdam, sizes: Sequence[int]
+    config: Config, layout: Layout, accumulation: int, adam: HostAdam, sizes: Sequence[int]
 ) -> ChunkStore:
     """The store of a tier.
 
     Args:
-      section: which tier.
+      config: resolved; says which tier.
       layout: with parameters `on_host`.
+      accumulation: microbatches per step.
       adam: that updates the state.
       sizes: elements of each chunk.
 
     Raises:
       OffloadError: host or disk has too little room, or the folder cannot be used.
     """
-    _check_room(section, layout, sizes)
+    section = config.zero.offload_optimizer
+    assert section is not None
+    _check_room(section, config.zero.offload_param, layout, accumulation, sizes)
     if section.device == "cpu":
         return HostStore(sizes, zeros=adam.zeros)
     assert section.nvme_path is not None
@@ -185,29 +183,7 @@ def make_store(
         section.nvme_path,
         sizes,
         buffers=section.buffer_count,
-        name=f"optimizer{next(_STORES)}",
-        process=jax.process_index(),
-    )
-
-
-def make_files(section: OffloadParamConfig, layout: Layout, *, accumulates: bool) -> LayerFiles:
-    """The files of the layers.
-
-    Args:
-      section: where.
-      layout: with `params_on_host` on the disk.
-      accumulates: whether there are several microbatches.
-
-    Raises:
-      OffloadError: the disk has too little room, or the folder cannot be used.
-    """
-    assert section.nvme_path is not None
-    return LayerFiles(
-        section.nvme_path,
-        layout,
-        buffers=section.buffer_count,
-        accumulates=accumulates,
-        name=f"parameters{next(_STORES)}",
+        name=f"optimizer{next(STORES)}",
         process=jax.process_index(),
     )
 
@@ -263,26 +239,29 @@ def _of_cpu_devices(layout: Layout) -> Need:
     return Need("parameters and gradients of the CPU's own devices", 2 * held * devices)
 
 
-def _check_room(section: OffloadOptimizerConfig, layout: Layout, sizes: Sequence[int]) -> None:
+def _check_room(
+    section: OffloadOptimizerConfig,
+    layers: OffloadParamConfig | None,
+    layout: Layout,
+    accumulation: int,
+    sizes: Sequence[int],
+) -> None:
     """Refuses a run that its host or disk is too small for, before it has made anything."""
     widest, state = max(sizes, default=0), 12 * sum(sizes)
     itemsize = jnp.dtype(layout.compute_dtype).itemsize
     moving = Need("chunks on their way to the devices and back", 8 * widest * itemsize)
     of_state = Need("master weights and Adam's moments", state)
     needs = [of_state, moving]
+    check_disks(section, layers, layout, accumulation, of_state)
     if section.device == "nvme":
-        assert section.nvme_path is not None
-        check_disk(
-            [of_state],
-            Path(section.nvme_path),
-            "Free some, name a folder on another disk, or train on more processes, which share the "
-            "state.",
-        )
         needs = [
             Need("buffers between file and update", 12 * widest * section.buffer_count),
             moving,
         ]
-    if layout.params_on_host:
+    if layout.disk is not None:
+        assert layers is not None
+        needs.append(buffers_of_layers(layers, layout, accumulation))
+    elif layout.params_on_host:
         needs.append(Need("parameters and gradients of layers", _of_layers(layout)))
     if jax.default_backend() == "cpu":
         needs.append(_of_cpu_devices(layout))

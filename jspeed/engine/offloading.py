@@ -13,8 +13,9 @@ from jspeed.config import Config
 from jspeed.core.errors import OffloadError
 from jspeed.core.tree import map_named, named_leaves
 from jspeed.engine.build import RunPlan
+from jspeed.engine.disk_setup import make_files
 from jspeed.engine.host_state import HostState
-from jspeed.engine.offload_setup import adam_rule, make_files, make_store
+from jspeed.engine.offload_setup import adam_rule, make_store
 from jspeed.engine.streaming import Streaming
 from jspeed.layout.zero import Layout
 from jspeed.offload import HostAdam, HostOptimizer, HostStep
@@ -57,7 +58,7 @@ class Offloading(HostState):
         self._host = HostOptimizer(
             plan.layout,
             adam,
-            functools.partial(make_store, section, plan.layout, adam),
+            functools.partial(make_store, config, plan.layout, plan.batch.accumulation, adam),
             most=min(section.chunk_size, CHUNK_ELEMENTS),
             make_files=self._files_maker(config, plan),
         )
@@ -67,8 +68,7 @@ class Offloading(HostState):
         section = config.zero.offload_param
         if plan.layout.disk is None or section is None:
             return None
-        several = plan.batch.accumulation > 1
-        return functools.partial(make_files, section, plan.layout, accumulates=several)
+        return functools.partial(make_files, section, plan.layout, plan.batch.accumulation)
 
     def rebatched(self, plan: RunPlan) -> None:
         """See `HostState`."""

@@ -322,7 +322,7 @@ def _taken(shards: Shards, array: jax.Array, piece: Piece) -> Sequence[Any]:
 
 
 def _arrived(part: Any) -> np.ndarray:
-    return part() if callable(part) else np.asarray(part)
+    return np.asarray(part) if isinstance(part, jax.Array | np.ndarray) else part()
 
 
 class _Ring:

@@ -17,8 +17,10 @@ import numpy as np
 
 from jspeed.core.errors import OffloadError
 from jspeed.layout.zero import Layout, Role
+from jspeed.offload.direct_io import aligned
 from jspeed.offload.folders import PREFIX, ProcessFolder
 from jspeed.offload.read_ahead import Buffer, Pool, ReadAhead
+from jspeed.offload.records import Records
 from jspeed.offload.stack_file import StackFile, StackRecords
 from jspeed.offload.stores import Wholeness
 
@@ -42,6 +44,25 @@ def gradient_records(layout: Layout, *, accumulates: bool) -> StackRecords:
     its own.
     """
     return StackRecords.of(layout, Role.MOMENTS, shared=not accumulates)
+
+
+def file_bytes(layout: Layout, *, accumulates: bool) -> int:
+    """Bytes of the files."""
+    records = parameter_records(layout), gradient_records(layout, accumulates=accumulates)
+    return sum(Records.room(of.sizes) for of in records)
+
+
+def buffer_bytes(layout: Layout, buffers: int, *, accumulates: bool) -> int:
+    """The most bytes of host memory that the files' buffers take: for each device those of each
+    parameter, one more that is on its way to the device, and those of gradients."""
+    mesh: Any = layout.mesh
+    total = 0
+    for of, count in (
+        (parameter_records(layout), buffers + 1),
+        (gradient_records(layout, accumulates=accumulates), WRITTEN_BEHIND + 3),
+    ):
+        total += count * sum(aligned(of.held_by(path)) for path in of.layers)
+    return total * len(mesh.local_devices)
 
 
 class LayerFiles:

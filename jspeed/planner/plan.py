@@ -177,7 +177,13 @@ def _plan(step: _Step, cluster: Cluster, remarks: list[str]) -> Plan:
             "the optimizer's update on the host takes time that is not in the predicted step; what "
             "moves for it between host and devices is."
         )
-    if layout.params_on_host:
+    if layout.disk is not None:
+        remarks.append(
+            "the layers' parameters come from the disk, and their gradients leave for it: the "
+            "predicted step has the time of the link between host and devices, and none of the "
+            "disk's."
+        )
+    elif layout.params_on_host:
         remarks.append(
             "the layers' parameters come from host memory, and their gradients leave for it, at "
             "the link's full speed and all behind what is computed meanwhile."
@@ -214,7 +220,7 @@ def _plan(step: _Step, cluster: Cluster, remarks: list[str]) -> Plan:
             batch_bytes=batch_bytes,
             limit=cluster.limit_bytes,
             origins=origins,
-            host=0 if layout.streamed else state.host_bytes - state.host_parameter_bytes,
+            host=_beside_the_step(state, layout),
             leaving=0 if layout.streamed else _leaving(state, layout),
         ),
         traffic=summarise(traffic),
@@ -229,6 +235,14 @@ def _plan(step: _Step, cluster: Cluster, remarks: list[str]) -> Plan:
         remarks=tuple(remarks),
         pipeline=pipeline_of(step.config, run),
     )
+
+
+def _beside_the_step(state: Explanation, layout: Layout) -> int:
+    """Bytes on the host or its disk, for one device, that the compiled step knows nothing of."""
+    if layout.streamed:
+        return 0
+    in_the_step = 0 if layout.disk is not None else state.host_parameter_bytes
+    return state.host_bytes - in_the_step
 
 
 def _leaving(state: Explanation, layout: Layout) -> int:

@@ -162,9 +162,9 @@ def test_training_follows_what_is_in_the_files(
 
 def _flip(path: Path) -> None:
     with path.open("r+b") as file:
-        file.seek(100)
+        file.seek(0)
         byte = file.read(1)
-        file.seek(100)
+        file.seek(0)
         file.write(bytes([byte[0] ^ 16]))
 
 
