@@ -225,7 +225,7 @@ class LayerFiles:
         try:
             made = StackFile(self._folder, name, records, self._pool, self._threads)
         except BaseException:
-            self._remove()
+            self.close()
             raise
         self._files[name] = made
         self._readers = {key: reader for key, reader in self._readers.items() if key[0] != name}
