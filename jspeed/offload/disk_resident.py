@@ -66,7 +66,7 @@ class DiskResident:
         """
         self._write()
         while self._writes:
-            self._writes.popleft().result()
+            self._files.result(self._writes.popleft())
 
     def _boxes(self, part: int, piece: Piece) -> list[np.ndarray]:
         _, *box = box_of(piece)
@@ -79,7 +79,7 @@ class DiskResident:
         """Starts to write the layer, when those that wait are few."""
         for holder, buffer in zip(self._holders, self._buffers, strict=False):
             while len(self._writes) >= WRITTEN_BEHIND * len(self._holders):
-                self._writes.popleft().result()
+                self._files.result(self._writes.popleft())
             self._writes.append(self._files.store(self._path, holder, self._layer, buffer))
         self._buffers = []
 
@@ -107,4 +107,4 @@ class DiskGradients:
             self._layers[part] = ((path, layer), coming)
         _, *box = box_of(piece)
 
-        return lambda: coming.result().array[tuple(box)].reshape(-1)
+        return lambda: self._files.result(coming).array[tuple(box)].reshape(-1)

@@ -190,6 +190,18 @@ class LayerFiles:
         """Starts to write a layer of the part of a parameter that a device holds."""
         return self._files[PARAMETERS].write(path, device, layer, buffer)
 
+    def result(self, moved: Future[Buffer]) -> Buffer:
+        """What was read or written between two programs.
+
+        Raises:
+          OffloadError: it was not; all later uses are refused.
+        """
+        try:
+            return moved.result()
+        except OffloadError as error:
+            self._failed(error)
+            raise self._refused(error) from error
+
     def settle(self) -> None:
         """Between two programs: waits for what is on its way, and gives up what was read ahead.
 
@@ -209,10 +221,7 @@ class LayerFiles:
         except OffloadError as error:
             self._failed(error)
         if self._failure is not None:
-            self._whole.tear(str(self._failure).removesuffix("."))
-            raise OffloadError(
-                f"{self._failure} Resume from the last checkpoint, which is as it was."
-            ) from self._failure
+            raise self._refused(self._failure) from self._failure
 
     def close(self) -> None:
         """Waits for the threads, removes the files and frees the buffers."""
@@ -279,6 +288,11 @@ class LayerFiles:
             return otherwise
         of = self._files[name].of
         return np.full(of.shapes[path], np.nan, of.dtype)
+
+    def _refused(self, error: OffloadError) -> OffloadError:
+        """Refuses further use, and returns what to raise now."""
+        self._whole.tear(str(error).removesuffix("."))
+        return OffloadError(f"{error} Resume from the last checkpoint, which is as it was.")
 
     def _failed(self, error: Exception) -> None:
         with self._lock:

@@ -180,8 +180,8 @@ def _plan(step: _Step, cluster: Cluster, remarks: list[str]) -> Plan:
     if layout.disk is not None:
         remarks.append(
             "the layers' parameters come from the disk, and their gradients leave for it: the "
-            "predicted step has the time of the link between host and devices, and none of the "
-            "disk's."
+            "predicted step waits for the link between host and devices, at its full speed, and "
+            "not for the disk."
         )
     elif layout.params_on_host:
         remarks.append(
@@ -202,7 +202,8 @@ def _plan(step: _Step, cluster: Cluster, remarks: list[str]) -> Plan:
         pipeline=turns,
     )
     fetched = fetching_seconds(layout, cluster.target, accumulation=run.batch.accumulation)
-    time.spend(HOST_LINK, fetched - time.seconds)  # the rest is behind what is computed
+    hidden = 0.0 if layout.disk is not None else time.seconds  # behind what is computed
+    time.spend(HOST_LINK, fetched - hidden)
     moved = host_link_seconds(layout, cluster.target, tensors=state.host_tensors)
     time.spend(HOST_LINK, moved)
     traffic = compiled.collectives

@@ -15,7 +15,9 @@ import pytest
 from jspeed.core.errors import ConfigError, OffloadError
 from jspeed.core.tree import named_leaves
 from jspeed.engine.engine import Engine
-from jspeed.offload.layer_files import GRADIENTS, PARAMETERS
+from jspeed.offload import needs
+from jspeed.offload.capacity import Room
+from jspeed.offload.layer_files import GRADIENTS, PARAMETERS, buffer_bytes
 from jspeed.offload.read_ahead import Buffer
 from jspeed.offload.stack_file import StackFile
 from tests.training.curves import batches
@@ -64,6 +66,9 @@ def test_the_bytes_are_in_files_and_nowhere_else(tmp_path: Path) -> None:
     train(engine, 2)
     for name, before in stamps.items():
         assert file_of(tmp_path, name).read_bytes() != before
+    assert engine.layout.disk is not None
+    files: Any = engine.layout.disk.files
+    assert 0 < files.buffer_bytes <= buffer_bytes(engine.layout, 5, accumulates=True)
     engine.close()
     assert list(tmp_path.iterdir()) == []
 
@@ -192,11 +197,15 @@ def test_a_fault_of_the_disk_ends_training_with_its_reason(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "what"), [(PARAMETERS, "layer"), (GRADIENTS, "the gradient of layer")]
+)
 def test_a_full_disk_ends_training_with_its_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, what: str
 ) -> None:
+    """Parameters are written between the programs, gradients within one."""
     engine, real = disk_engine(tmp_path, **ONE), os.pwritev
-    descriptor = file_of(tmp_path, GRADIENTS)
+    descriptor = file_of(tmp_path, name)
 
     def pwritev(number: int, buffers: Any, at: int) -> int:
         if os.path.samestat(os.fstat(number), descriptor.stat()):
@@ -205,8 +214,10 @@ def test_a_full_disk_ends_training_with_its_reason(
 
     train(engine, 1)
     monkeypatch.setattr(os, "pwritev", pwritev)
-    message = r'gradients.bin": the gradient of layer \d of blocks/.* cannot be written: the disk'
+    message = rf'{name}": {what} \d of blocks/.* cannot be written: the disk .*Resume from the last'
     with pytest.raises(OffloadError, match=message):
+        train(engine, 1)
+    with pytest.raises(OffloadError, match="load the last checkpoint"):
         train(engine, 1)
 
 
@@ -280,3 +291,16 @@ def test_what_a_configuration_lacks_is_named(param: dict[str, Any], message: str
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(OffloadError, match=r"missing.*no such folder|missing.*cannot be used"):
         disk_engine(tmp_path / "missing", optimizer="cpu", **ONE)
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what state and layers need of it together."""
+    monkeypatch.setattr(needs, "disk_space", lambda folder: Room("what is left of it", 10**5))
+    with pytest.raises(OffloadError, match="too little room on the disk") as error:
+        disk_engine(tmp_path, **ONE)
+    text = str(error.value)
+    for need in ("master weights and Adam's moments", "parameters and gradients of layers"):
+        assert re.search(rf"{need} +\d+\.\d\d GiB", text), text
+    assert list(tmp_path.iterdir()) == []
