@@ -9,8 +9,9 @@ import jax
 
 from jspeed.config import OffloadOptimizerConfig, OffloadParamConfig
 from jspeed.layout.zero import Layout
-from jspeed.offload.layer_files import LayerFiles, buffer_bytes, file_bytes
+from jspeed.offload.layer_files import LayerFiles
 from jspeed.offload.needs import Need, check_disk
+from jspeed.offload.stack_file import buffer_bytes, file_bytes
 
 SECTION = "zero_optimization.offload_optimizer"
 PARAMETERS = "zero_optimization.offload_param"

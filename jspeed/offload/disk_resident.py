@@ -11,8 +11,9 @@ from jax.sharding import NamedSharding
 
 from jspeed.offload.chunks import Piece, Shards
 from jspeed.offload.host_arrays import box_of, where_within
-from jspeed.offload.layer_files import WRITTEN_BEHIND, LayerFiles
+from jspeed.offload.layer_files import LayerFiles
 from jspeed.offload.read_ahead import Buffer
+from jspeed.offload.stack_file import WRITTEN_BEHIND
 
 
 class DiskResident:

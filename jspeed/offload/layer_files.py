@@ -16,53 +16,22 @@ from typing import Any
 import numpy as np
 
 from jspeed.core.errors import OffloadError
-from jspeed.layout.zero import Layout, Role
-from jspeed.offload.direct_io import aligned
+from jspeed.layout.zero import Layout
 from jspeed.offload.folders import PREFIX, ProcessFolder
 from jspeed.offload.read_ahead import Buffer, Pool, ReadAhead
-from jspeed.offload.records import Records
-from jspeed.offload.stack_file import StackFile, StackRecords
+from jspeed.offload.stack_file import (
+    WRITTEN_BEHIND,
+    StackFile,
+    StackRecords,
+    gradient_records,
+    parameter_records,
+)
 from jspeed.offload.stores import Wholeness
 
 PARAMETERS, GRADIENTS = "parameters.bin", "gradients.bin"
-WRITTEN_BEHIND = 2
-"""Layers of a gradient that are on their way to the disk, for each device."""
 _THREADS = 8
 _ZERO = np.zeros((), np.float32)
 _LOGGER = logging.getLogger("jspeed.offload")
-
-
-def parameter_records(layout: Layout) -> StackRecords:
-    """The records of the parameters: one set for devices that hold the same."""
-    return StackRecords.of(layout, Role.MASTER, shared=True)
-
-
-def gradient_records(layout: Layout, *, accumulates: bool) -> StackRecords:
-    """The records of the gradients.
-
-    Where microbatches add up, a device reads what it has written before others have: each then has
-    its own.
-    """
-    return StackRecords.of(layout, Role.MOMENTS, shared=not accumulates)
-
-
-def file_bytes(layout: Layout, *, accumulates: bool) -> int:
-    """Bytes of the files."""
-    records = parameter_records(layout), gradient_records(layout, accumulates=accumulates)
-    return sum(Records.room(of.sizes) for of in records)
-
-
-def buffer_bytes(layout: Layout, buffers: int, *, accumulates: bool) -> int:
-    """The most bytes of host memory that the files' buffers take: for each device those of each
-    parameter, one more that is on its way to the device, and those of gradients."""
-    mesh: Any = layout.mesh
-    total = 0
-    for of, count in (
-        (parameter_records(layout), buffers + 1),
-        (gradient_records(layout, accumulates=accumulates), WRITTEN_BEHIND + 3),
-    ):
-        total += count * sum(aligned(of.held_by(path)) for path in of.layers)
-    return total * len(mesh.local_devices)
 
 
 class LayerFiles:

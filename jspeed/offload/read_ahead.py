@@ -76,6 +76,7 @@ class ReadAhead:
         self._read, self._layers, self._ahead, self._turns = read, layers, ahead, turns
         self._lock = threading.Lock()
         self._coming: dict[int, Future[Buffer]] = {}
+        self._dropped: list[Future[Buffer]] = []
         self._last, self._step = 0, 1
 
     def get(self, layer: int) -> np.ndarray:
@@ -86,8 +87,9 @@ class ReadAhead:
         """
         with self._lock:
             wanted = self._wanted(layer)
-            for dropped in self._coming.keys() - set(wanted):
-                self._coming.pop(dropped).cancel()
+            dropped = [self._coming.pop(index) for index in self._coming.keys() - set(wanted)]
+            # Not cancelled: another thread may be waiting for one.
+            self._dropped = [one for one in (*self._dropped, *dropped) if not one.done()]
             for index in wanted:
                 if index not in self._coming:
                     self._coming[index] = self._read(index)
@@ -97,7 +99,8 @@ class ReadAhead:
     def clear(self) -> None:
         """Gives up what is coming; returns when nothing is read any more."""
         with self._lock:
-            coming, self._coming = list(self._coming.values()), {}
+            coming = [*self._coming.values(), *self._dropped]
+            self._coming, self._dropped = {}, []
         for future in coming:
             if not future.cancel():
                 future.exception()

@@ -14,10 +14,13 @@ import numpy as np
 
 from jspeed.layout.zero import Layout, Role
 from jspeed.offload.chunks import Shards
-from jspeed.offload.direct_io import RecordFile
+from jspeed.offload.direct_io import RecordFile, aligned
 from jspeed.offload.folders import ProcessFolder
 from jspeed.offload.read_ahead import Buffer, Pool
 from jspeed.offload.records import Records
+
+WRITTEN_BEHIND = 2
+"""Layers of a gradient that are on their way to the disk, for each device."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,39 @@ class StackRecords:
     def held_by(self, path: str) -> int:
         """Bytes of one layer of a part."""
         return math.prod(self.shapes[path]) * self.dtype.itemsize
+
+
+def parameter_records(layout: Layout) -> StackRecords:
+    """The records of the parameters: one set for devices that hold the same."""
+    return StackRecords.of(layout, Role.MASTER, shared=True)
+
+
+def gradient_records(layout: Layout, *, accumulates: bool) -> StackRecords:
+    """The records of the gradients.
+
+    Where microbatches add up, a device reads what it has written before others have: each then has
+    its own.
+    """
+    return StackRecords.of(layout, Role.MOMENTS, shared=not accumulates)
+
+
+def file_bytes(layout: Layout, *, accumulates: bool) -> int:
+    """Bytes of the files."""
+    records = parameter_records(layout), gradient_records(layout, accumulates=accumulates)
+    return sum(Records.room(of.sizes) for of in records)
+
+
+def buffer_bytes(layout: Layout, buffers: int, *, accumulates: bool) -> int:
+    """The most bytes of host memory that the files' buffers take: for each device those of each
+    parameter, one more that is on its way to the device, and those of gradients."""
+    mesh: Any = layout.mesh
+    total = 0
+    for of, count in (
+        (parameter_records(layout), buffers + 1),
+        (gradient_records(layout, accumulates=accumulates), WRITTEN_BEHIND + 3),
+    ):
+        total += count * sum(aligned(of.held_by(path)) for path in of.layers)
+    return total * len(mesh.local_devices)
 
 
 class StackFile:

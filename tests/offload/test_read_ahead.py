@@ -3,7 +3,8 @@ for."""
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -72,6 +73,30 @@ def test_after_clearing_all_is_read_again() -> None:
     layers.get(0)
     layers.reader.clear()
     assert layers.get(1)[0] == 1
+
+
+def test_who_waits_for_a_layer_gets_it_when_others_want_other_ones() -> None:
+    """As when the first layer of the way back is fetched before the way there begins."""
+    last: Future[Buffer] = Future()
+    pool = Pool()
+
+    def read(layer: int) -> Future[Buffer]:
+        if layer == 7:
+            return last
+        found: Future[Buffer] = Future()
+        found.set_result(pool.take(SHAPE, DTYPE))
+        return found
+
+    reader = ReadAhead(read, 8, ahead=1, turns=True)
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(reader.get, 7)
+        while not reader._coming:
+            time.sleep(0.001)
+        reader.get(0)
+        buffer = pool.take(SHAPE, DTYPE)
+        last.set_result(buffer)
+        assert waiting.result(20) is buffer.array
+    reader.clear()
 
 
 def test_an_error_of_the_disk_comes_with_the_layer() -> None:

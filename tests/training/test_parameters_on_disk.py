@@ -17,9 +17,9 @@ from jspeed.core.tree import named_leaves
 from jspeed.engine.engine import Engine
 from jspeed.offload import needs
 from jspeed.offload.capacity import Room
-from jspeed.offload.layer_files import GRADIENTS, PARAMETERS, buffer_bytes
+from jspeed.offload.layer_files import GRADIENTS, PARAMETERS
 from jspeed.offload.read_ahead import Buffer
-from jspeed.offload.stack_file import StackFile
+from jspeed.offload.stack_file import StackFile, buffer_bytes
 from tests.training.curves import batches
 from tests.training.offloaded import STEPS, make_engine, train
 
