@@ -139,7 +139,8 @@ def host_function(ctx: Any, function: Callable[..., Any] | None) -> tuple[str, n
     """
     module = ctx.module_context
     platform = "cpu" if module.platforms[0] == "cpu" else "gpu"
-    index = len(module.host_callbacks)
-    if function is not None:
-        module.add_host_callback(function)
-    return f"xla_ffi_python_{platform}_callback", np.uint64(index)
+    target = f"xla_ffi_python_{platform}_callback"
+    if function is None:  # another program than with functions, for the compilation cache too
+        return target, np.uint64(2**32)
+    module.add_host_callback(function)
+    return target, np.uint64(len(module.host_callbacks) - 1)

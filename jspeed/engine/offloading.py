@@ -154,6 +154,7 @@ class OffloadedStep:
         self._stopped_within = False
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        self._host.settle()  # says why, if the disk has ended training
         if self._stopped_within:
             raise OffloadError(
                 "The step before this one was stopped while the host was updating: some parameters "
