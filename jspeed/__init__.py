@@ -17,6 +17,7 @@ __all__ = [
     "PipelineModule",
     "TiedLayerSpec",
     "__version__",
+    "init_distributed",
     "initialize",
     "load_config",
 ]
@@ -24,11 +25,12 @@ __all__ = [
 if TYPE_CHECKING:
     from jspeed.config import load_config
     from jspeed.core.loss import LossSum
-    from jspeed.engine import Engine, initialize
+    from jspeed.engine import Engine, init_distributed, initialize
     from jspeed.pipeline.module import LayerSpec, PipelineModule, TiedLayerSpec
 
 _HOMES = {
     "Engine": "jspeed.engine",
+    "init_distributed": "jspeed.engine",
     "initialize": "jspeed.engine",
     "LayerSpec": "jspeed.pipeline.module",
     "PipelineModule": "jspeed.pipeline.module",

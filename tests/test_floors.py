@@ -21,8 +21,9 @@ FLOORS = (
     ("cli", "launch"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-# A room that stands on another one of its own floor: models are made of layers.
-ON_THE_SAME_FLOOR = {("models", "nn")}
+# Rooms that stand on another one of their own floor: models are made of layers, and launching is
+# also a command.
+ON_THE_SAME_FLOOR = {("models", "nn"), ("cli", "launch")}
 
 
 def imports(source: str, package: str) -> Iterator[tuple[int, str]]:

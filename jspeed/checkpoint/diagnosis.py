@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jspeed.checkpoint import folders
 from jspeed.checkpoint.manifest import MANIFEST_NAME, listed
-from jspeed.core.errors import CheckpointError
+from jspeed.core.errors import CheckpointError, DamagedCheckpointError
 
 _NOT_YET = (
     "jspeed does not convert these yet; name a jspeed checkpoint, or load the weights into the "
@@ -83,37 +83,39 @@ def missing_checkpoint(directory: Path, complete: list[str]) -> CheckpointError:
 def missing_tag(
     directory: Path, tag: str, complete: list[str], *, named_by_latest: bool
 ) -> CheckpointError:
-    """Returns the error for a tag without a complete checkpoint."""
+    """Returns the error for a tag without a complete checkpoint; a damaged one if `latest` names
+    it."""
+    kind = DamagedCheckpointError if named_by_latest else CheckpointError
     if not directory.is_dir():
         return missing_checkpoint(directory, complete)
     source = f' (named by "{directory / folders.LATEST_NAME}")' if named_by_latest else ""
     folder = directory / tag
     aside = directory / (tag + folders.SAVING)
     if (origin := foreign_origin(folder)) is not None:
-        return CheckpointError(
+        return kind(
             f'"{folder}"{source} is a {origin[0]} checkpoint, not a jspeed one (it holds '
             f'"{origin[1]}"). {_NOT_YET}.{_others(complete)}'
         )
     if aside.exists():
-        return CheckpointError(
+        return kind(
             f'The save of checkpoint "{tag}"{source} was never finished: "{aside}" has no '
             f'"{MANIFEST_NAME}". The process was probably stopped while saving. '
             f"Restore another checkpoint.{_others(complete)}"
         )
     if folder.exists():
-        return CheckpointError(
+        return kind(
             f'"{folder}"{source} is not a jspeed checkpoint: it has no "{MANIFEST_NAME}"; '
             f"{_contents(folder)}.{_others(complete)}"
         )
     if named_by_latest:
-        return CheckpointError(
+        return kind(
             f'"{directory / folders.LATEST_NAME}" names checkpoint "{tag}", which is gone. Name '
             f"another tag, or write one into that file.{_others(complete)}"
         )
     near = difflib.get_close_matches(tag, complete, n=3)
     quoted = " or ".join(f'"{name}"' for name in near)
     hint = f" Did you mean {quoted}?" if near else ""
-    return CheckpointError(f'"{directory}" has no checkpoint "{tag}".{hint}{_others(complete)}')
+    return kind(f'"{directory}" has no checkpoint "{tag}".{hint}{_others(complete)}')
 
 
 def reason(error: Exception) -> str:

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from jspeed.checkpoint.manifest import MANIFEST_NAME
-from jspeed.core.errors import CheckpointError
+from jspeed.core.errors import CheckpointError, DamagedCheckpointError
 
 LATEST_NAME = "latest"
 SAVING = ".saving"
@@ -143,7 +143,7 @@ def read_latest(directory: Path) -> str | None:
     """Returns the tag that the file `latest` names, or None where there is no such file.
 
     Raises:
-      CheckpointError: the file is empty or cannot be read.
+      DamagedCheckpointError: the file is empty or cannot be read.
     """
     path = directory / LATEST_NAME
     try:
@@ -151,12 +151,12 @@ def read_latest(directory: Path) -> str | None:
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(
+        raise DamagedCheckpointError(
             f'"{path}" cannot be read: {error}. It should hold one tag; write the tag of a '
             "checkpoint into it, or name the tag when restoring."
         ) from error
     if not tag:
-        raise CheckpointError(
+        raise DamagedCheckpointError(
             f'"{path}" is empty. It should hold one tag; write the tag of a checkpoint into it, or '
             "name the tag when restoring."
         )
@@ -181,13 +181,20 @@ def write_file(path: Path, content: bytes) -> None:
 
 def measure_files(folder: Path) -> dict[str, int]:
     """Returns the bytes of every file under `folder`, and brings the folders' entries to disk."""
-    sizes = {}
-    for root, _, names in os.walk(folder):
-        for name in names:
-            path = Path(root) / name
-            sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
+    sizes = {name: (folder / name).stat().st_size for name in files_under(folder)}
+    for root, _, _ in os.walk(folder):
         sync_folder(Path(root))
-    return dict(sorted(sizes.items()))
+    return sizes
+
+
+def files_under(folder: Path) -> list[str]:
+    """The names of all files under `folder`, relative to it, sorted."""
+    found = (
+        (Path(root) / name).relative_to(folder).as_posix()
+        for root, _, names in os.walk(folder)
+        for name in names
+    )
+    return sorted(found)
 
 
 def sync_folder(folder: Path) -> None:

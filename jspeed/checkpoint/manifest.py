@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jspeed.core.errors import CheckpointError
+from jspeed.core.errors import CheckpointError, DamagedCheckpointError
 
 MANIFEST_NAME = "jspeed.json"
 FORMAT = "jspeed-checkpoint"
@@ -39,6 +39,8 @@ class Manifest:
       arrays: path of each array -> shape and dtype.
       files: path relative to the checkpoint's folder -> size in bytes, the manifest itself left
         out.
+      checksums: of those files, CRC-32 in hexadecimal; empty for checkpoints of versions that wrote
+        none.
       metadata: the caller's own JSON object.
     """
 
@@ -47,6 +49,7 @@ class Manifest:
     arrays: dict[str, ArrayEntry]
     files: dict[str, int]
     metadata: dict[str, Any]
+    checksums: dict[str, str] = field(default_factory=dict)
 
     def dumps(self) -> str:
         """Returns the text of the file `jspeed.json`."""
@@ -62,6 +65,7 @@ class Manifest:
                     for path, entry in self.arrays.items()
                 },
                 "files": self.files,
+                "checksums": self.checksums,
             },
             indent=1,
         )
@@ -91,7 +95,7 @@ def load_manifest(folder: Path) -> Manifest:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(
+        raise DamagedCheckpointError(
             f'"{path}" cannot be read: {error.strerror or error}. Check the permissions of the '
             "file and that its disk is mounted."
         ) from error
@@ -139,7 +143,8 @@ def _parse(path: Path, content: dict[str, Any]) -> Manifest:
             for name, entry in content["arrays"].items()
         }
         files = {name: int(size) for name, size in content["files"].items()}
-    except (KeyError, TypeError, ValueError) as error:
+        checksums = {name: str(of) for name, of in content.get("checksums", {}).items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise _damaged(path, f'an entry of "arrays" or "files" is malformed ({error})') from error
     return Manifest(
         tag=content["tag"],
@@ -147,11 +152,12 @@ def _parse(path: Path, content: dict[str, Any]) -> Manifest:
         arrays=arrays,
         files=files,
         metadata=content["metadata"],
+        checksums=checksums,
     )
 
 
-def _damaged(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(
+def _damaged(path: Path, what: str) -> DamagedCheckpointError:
+    return DamagedCheckpointError(
         f'"{path}" is damaged: {what}. Restore another checkpoint, or copy this one again from '
         "where it came from."
     )
@@ -161,7 +167,7 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
     """Checks that every file the manifest names is there with the size it had when saved.
 
     Raises:
-      CheckpointError: names the missing and the truncated files (at most ten of them).
+      DamagedCheckpointError: names the missing and the truncated files (at most ten of them).
     """
     problems = []
     for name, size in manifest.files.items():
@@ -171,10 +177,15 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
         elif (found := path.stat().st_size) != size:
             problems.append(f'"{name}" has {found:,} bytes instead of {size:,}')
     if problems:
-        raise CheckpointError(
-            f'Checkpoint "{manifest.tag}" in "{folder}" is damaged: {listed(problems, "; ")}. '
-            "Restore another checkpoint, or copy this one again from where it came from."
-        )
+        raise damaged_checkpoint(manifest.tag, folder, problems)
+
+
+def damaged_checkpoint(tag: str, folder: Path, problems: list[str]) -> DamagedCheckpointError:
+    """The error for a checkpoint with problems in its files."""
+    return DamagedCheckpointError(
+        f'Checkpoint "{tag}" in "{folder}" is damaged: {listed(problems, "; ")}. '
+        "Restore another checkpoint, or copy this one again from where it came from."
+    )
 
 
 def json_copy(value: Any, path: str = "metadata") -> Any:

@@ -22,6 +22,7 @@ from jspeed.checkpoint.arrays import (
     wait_for_processes,
 )
 from jspeed.checkpoint.background import BackgroundTask
+from jspeed.checkpoint.checksums import take_checksums, verify_checksums, write_own_checksums
 from jspeed.checkpoint.compare import check_like
 from jspeed.checkpoint.deferred import Deferred
 from jspeed.checkpoint.manifest import (
@@ -32,7 +33,7 @@ from jspeed.checkpoint.manifest import (
     load_manifest,
     verify_files,
 )
-from jspeed.core.errors import CheckpointError
+from jspeed.core.errors import CheckpointError, DamagedCheckpointError
 
 ARRAYS = "arrays"
 FILES = "files"
@@ -217,12 +218,13 @@ class CheckpointStore:
 
         Raises:
           CheckpointError: there is no such checkpoint, it does not hold what `like` expects, or
-            files of it are missing, truncated or unreadable.
+            files of it are missing, truncated, changed or unreadable.
         """
         self._task.join()
         folder, manifest = self._open(tag)
         check_like(manifest.tag, manifest.arrays, like, subset=subset)
         verify_files(folder, manifest)
+        verify_checksums(folder, manifest)
 
         def read(paths: Collection[str]) -> dict[str, Any]:
             try:
@@ -230,7 +232,7 @@ class CheckpointStore:
                     folder / ARRAYS, manifest.arrays, {path: like[path] for path in paths}
                 )
             except Exception as error:
-                raise CheckpointError(
+                raise DamagedCheckpointError(
                     f'Checkpoint "{manifest.tag}" in "{folder}" cannot be read: '
                     f"{diagnosis.reason(error)} Restore another checkpoint, or copy this one again "
                     "from where it came from."
@@ -280,28 +282,38 @@ class CheckpointStore:
 
     def _finish(self, pending: _Pending, writer: ArrayWriter, barrier: str) -> None:
         """In the background: waits for the arrays, writes the rest, makes it all visible."""
+        aside = self.directory / (pending.tag + folders.SAVING)
         try:
-            writer.finish()
+            try:
+                writer.finish()
+                if jax.process_index() == 0:
+                    self._write_files(aside, pending.files)
+                write_own_checksums(aside)
+            finally:
+                wait_for_processes(f"{barrier}_written")
             if jax.process_index() == 0:
-                self._publish(pending)
+                self._publish(aside, pending)
         except Exception as error:
             self._discard(pending.tag)
             raise self._save_failed(pending.tag, error) from error
         finally:
             wait_for_processes(barrier)
 
-    def _publish(self, pending: _Pending) -> None:
-        aside = self.directory / (pending.tag + folders.SAVING)
-        if pending.files:
+    def _write_files(self, aside: Path, files: Mapping[str, bytes]) -> None:
+        if files:
             (aside / FILES).mkdir()
-        for name, content in pending.files.items():
+        for name, content in files.items():
             folders.write_file(aside / FILES / name, content)
+
+    def _publish(self, aside: Path, pending: _Pending) -> None:
+        checksums = take_checksums(aside)
         manifest = Manifest(
             tag=pending.tag,
             saved_at=time.time(),
             arrays=pending.arrays,
             files=folders.measure_files(aside),
             metadata=pending.metadata,
+            checksums=checksums,
         )
         folders.write_file(aside / MANIFEST_NAME, manifest.dumps().encode())
         folders.publish(self.directory, pending.tag)

@@ -17,12 +17,18 @@ def main() -> None:
     from jspeed.cli.app import app
 
     code = guarded(functools.partial(app, prog_name="jspeed"))
-    if code == INTERRUPTED:
+    if code == INTERRUPTED or (code and _has_joined_others()):
         # A compilation that was interrupted can leave XLA in a state in which it cannot be shut
-        # down; all that matters has been written.
+        # down, and one of several processes would wait for the others at its end; all that
+        # matters has been written.
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _has_joined_others() -> bool:
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The commands: train, explain, config, targets, plan, sweep, schedule.
+"""The commands: train, explain, config, targets, plan, sweep, schedule, launch, report.
 
 Nothing here imports JAX before a command that needs it has prepared the environment, so that
 `jspeed config` stays quick and a machine without a GPU driver shows nothing of its plugins.
@@ -17,7 +17,12 @@ import typer
 
 from jspeed import __version__
 from jspeed.cli.cluster import cluster_asked
-from jspeed.cli.environment import device_overrides, prepare_jax, prepare_jax_on_cpu
+from jspeed.cli.environment import (
+    device_overrides,
+    prepare_jax,
+    prepare_jax_anywhere,
+    prepare_jax_on_cpu,
+)
 from jspeed.cli.interrupts import note_termination
 from jspeed.config import load_config
 
@@ -266,3 +271,106 @@ def schedule(
             as_json=json,
         )
     )
+
+
+@app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": False})
+def launch(
+    script: Annotated[str, typer.Argument(metavar="SCRIPT", help="A script; a module with -m.")],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="ARGUMENTS", help="The script's own.")
+    ] = None,
+    module: Annotated[
+        bool, typer.Option("-m", "--module", help="SCRIPT is a module, as in -m jspeed train RUN.")
+    ] = False,
+    no_python: Annotated[
+        bool, typer.Option("--no_python", help="SCRIPT is a program of any kind.")
+    ] = False,
+    num_procs: Annotated[
+        int | None,
+        typer.Option(
+            "--num_procs", help="Processes on each host, which share its GPUs, or its CPU."
+        ),
+    ] = None,
+    num_gpus: Annotated[
+        int | None,
+        typer.Option("--num_gpus", "--num_accelerators", help="The first so many of each host."),
+    ] = None,
+    num_nodes: Annotated[
+        int | None, typer.Option("--num_nodes", min=1, help="The first so many hosts.")
+    ] = None,
+    hostfile: Annotated[
+        str | None,
+        typer.Option("-H", "--hostfile", metavar="FILE", help='Lines "HOST slots=N".'),
+    ] = None,
+    include: Annotated[
+        str, typer.Option("-i", "--include", metavar="HOST[:SLOT,...][@...]", help="Only these.")
+    ] = "",
+    exclude: Annotated[
+        str, typer.Option("-e", "--exclude", metavar="HOST[:SLOT,...][@...]", help="Not these.")
+    ] = "",
+    master_addr: Annotated[
+        str | None, typer.Option("--master_addr", help="Of the first host, for the others.")
+    ] = None,
+    master_port: Annotated[
+        int | None, typer.Option("--master_port", min=1, max=65535, help="29500, or a free one.")
+    ] = None,
+    node_rank: Annotated[
+        int | None,
+        typer.Option("--node_rank", help="Start this host's processes only, without ssh."),
+    ] = None,
+    launcher: Annotated[
+        str | None,
+        typer.Option("--launcher", help="ssh, slurm or openmpi; an allocation of SLURM is found."),
+    ] = None,
+    launcher_args: Annotated[str, typer.Option("--launcher_args", help="For srun or mpirun.")] = "",
+    ssh_port: Annotated[int | None, typer.Option("--ssh_port", help="Of the other hosts.")] = None,
+    log_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--log_dir", "--enable_each_rank_log", metavar="DIR", help="A file for each rank."
+        ),
+    ] = None,
+    max_restarts: Annotated[
+        int, typer.Option("--max_restarts", min=0, help="How often to start anew after a crash.")
+    ] = 0,
+    min_elastic_nodes: Annotated[
+        int | None,
+        typer.Option(
+            "--min_elastic_nodes", min=1, help="Start anew with fewer hosts, but with so many."
+        ),
+    ] = None,
+) -> None:
+    """Start a script as several processes, on this host or others."""
+    from jspeed.cli.launch import LaunchRequest, launch_command
+
+    request = LaunchRequest(
+        script=script,
+        arguments=arguments or [],
+        module=module,
+        no_python=no_python,
+        hostfile=hostfile,
+        include=include,
+        exclude=exclude,
+        num_nodes=num_nodes,
+        num_gpus=num_gpus,
+        num_procs=num_procs,
+        master_addr=master_addr,
+        master_port=master_port,
+        node_rank=node_rank,
+        launcher=launcher,
+        launcher_args=launcher_args,
+        ssh_port=ssh_port,
+        log_dir=log_dir,
+        max_restarts=max_restarts,
+        min_elastic_nodes=min_elastic_nodes,
+    )
+    raise typer.Exit(launch_command(request))
+
+
+@app.command()
+def report(json: AsJson = False) -> None:
+    """Print what a run would find on this machine, and what is missing."""
+    prepare_jax_anywhere()
+    from jspeed.cli.report import report_command
+
+    raise typer.Exit(report_command(as_json=json))

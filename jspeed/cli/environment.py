@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from jspeed.core.errors import ConfigError
+from jspeed.core.processes import find_wiring
 
 if TYPE_CHECKING:
     from jspeed.config import Config
@@ -84,9 +85,9 @@ def prepare_jax(config: Config, devices: int | None = None) -> None:
             sys.stderr.write(_UNUSED)
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if os.environ.get("JAX_PLATFORMS") == "cpu":
-        wanted = devices or mesh_devices(config)
+        wanted = _own_devices(devices or mesh_devices(config))
         if devices is not None:
-            os.environ["JAX_NUM_CPU_DEVICES"] = str(devices)
+            os.environ["JAX_NUM_CPU_DEVICES"] = str(wanted)
         elif wanted is not None and "device_count" not in os.environ.get("XLA_FLAGS", ""):
             os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(wanted))
     elif devices is not None:
@@ -96,7 +97,26 @@ def prepare_jax(config: Config, devices: int | None = None) -> None:
         )
     else:
         _let_xla_use_the_memory()
+    if find_wiring() is not None:
+        with without_noise():  # of a plugin that finds no driver
+            from jspeed.engine.distributed import init_distributed
+
+        init_distributed()
     _import_jax()
+
+
+def _own_devices(devices: int | None) -> int | None:
+    """This process's share of the virtual CPU devices of a run."""
+    wiring = find_wiring()
+    if devices is None or wiring is None:
+        return devices
+    if devices % wiring.processes:
+        raise ConfigError(
+            f'"mesh" asks for {devices} devices, which {wiring.processes} processes cannot share '
+            f"evenly. Start a number of processes that divides {devices}, or let the data axis "
+            "follow: --set mesh.data=-1."
+        )
+    return devices // wiring.processes
 
 
 def _let_xla_use_the_memory() -> None:
@@ -109,6 +129,15 @@ def _let_xla_use_the_memory() -> None:
 def prepare_jax_on_cpu() -> None:
     """Imports JAX for work on shapes alone, which leaves accelerators to others."""
     os.environ["JAX_PLATFORMS"] = "cpu"
+    _import_jax()
+
+
+def prepare_jax_anywhere() -> None:
+    """Imports JAX on whatever devices there are, without taking all of their memory."""
+    if has_accelerator():
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    else:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     _import_jax()
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jspeed.core.errors import ConfigError, JspeedError
+from jspeed.core.processes import note_failure
 
 USER_ERROR, UNEXPECTED, INTERRUPTED = 2, 1, 130
 
@@ -28,10 +29,12 @@ def guarded(command: Callable[..., Any]) -> int:
         return _nobody_reads()
     except JspeedError as error:
         _reraise_if_wanted()
+        note_failure(error, message(error))
         print(f"jspeed: {message(error)}", file=sys.stderr)
         return USER_ERROR
     except Exception as error:
         _reraise_if_wanted()
+        note_failure(error, f"unexpected {type(error).__name__}: {error}")
         print(
             f"jspeed: unexpected {type(error).__name__}: {error}\n"
             "Set JSPEED_TRACEBACK=1 to see where, and please report it.",

@@ -52,7 +52,7 @@ AUTOMATIC = (
     automatic("use_multi_rank_bucket_allreduce", Bool(), True, _PLACED),
     automatic("allgather_partitions", Bool(), True, _PLACED),
     automatic("round_robin_gradients", Bool(), False, _PLACED),
-    mapped("sub_group_size", SIZE, 1_000_000_000,
+    mapped("sub_group_size", Int(1), 1_000_000_000,
            "elements up to which an offloaded optimizer takes state at a time, at most 8388608"),
     automatic("ignore_unused_parameters", Bool(), True,
               "an unused parameter has a zero gradient in JAX"),

@@ -35,8 +35,16 @@ class CheckpointError(JspeedError):
     """A checkpoint that is missing, incomplete, damaged or foreign."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint that was whole once and is not any more; another one may do."""
+
+
 class OffloadError(JspeedError):
     """State beyond the device (in host memory or on disk) that cannot be kept, read or trusted."""
+
+
+class LaunchError(JspeedError):
+    """Processes that cannot be started, wired together or kept running."""
 
 
 class NotInJspeedError(JspeedError, AttributeError):

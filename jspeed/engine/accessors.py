@@ -177,8 +177,13 @@ class Accessors:
     @property
     def device(self) -> Any:
         """The first device that this process drives."""
+        return self.mesh.local_devices[0]
+
+    @property
+    def mesh(self) -> Mesh:
+        """Of the devices of all processes."""
         assert isinstance(self.layout.mesh, Mesh), "an engine runs on devices"
-        return self.layout.mesh.local_devices[0]
+        return self.layout.mesh
 
     @property
     def data_share(self) -> DataShare:

@@ -7,8 +7,10 @@ master, so neither mesh, ZeRO stage nor precision is part of the format.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import numpy as np
 import optax
 
 from jspeed.checkpoint import CheckpointStore, made
-from jspeed.core.errors import CheckpointError, MissingExtraError
+from jspeed.core.errors import CheckpointError, DamagedCheckpointError, MissingExtraError
 from jspeed.core.tree import map_named, named_leaves
 from jspeed.engine.accessors import Accessors, whole_on_host
 from jspeed.engine.counters import Counters
@@ -106,8 +108,27 @@ class EngineCheckpoints:
     def load(
         self, engine: Accessors, tag: str | None, *, optimizer: bool, schedule: bool, counters: bool
     ) -> Loaded:
-        """What the engine's state becomes; the engine itself is left as it is."""
-        tag = tag or self.store.latest()
+        """What the engine's state becomes; the engine itself is left as it is.
+
+        Without a tag it is the latest checkpoint or, where that is damaged, the newest whole one.
+        """
+
+        load = functools.partial(
+            self._load, engine, optimizer=optimizer, schedule=schedule, counters=counters
+        )
+        if tag is not None:
+            return load(tag)
+        latest = None
+        try:
+            latest = self.store.latest()
+            return load(latest)
+        except DamagedCheckpointError as error:
+            older = [name for name in reversed(self.store.tags()) if name != latest]
+            return _first_whole(load, older, error)
+
+    def _load(
+        self, engine: Accessors, tag: str | None, *, optimizer: bool, schedule: bool, counters: bool
+    ) -> Loaded:
         metadata = self.store.metadata(tag)
         if "client_state" not in metadata:
             raise CheckpointError(
@@ -146,6 +167,25 @@ class EngineCheckpoints:
             tag=metadata.get("tag", tag or ""),
             client_state=metadata["client_state"],
         )
+
+
+def _first_whole(
+    load: Callable[[str], Loaded], tags: Sequence[str], damage: DamagedCheckpointError
+) -> Loaded:
+    """The first checkpoint that is whole, in place of one that is damaged.
+
+    Raises:
+      DamagedCheckpointError: none is.
+    """
+    problem = damage
+    for tag in tags:
+        if jax.process_index() == 0:
+            LOGGER.warning('%s\nTaking the one before it: "%s".', problem, tag)
+        try:
+            return load(tag)
+        except DamagedCheckpointError as error:
+            problem = error
+    raise damage
 
 
 def _on_disk(engine: Accessors) -> bool:

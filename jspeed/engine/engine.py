@@ -21,6 +21,7 @@ from jspeed.engine.checked_step import CheckedStep
 from jspeed.engine.checkpointing import Checkpointing
 from jspeed.engine.checkpoints import EngineCheckpoints
 from jspeed.engine.counters import Counters
+from jspeed.engine.distributed import init_distributed
 from jspeed.engine.not_in_jspeed import (
     EVAL_BATCH,
     INITIALIZE,
@@ -88,6 +89,7 @@ def initialize(
     Raises:
       ConfigError, LayoutError, ModelError: what cannot be, and what would.
     """
+    init_distributed()
     loaded = config if isinstance(config, Config) else load_config(config)
     check_callable(loss_fn, "loss_fn", ("model", "batch", "rng"))
     if eval_fn is not None:
@@ -282,8 +284,7 @@ class Engine(Checkpointing, Parking):
         keys["train_micro_batch_size_per_gpu"] = micro_batch_size
         self.config = load_config(keys)
         self._counters = counted
-        assert isinstance(self.layout.mesh, Mesh), "an engine runs on devices"
-        self.plan = self._plan(self.layout.mesh)
+        self.plan = self._plan(self.mesh)
         if self._offloading is not None:
             self._offloading.rebatched(self.plan)
         # Those that microbatches add up may have another dtype than one's own.

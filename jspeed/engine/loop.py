@@ -17,7 +17,10 @@ from typing import Any, Protocol
 
 import jax
 
+from jspeed.checkpoint.checksums import of_all_processes
+from jspeed.core.errors import CheckpointError
 from jspeed.core.tree import named_leaves
+from jspeed.engine.agreement import Stopping
 from jspeed.engine.engine import Engine
 from jspeed.engine.folder import CHECKPOINTS
 from jspeed.engine.overflow import note_overflow
@@ -83,6 +86,7 @@ class _Pending:
     metrics: Metrics
     data_seconds: float
     train_seconds: float
+    asked: jax.Array | None
 
 
 @dataclass
@@ -120,23 +124,29 @@ class Loop:
         saved = engine.global_steps if engine.global_steps else -1
         self._arrived = time.perf_counter()
         with StopRequests(earlier=self.earlier, notify=self._stopping) as stop:
-            while engine.global_steps < settings.steps and stop.requested is None:
+            stopping = Stopping(stop, engine.mesh)
+            while engine.global_steps < settings.steps and not stopping.is_due(engine.global_steps):
                 started = time.perf_counter()
                 batch = next(self.batches)
                 fetched = time.perf_counter()
                 metrics = engine.train_batch(batch)
                 if settings.breakdown:
                     jax.block_until_ready(metrics)
+                asked = stopping.ask()
                 trained = time.perf_counter()
                 step = engine.global_steps
                 if pending is not None:
                     self._report(pending)
+                    stopping.heed(pending.step, pending.asked)
                 samples = engine.global_samples
-                pending = _Pending(step, samples, metrics, fetched - started, trained - fetched)
+                pending = _Pending(
+                    step, samples, metrics, fetched - started, trained - fetched, asked
+                )
                 saves, evaluates = settings.saves_after(step), settings.evaluates_after(step)
                 # It is ready where the engine waits by itself; see `train_batch`.
                 if saves or evaluates or _is_ready(metrics["loss"]):
                     self._report(pending)
+                    stopping.heed(step, asked)
                     pending = None
                 if saves:
                     self._save()
@@ -145,11 +155,10 @@ class Loop:
                 self._report(pending)
             if saved != engine.global_steps:
                 self._save()
-            engine.wait_for_checkpoint()
-            self._prune()
+            self._finish_saving()
         state: State = "finished"
         if engine.global_steps < settings.steps:
-            state = "preempted" if stop.requested is signal.SIGTERM else "interrupted"
+            state = "preempted" if stopping.by is signal.SIGTERM else "interrupted"
         self._note(state)
         return state
 
@@ -225,7 +234,9 @@ class Loop:
         return {"eval_loss": loss, "eval_perplexity": perplexity}
 
     def _save(self) -> None:
+        """Starts a save; if the one before it has failed, that costs the run only itself."""
         started = time.perf_counter()
+        self._await_save()
         tag = self.engine.save_checkpoint(
             self.settings.checkpoints,
             client_state={"data": self.batches.state()},
@@ -235,6 +246,28 @@ class Loop:
         self._prune()
         self._note("running")
         self._checkpoint_seconds = time.perf_counter() - started
+
+    def _finish_saving(self) -> None:
+        """Waits for the last save, and tries once more if it failed: nothing comes after it.
+
+        Raises:
+          CheckpointError: it failed again.
+        """
+        if not self._await_save():
+            self._save()
+            self.engine.wait_for_checkpoint()
+        self._prune()
+
+    def _await_save(self) -> bool:
+        """Waits for the save that is running, and says so if it failed; whether all is well, the
+        same in all processes."""
+        failed = False
+        try:
+            self.engine.wait_for_checkpoint()
+        except CheckpointError as error:
+            failed = True
+            LOGGER.error("%s The run goes on and saves again when it is time.", error)
+        return not any(of_all_processes(int(failed)))
 
     def _prune(self) -> None:
         if self.settings.keep_checkpoints is not None:

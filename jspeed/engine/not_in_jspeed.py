@@ -64,7 +64,8 @@ _INSTEAD = {
 _ATTRIBUTES = ("optimizer", "lr_scheduler", "training_dataloader")
 
 _PROCESSES = (
-    "leave it out; where there are several processes, call jax.distributed.initialize() first."
+    "leave it out; processes that jspeed launch, torchrun, SLURM or Open MPI has started find each "
+    "other."
 )
 _OWN_DATA = "iterate over the data yourself: for batch in batches: engine.train_batch(batch)."
 _MESH = 'leave it out; the configuration shapes the mesh: "mesh": {"data": -1, "tensor": 2}.'

@@ -194,13 +194,11 @@ def _of_layers(layout: Layout) -> int:
         Role.MASTER: jnp.dtype(layout.compute_dtype).itemsize,
         Role.MOMENTS: jnp.dtype(layout.host_gradient_dtype).itemsize,
     }
-    total = 0
-    for path in layout.params_on_host:
-        for role, itemsize in itemsizes.items():
-            sharding = layout.sharding(path, role)
-            part = math.prod(sharding.shard_shape(layout.leaves[path].shape))
-            total += itemsize * part * len(sharding.addressable_devices)
-    return total
+    return _local_devices(layout) * sum(
+        itemsize * layout.part_elements(path, role)
+        for path in layout.params_on_host
+        for role, itemsize in itemsizes.items()
+    )
 
 
 def check_room_to_stream(layout: Layout, tensors: int) -> None:
@@ -213,11 +211,8 @@ def check_room_to_stream(layout: Layout, tensors: int) -> None:
     Raises:
       OffloadError: it does not fit.
     """
-    state = 0
-    for path in layout.on_host:
-        sharding = layout.sharding(path, Role.MOMENTS)
-        part = math.prod(sharding.shard_shape(layout.leaves[path].shape))
-        state += 4 * tensors * part * len(sharding.addressable_devices)
+    held = sum(layout.part_elements(path, Role.MOMENTS) for path in layout.on_host)
+    state = 4 * tensors * held * _local_devices(layout)
     needs = [Need("master weights and moments, pinned, for each device its part", state)]
     if jax.default_backend() == "cpu":
         needs.append(_of_cpu_devices(layout))
@@ -231,12 +226,17 @@ def check_room_to_stream(layout: Layout, tensors: int) -> None:
 def _of_cpu_devices(layout: Layout) -> Need:
     itemsize = jnp.dtype(layout.compute_dtype).itemsize
     held = sum(
-        itemsize * math.prod(layout.sharding(path, Role.MASTER).shard_shape(leaf.shape))
-        for path, leaf in layout.leaves.items()
+        itemsize * layout.part_elements(path, Role.MASTER)
+        for path in layout.leaves
         if path not in layout.params_on_host
     )
-    devices = len(layout.sharding(next(iter(layout.leaves)), Role.MASTER).addressable_devices)
-    return Need("parameters and gradients of the CPU's own devices", 2 * held * devices)
+    total = 2 * held * _local_devices(layout)
+    return Need("parameters and gradients of the CPU's own devices", total)
+
+
+def _local_devices(layout: Layout) -> int:
+    """Devices of the mesh that are this process's."""
+    return len(layout.sharding(next(iter(layout.leaves)), Role.MASTER).addressable_devices)
 
 
 def _check_room(

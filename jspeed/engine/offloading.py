@@ -15,11 +15,9 @@ from jspeed.core.tree import map_named, named_leaves
 from jspeed.engine.build import RunPlan
 from jspeed.engine.disk_setup import make_files
 from jspeed.engine.host_state import HostState
-from jspeed.engine.offload_setup import adam_rule, make_store
+from jspeed.engine.offload_setup import adam_rule, chunk_elements, make_store
 from jspeed.engine.streaming import Streaming
-from jspeed.layout.zero import Layout
 from jspeed.offload import HostAdam, HostOptimizer, HostStep
-from jspeed.offload.chunks import CHUNK_ELEMENTS
 from jspeed.offload.layer_files import LayerFiles
 from jspeed.training.program import Program
 from jspeed.training.state import TrainState
@@ -50,16 +48,14 @@ class Offloading(HostState):
 
     def __init__(self, config: Config, program: Program, plan: RunPlan) -> None:
         super().__init__(program, plan.optimizer, plan.layout, plan.loss_scale)
-        section = config.zero.offload_optimizer
-        assert section is not None
         assert config.optimizer is not None
-        self._half_taken = False
+        self._half_taken = self._half_updated = False
         adam = HostAdam(adam_rule(config.optimizer))
         self._host = HostOptimizer(
             plan.layout,
             adam,
             functools.partial(make_store, config, plan.layout, plan.batch.accumulation, adam),
-            most=min(section.chunk_size, CHUNK_ELEMENTS),
+            most=chunk_elements(config),
             make_files=self._files_maker(config, plan),
         )
         self.rebatched(plan)
@@ -94,7 +90,7 @@ class Offloading(HostState):
 
     def step(self, compiled: Any) -> OffloadedStep:
         """The whole step around the one on the devices."""
-        return OffloadedStep(compiled, self._host, self._layout, self._check_taken)
+        return OffloadedStep(compiled, self._update, self._check)
 
     @property
     def bytes(self) -> int:
@@ -113,11 +109,12 @@ class Offloading(HostState):
     def whole_state(self, state: TrainState, *, host: bool = True) -> TrainState:
         """See `HostState`."""
         if host:
-            self._check_taken()
+            self._check()
         return super().whole_state(state, host=host)
 
     def take(self, whole: TrainState, state: TrainState) -> TrainState:
         """See `HostState`."""
+        self._check_updated()
         self._half_taken = True
         taken = super().take(whole, state)
         self._half_taken = False
@@ -132,47 +129,16 @@ class Offloading(HostState):
     def _put(self, path: str, master: jax.Array) -> None:
         self._host.put(path, master)
 
-    def _check_taken(self) -> None:
-        if self._half_taken:
-            raise OffloadError(
-                "Loading a checkpoint was stopped while the host took it: some of the optimizer's "
-                "state is the checkpoint's and some is not. Load a checkpoint."
-            )
-
-
-class OffloadedStep:
-    """The step on the devices and then the one on the host, as one function `(state, batch) ->
-    (state, metrics)`, which consumes the state."""
-
-    def __init__(
-        self, compiled: Any, host: HostOptimizer, layout: Layout, check: Callable[[], None]
-    ) -> None:
-        self.compiled = compiled
-        self._check = check
-        self._host = host
-        self._layout = layout
-        self._stopped_within = False
-
-    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        self._host.settle()  # says why, if the disk has ended training
-        if self._stopped_within:
-            raise OffloadError(
-                "The step before this one was stopped while the host was updating: some parameters "
-                "are new and some are old. Make a new engine and load the last checkpoint."
-            )
-        self._check()
-        new, metrics, update = self.compiled(state, batch)
-        del state
-        self._stopped_within = True
-        new = self._on_host(new, update)
-        self._stopped_within = False
-        return new, metrics
-
-    def _on_host(self, new: TrainState, update: HostUpdate) -> TrainState:
+    def _update(self, new: TrainState, update: HostUpdate) -> TrainState:
+        self._half_updated = True
         applied, step = _read(new, update)
         self._host.settle()
-        if not applied:
-            return new
+        if applied:
+            new = self._apply(new, update, step)
+        self._half_updated = False
+        return new
+
+    def _apply(self, new: TrainState, update: HostUpdate, step: HostStep) -> TrainState:
         params = {
             path: leaf for path, leaf in named_leaves(new.master) if path in self._layout.on_host
         }
@@ -181,6 +147,44 @@ class OffloadedStep:
         params = self._host.apply(params, gradients, step)
         master = map_named(lambda path, leaf: params.get(path, leaf), new.master)
         return replace(new, master=master)
+
+    def _check(self) -> None:
+        self._host.settle()  # says why, if the disk has ended training
+        self._check_updated()
+        if self._half_taken:
+            raise OffloadError(
+                "Loading a checkpoint was stopped while the host took it: some of the optimizer's "
+                "state is the checkpoint's and some is not. Load a checkpoint."
+            )
+
+    def _check_updated(self) -> None:
+        if self._half_updated:
+            raise OffloadError(
+                "A step of this engine was stopped while the host was updating: some parameters "
+                "are new and some are old. Make a new engine and load the last checkpoint there; "
+                "what is saved is as it was."
+            )
+
+
+class OffloadedStep:
+    """The step on the devices and then the one on the host, as one function `(state, batch) ->
+    (state, metrics)`, which consumes the state."""
+
+    def __init__(
+        self,
+        compiled: Any,
+        update: Callable[[TrainState, HostUpdate], TrainState],
+        check: Callable[[], None],
+    ) -> None:
+        self.compiled = compiled
+        self._update = update
+        self._check = check
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        self._check()
+        new, metrics, update = self.compiled(state, batch)
+        del state
+        return self._update(new, update), metrics
 
 
 def _read(state: TrainState, update: HostUpdate) -> tuple[bool, HostStep]:

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from jspeed.config import Config
-from jspeed.core.errors import CheckpointError, ConfigError
+from jspeed.core.errors import CheckpointError, ConfigError, DamagedCheckpointError
+from jspeed.core.processes import restarts
 from jspeed.core.tree import count_parameters
 from jspeed.data import TextDataset, TrainIterator, build_dataset
 from jspeed.engine.abstract_run import check_attention
@@ -25,7 +26,7 @@ from jspeed.engine.loop import Loop, LoopSettings
 from jspeed.engine.progress import Display
 from jspeed.engine.reporting import heed_log_level
 from jspeed.engine.signals import StopRequests
-from jspeed.engine.status import State, Status
+from jspeed.engine.status import State, Status, is_of_this_launch
 from jspeed.models import ModelFactory, build_model
 from jspeed.monitor import Monitor, make_monitor
 from jspeed.monitor.monitor import ResumePoint
@@ -139,6 +140,8 @@ def _train_run(
 ) -> RunResult:
     run = run_sections(config)[2]
     directory = Path(run.dir)
+    if restarts() and is_of_this_launch(directory):
+        resume, overwrite = True, False  # whatever the first start was told is done
     earlier = claim_folder(directory, resume=resume, overwrite=overwrite)
     heed_log_level(config)
     reached = earlier.step if earlier is not None and resume else 0
@@ -197,8 +200,9 @@ def _make_parts(config: Config) -> _Parts:
 def _resume(parts: _Parts, display: Display) -> None:
     """Takes up the latest checkpoint, if there is one."""
     folder = parts.settings.checkpoints
-    if parts.engine.latest_checkpoint(folder) is None:
-        return
+    with suppress(DamagedCheckpointError):  # loading says what is damaged, and takes another
+        if parts.engine.latest_checkpoint(folder) is None:
+            return
     tag, client = parts.engine.load_checkpoint(folder)
     if "data" not in client:
         raise CheckpointError(

@@ -256,10 +256,7 @@ def _host_bytes(layout: Layout, path: str, tensors: int) -> int:
     """Master and moments in fp32 of the part that one device updates, if the host has them."""
     if path not in layout.on_host:
         return 0
-    spec = layout.role_spec(path, Role.MOMENTS)
-    return tensors * shard_bytes(
-        StateArray(path, Role.MOMENTS, layout.leaves[path].shape, "float32", spec), layout.sizes
-    )
+    return 4 * tensors * layout.part_elements(path, Role.MOMENTS)
 
 
 def _host_parameter_bytes(layout: Layout, path: str) -> int:
@@ -270,12 +267,8 @@ def _host_parameter_bytes(layout: Layout, path: str) -> int:
         Role.MASTER: layout.compute_dtype,
         Role.MOMENTS: layout.host_gradient_dtype,
     }
-    shape = layout.leaves[path].shape
     return sum(
-        shard_bytes(
-            StateArray(path, role, shape, dtype, layout.role_spec(path, role)), layout.sizes
-        )
-        for role, dtype in kept.items()
+        jnp.dtype(dtype).itemsize * layout.part_elements(path, role) for role, dtype in kept.items()
     )
 
 

@@ -232,6 +232,10 @@ class Layout:
         """The spec of what is kept in arrays between steps."""
         return () if self.on_disk(path) else self.role_spec(path, role)
 
+    def part_elements(self, path: str, role: Role) -> int:
+        """Elements of a parameter that one device has in a role."""
+        return math.prod(self.sharding(path, role).shard_shape(self.leaves[path].shape))
+
     def stored_sharding(self, path: str, role: Role) -> NamedSharding:
         """The sharding of what is kept in arrays between steps, in memory of the device or of its
         host."""

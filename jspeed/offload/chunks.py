@@ -51,10 +51,10 @@ def cut(shape: Sequence[int], most: int = CHUNK_ELEMENTS) -> list[Piece]:
     """
     if not math.prod(shape):
         return []
-    rows = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    dim = next((dim for dim, row in enumerate(rows) if row <= most), 0)
-    if math.prod(shape) <= most or not shape:
+    if math.prod(shape) <= most:
         return [Piece((0,) * len(shape), tuple(shape))]
+    rows = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    dim = next(dim for dim, row in enumerate(rows) if row <= most)
     parts = -(-shape[dim] // max(1, most // rows[dim]))
     length = -(-shape[dim] // parts)
     pieces = []

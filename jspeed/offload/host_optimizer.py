@@ -98,7 +98,7 @@ class HostOptimizer:
         except BaseException:
             self._store.close()
             raise
-        widest = max((sum(1 for _ in s.indices) for s in self._shards.values()), default=0)
+        widest = max((len(shards.indices) for shards in self._shards.values()), default=0)
         self._buffers = _Ring(
             2 + _AHEAD, widest, max(sizes, default=0), np.dtype(layout.compute_dtype)
         )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import jax.numpy as jnp
 
 from jspeed.layout.zero import Layout, Role
@@ -24,10 +22,8 @@ def host_link_seconds(layout: Layout, target: Target, *, tensors: int) -> float:
       target: whose link it is, with the bandwidth of its datasheet in each direction.
       tensors: of each parameter's state, fp32.
     """
-    elements = 0
-    for path in layout.on_host - layout.params_on_host:  # those are updated where they are
-        sharding = layout.sharding(path, Role.MOMENTS)
-        elements += math.prod(sharding.shard_shape(layout.leaves[path].shape))
+    moved = layout.on_host - layout.params_on_host  # those are updated where they are
+    elements = sum(layout.part_elements(path, Role.MOMENTS) for path in moved)
     if layout.streamed:
         one_way = 4 * (tensors + 1)
     else:
@@ -50,11 +46,13 @@ def fetching_seconds(layout: Layout, target: Target, *, accumulation: int) -> fl
     coming = leaving = 0
     for path in layout.params_on_host:
         part, gradient = (
-            math.prod(layout.sharding(path, role).shard_shape(layout.leaves[path].shape))
-            for role in (Role.MASTER, Role.MOMENTS)
+            layout.part_elements(path, role) * jnp.dtype(dtype).itemsize
+            for role, dtype in (
+                (Role.MASTER, layout.compute_dtype),
+                (Role.MOMENTS, layout.host_gradient_dtype),
+            )
         )
-        gradient *= jnp.dtype(layout.host_gradient_dtype).itemsize
-        coming += 2 * part * jnp.dtype(layout.compute_dtype).itemsize
+        coming += 2 * part
         coming += gradient if accumulation > 1 else 0  # the first microbatch's is not used
         leaving += gradient
     return accumulation * max(coming, leaving) / target.host_link.bandwidth

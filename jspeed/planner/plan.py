@@ -31,7 +31,7 @@ from jspeed.engine.sparse_attention import sets_pattern
 from jspeed.engine.state_explanation import explain_plan, microbatch_shapes
 from jspeed.layout.explain import Explanation
 from jspeed.layout.rules import axes_of
-from jspeed.layout.zero import Layout
+from jspeed.layout.zero import Layout, Role
 from jspeed.nn.attention import STAND_IN
 from jspeed.pipeline.branches import check_branches
 from jspeed.pipeline.program import make_turns
@@ -222,7 +222,7 @@ def _plan(step: _Step, cluster: Cluster, remarks: list[str]) -> Plan:
             limit=cluster.limit_bytes,
             origins=origins,
             host=_beside_the_step(state, layout),
-            leaving=0 if layout.streamed else _leaving(state, layout),
+            leaving=0 if layout.streamed else _leaving(layout),
         ),
         traffic=summarise(traffic),
         volume=volume(
@@ -246,12 +246,11 @@ def _beside_the_step(state: Explanation, layout: Layout) -> int:
     return state.host_bytes - in_the_step
 
 
-def _leaving(state: Explanation, layout: Layout) -> int:
+def _leaving(layout: Layout) -> int:
     """Bytes of the gradients on one device that wait for the host when the step is over."""
-    waiting = sum(
-        leaf.host_bytes for leaf in state.leaves if leaf.path not in layout.params_on_host
-    )
-    return waiting // 12 * jnp.dtype(layout.reduce_dtype).itemsize
+    waiting = layout.on_host - layout.params_on_host
+    elements = sum(layout.part_elements(path, Role.MOMENTS) for path in waiting)
+    return elements * jnp.dtype(layout.reduce_dtype).itemsize
 
 
 def _turns(compiled: Compiled, run: RunPlan) -> TurnLoop | None:

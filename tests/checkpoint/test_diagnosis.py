@@ -130,8 +130,27 @@ def test_every_missing_or_truncated_file_is_found(store: CheckpointStore, like: 
     store.restore(like=like)  # and whole again, it restores
 
 
-def test_damage_that_keeps_the_size_is_an_error_too(store: CheckpointStore, like: Like) -> None:
-    path = store.directory / "global_step200" / "arrays" / "manifest.ocdbt"
+def test_one_flipped_bit_is_found_in_every_file(store: CheckpointStore, like: Like) -> None:
+    folder = store.directory / "global_step200"
+    for name in json.loads((folder / "jspeed.json").read_text())["files"]:
+        content = (folder / name).read_bytes()
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
+        (folder / name).write_bytes(flipped)
+        expected = f'is damaged: the content of "{name}" has changed since it was saved. Restore'
+        assert expected in message(store, like)
+        (folder / name).write_bytes(content)
+    store.restore(like=like)  # and whole again, it restores
+
+
+def test_without_checksums_other_damage_is_an_error_too(store: CheckpointStore, like: Like) -> None:
+    """As in checkpoints of versions that wrote none."""
+    folder = store.directory / "global_step200"
+    manifest = json.loads((folder / "jspeed.json").read_text())
+    del manifest["checksums"]
+    (folder / "jspeed.json").write_text(json.dumps(manifest))
+    store.restore(like=like)
+    path = folder / "arrays" / "manifest.ocdbt"
     path.write_bytes(b"\0" * path.stat().st_size)
     assert 'Checkpoint "global_step200" in "' in message(store, like)
     assert "cannot be read: " in message(store, like)

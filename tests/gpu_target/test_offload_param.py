@@ -7,19 +7,17 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 
 from jspeed.config import load_config
-from jspeed.planner import plan as planning
 from jspeed.planner.cluster import Cluster
 from jspeed.planner.compiled import Compiled
 from jspeed.planner.plan import Plan, make_plan
 from jspeed.planner.targets import load_target
+from tests.gpu_target.planned import plan_and_step
 from tests.planner.goldens import CONFIGS
 
-RUN = CONFIGS / "gpt2_13b_1xh100.json"
 WIDTH, TOKENS = 1024, 64
 SMALL = (
     f"model.hidden_size={WIDTH}",
@@ -37,23 +35,8 @@ pytestmark = pytest.mark.gpu_target
 
 @functools.cache
 def planned(param: str, gpus: int = 1, *more: str) -> tuple[Plan, Compiled]:
-    """The plan, and the compiled step that it was read from."""
-    kept: list[Compiled] = []
-    compile_step = planning._compile
-
-    def keep(*args: Any, **kwargs: Any) -> Any:
-        made = compile_step(*args, **kwargs)
-        kept.append(made[0])
-        return made
-
     offload = f"zero_optimization.offload_param.device={param}"
-    overrides = ("model.layers=4", f"train_batch_size={gpus}", *SMALL, offload, *more)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "_compile", keep)
-        plan = make_plan(
-            load_config(RUN, overrides=overrides), Cluster(load_target("h200"), gpus, gpus)
-        )
-    return plan, kept[0]
+    return plan_and_step(gpus, "model.layers=4", f"train_batch_size={gpus}", *SMALL, offload, *more)
 
 
 @dataclass(frozen=True)

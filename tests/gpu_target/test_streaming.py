@@ -5,19 +5,13 @@ from __future__ import annotations
 
 import functools
 import re
-from typing import Any
 
 import pytest
 
-from jspeed.config import load_config
-from jspeed.planner import plan as planning
-from jspeed.planner.cluster import Cluster
 from jspeed.planner.compiled import Compiled
-from jspeed.planner.plan import Plan, make_plan
-from jspeed.planner.targets import load_target
-from tests.planner.goldens import CONFIGS
+from jspeed.planner.plan import Plan
+from tests.gpu_target.planned import plan_and_step
 
-RUN = CONFIGS / "gpt2_13b_1xh100.json"
 CHUNK = 1_000_000
 SMALL = (
     "model.layers=4",
@@ -38,26 +32,12 @@ pytestmark = pytest.mark.gpu_target
 
 @functools.cache
 def planned(stage: int, gpus: int, device: str) -> tuple[Plan, Compiled]:
-    """The plan, and the compiled step that it was read from."""
-    kept: list[Compiled] = []
-    compile_step = planning._compile
-
-    def keep(*args: Any, **kwargs: Any) -> Any:
-        made = compile_step(*args, **kwargs)
-        kept.append(made[0])
-        return made
-
-    overrides = (
+    return plan_and_step(
+        gpus,
         *SMALL,
         f"zero_optimization.stage={stage}",
         f"zero_optimization.offload_optimizer.device={device}",
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "_compile", keep)
-        plan = make_plan(
-            load_config(RUN, overrides=overrides), Cluster(load_target("h200"), gpus, gpus)
-        )
-    return plan, kept[0]
 
 
 LAYOUTS = [
