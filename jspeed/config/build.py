@@ -161,10 +161,17 @@ def zero(values: Values) -> types.ZeroConfig:
         mics_shard_size=get("mics_shard_size"),
         gather_16bit_on_save=get("stage3_gather_16bit_weights_on_model_save"),
         offload_optimizer=_offload_optimizer(values),
-        offload_param=None
-        if get("offload_param.device") == "none"
-        else get("offload_param.device"),
+        offload_param=_offload_param(values),
     )
+
+
+def _offload_param(values: Values) -> types.OffloadParamConfig | None:
+    def get(name: str) -> Any:
+        return values.get(f"{_ZERO}.offload_param.{name}")
+
+    if get("device") == "none":
+        return None
+    return types.OffloadParamConfig(get("device"), get("nvme_path"), get("buffer_count"))
 
 
 def _offload_optimizer(values: Values) -> types.OffloadOptimizerConfig | None:

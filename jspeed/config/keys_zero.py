@@ -8,8 +8,7 @@ from jspeed.config.kinds import Bool, Choice, Int, ListOf, Number, Object, Text,
 SIZE = Int(0)
 DEVICE = choice("none", "cpu", "nvme")
 
-_OFFLOAD = "offloading parameters to NVMe is not built yet"
-_TWO_LAYERS = "the device has the parameters of two layers at a time, as large as they are"
+_AS_LARGE = "buffers are as large as a layer of a parameter"
 _SUPER = "SuperOffload's speculative updates are not built yet"
 _STAGED = "transfers are staged and overlapped by themselves; there is nothing to set"
 _ZEROPP = "ZeRO++ (quantised or hierarchical communication) is not built yet"
@@ -87,18 +86,28 @@ OFFLOAD_PARAM = section(
         "device",
         DEVICE,
         "none",
-        "where the layers' parameters are between uses: cpu is host memory; nvme is not built yet",
+        "where the layers' parameters are between uses: cpu is host memory",
     ),
-    passive(later("nvme_path", Text(), None, _OFFLOAD)),
-    automatic("buffer_count", SIZE, 5, _TWO_LAYERS),
-    automatic("buffer_size", SIZE, 100_000_000, _TWO_LAYERS),
+    mapped("nvme_path", Text(), None, "the folder for the files of parameters and gradients"),
+    mapped(
+        "buffer_count",
+        SIZE,
+        5,
+        "nvme: how many layers of each parameter are in host memory at a time, for each device",
+    ),
+    automatic("buffer_size", SIZE, 100_000_000, _AS_LARGE),
     automatic(
         "max_in_cpu",
         SIZE,
         1_000_000_000,
-        "a limit for parameters on the disk; with cpu those of all layers are in host memory",
+        "with cpu all layers are in host memory, and with nvme only buffers",
     ),
-    automatic("pin_memory", Bool(), True, "always pinned: devices fetch the parameters themselves"),
+    automatic(
+        "pin_memory",
+        Bool(),
+        True,
+        "always pinned with cpu, where devices fetch the parameters themselves",
+    ),
 )
 
 OFFLOAD_OPTIMIZER = section(

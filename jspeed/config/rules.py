@@ -93,8 +93,21 @@ def summed_gradients(values: Values) -> Iterator[Problem]:
 
 
 def offload(values: Values) -> Iterator[Problem]:
-    """NVMe needs a path, buffers and an update on the host; of parameters it is refused later."""
+    """NVMe needs a path, buffers and an update on the host."""
     section = f"{_ZERO}.offload_optimizer"
+    yield from _disk(values, section, 3, "one in use, one being read, one being written")
+    yield from _disk(values, f"{_ZERO}.offload_param", 2, "one layer in use, one being read")
+    update = f"{section}.update"
+    if values.get(f"{section}.device") == "nvme" and values.get(update) == "device":
+        yield Problem(
+            update,
+            '"device" does not go with "device": "nvme": devices stream state from pinned memory. '
+            'Use "host", or "device": "cpu".',
+            values.line(update),
+        )
+
+
+def _disk(values: Values, section: str, fewest: int, why: str) -> Iterator[Problem]:
     if values.get(f"{section}.device") != "nvme":
         return
     if not values.get(f"{section}.nvme_path"):
@@ -102,20 +115,11 @@ def offload(values: Values) -> Iterator[Problem]:
             f"{section}.nvme_path",
             f'missing; "{section}.device": "nvme" needs a folder on the disk.',
         )
-    update = f"{section}.update"
-    if values.get(update) == "device":
-        yield Problem(
-            update,
-            '"device" does not go with "device": "nvme": devices stream state from pinned memory. '
-            'Use "host", or "device": "cpu".',
-            values.line(update),
-        )
     buffers = f"{section}.buffer_count"
-    if values.get(buffers) < 3:
+    if values.get(buffers) < fewest:
         yield Problem(
             buffers,
-            f"{values.get(buffers)}; expected at least 3: one in use, one being read, one being "
-            "written.",
+            f"{values.get(buffers)}; expected at least {fewest}: {why}.",
             values.line(buffers),
         )
 

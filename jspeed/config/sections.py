@@ -78,6 +78,16 @@ class OffloadOptimizerConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class OffloadParamConfig:
+    """Where the layers' parameters live off the devices; on the disk, `buffer_count` layers of each
+    are in memory at a time."""
+
+    device: Literal["cpu", "nvme"]
+    nvme_path: str | None
+    buffer_count: int
+
+
+@dataclass(frozen=True, slots=True)
 class ZeroConfig:
     """The ZeRO stage and its sizes, all counted in elements; `mics_shard_size` -1 is off."""
 
@@ -94,7 +104,7 @@ class ZeroConfig:
     mics_shard_size: int
     gather_16bit_on_save: bool
     offload_optimizer: OffloadOptimizerConfig | None = None
-    offload_param: Literal["cpu", "nvme"] | None = None
+    offload_param: OffloadParamConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
+import numpy as np
 from jax._src import source_info_util
 from jax._src.ad_checkpoint import name_p as name_p
 from jax._src.interpreters import partial_eval
@@ -123,3 +124,23 @@ def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = params["ft_in"].unpack()
     return len(consts), len(carry)
+
+
+def host_function(ctx: Any, function: Callable[..., Any] | None) -> tuple[str, np.uint64]:
+    """Gives a program that is being lowered a function of this process.
+
+    Args:
+      ctx: of a lowering rule.
+      function: takes a NumPy array for each operand and returns a tuple of one for each result;
+        None where the program is never run: clients that compile only take no functions.
+
+    Returns:
+      The target of the custom call, and the value of its attribute `index`.
+    """
+    module = ctx.module_context
+    platform = "cpu" if module.platforms[0] == "cpu" else "gpu"
+    target = f"xla_ffi_python_{platform}_callback"
+    if function is None:  # another program than with functions, for the compilation cache too
+        return target, np.uint64(2**32)
+    module.add_host_callback(function)
+    return target, np.uint64(len(module.host_callbacks) - 1)

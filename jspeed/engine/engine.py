@@ -172,6 +172,7 @@ class Engine(Checkpointing, Parking):
         self._offloading = make_host_state(config, program, self.plan)
         if self._offloading is not None:
             self._state = self._offloading.start(self._state, seed)
+            self._eval_jit = self._offloading.evaluation(self._eval_jit)
         self._steps: int | None = 0
         self._counters = Counters()
         self._one_at_a_time = one_at_a_time(mesh)
@@ -294,6 +295,8 @@ class Engine(Checkpointing, Parking):
         self.config = load_config(keys)
         self._counters = counted
         self.plan = self._plan(self.mesh)
+        if self._offloading is not None:
+            self._offloading.rebatched(self.plan)
         # Those that microbatches add up may have another dtype than one's own.
         self._state = replace(self._state, host_gradients=host_gradients(self.layout))
         self._compile_step()

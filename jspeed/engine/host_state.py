@@ -14,6 +14,7 @@ import optax
 
 from jspeed.checkpoint import Deferred, made
 from jspeed.core.tree import map_named, named_leaves
+from jspeed.engine.build import RunPlan
 from jspeed.layout.mesh import one_at_a_time
 from jspeed.layout.zero import HOST_MEMORY, Layout, Role
 from jspeed.offload.host_arrays import cast_on_host, in_host_memory
@@ -23,6 +24,7 @@ from jspeed.training.state import (
     abstract_parameters,
     abstract_state,
     create_parameters,
+    stand_in,
 )
 
 
@@ -68,6 +70,18 @@ class HostState(ABC):
     @abstractmethod
     def _load(self, path: str, tensor: str, value: jax.Array) -> None:
         """Takes one tensor of a parameter's state, fp32 and placed as its moments."""
+
+    def _put(self, path: str, master: jax.Array) -> None:
+        """Takes a parameter that is on the disk, fp32 and placed as its moments."""
+        raise NotImplementedError
+
+    def rebatched(self, plan: RunPlan) -> None:
+        """A plan with another batch size has taken the place of the one before."""
+        del plan
+
+    def evaluation(self, compiled: Any) -> Any:
+        """The whole evaluation around the one on the devices."""
+        return compiled
 
     def start(self, state: TrainState, seed: int) -> TrainState:
         """Takes the initial parameters, one after another; the state with them on the devices."""
@@ -118,7 +132,11 @@ class HostState(ABC):
     def abstract_whole_state(self) -> TrainState:
         """Shapes and shardings of `whole_state`."""
         plain = replace(
-            self._layout, on_host=frozenset(), params_on_host=frozenset(), streamed=False
+            self._layout,
+            on_host=frozenset(),
+            params_on_host=frozenset(),
+            disk=None,
+            streamed=False,
         )
         shapes = abstract_state(self._program, self._optimizer, plain, self._loss_scale)
 
@@ -181,7 +199,10 @@ class HostState(ABC):
 
     def _on_devices(self, path: str, master: jax.Array) -> jax.Array:
         """A parameter as the devices hold it, or have it in their hosts' memory; a copy even where
-        nothing changes."""
+        nothing changes. What stands for it, where it goes to the disk."""
+        if self._layout.on_disk(path):
+            self._put(path, master)
+            return stand_in(self._layout)
         if path in self._layout.params_on_host and in_host_memory(master):
             stored = self._layout.stored_sharding(path, Role.MASTER)
             return cast_on_host(master, stored, self._layout.compute_dtype)

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jspeed.config import Config, OffloadOptimizerConfig, OptimizerConfig
+from jspeed.config import Config, OffloadOptimizerConfig, OffloadParamConfig, OptimizerConfig
 from jspeed.core.errors import ConfigError
+from jspeed.engine.disk_setup import PARAMETERS, SECTION, STORES, buffers_of_layers, check_disks
+from jspeed.layout.disk_port import DiskPort
 from jspeed.layout.zero import Layout, Role
 from jspeed.offload import AdamRule, ChunkStore, FileStore, HostAdam, HostStore
 from jspeed.offload.chunks import CHUNK_ELEMENTS
-from jspeed.offload.needs import Need, check_disk, check_host_memory
+from jspeed.offload.needs import Need, check_host_memory
 
-SECTION = "zero_optimization.offload_optimizer"
-PARAMETERS = "zero_optimization.offload_param"
-_STORES = itertools.count()  # engines of one process may share a folder
 _ON_HOST = ("Adam", "AdamW", "FusedAdam")
 _ELEMENTWISE = (*_ON_HOST, "Lion", "Adagrad", "SGD")
 
@@ -96,15 +93,10 @@ def with_parameters_on_host(
     Raises:
       ConfigError: what does not go with it.
     """
-    device = config.zero.offload_param
-    if device is None or not layout.leaves:
+    section = config.zero.offload_param
+    if section is None or not layout.leaves:
         return layout
-    said = f'"{PARAMETERS}.device": "{device}"'
-    if device == "nvme":
-        raise ConfigError(
-            f'{said}: parameters on the disk are not built yet. Use "cpu"; the state of the '
-            f'optimizer, six times as large, can go to the disk: "{SECTION}.device": "nvme".'
-        )
+    said = f'"{PARAMETERS}.device": "{section.device}"'
     optimizer = config.zero.offload_optimizer
     if optimizer is None or optimizer.ratio != 1:
         found = '"none"' if optimizer is None else f'offloaded with "ratio": {optimizer.ratio}'
@@ -145,7 +137,8 @@ def with_parameters_on_host(
             f'update its part of {min(split)} and hold all of it. Use "stage": 3.'
         )
     dtype = layout.reduce_dtype if accumulation == 1 else config.precision.grad_accum_dtype
-    return replace(layout, params_on_host=chosen, host_gradient_dtype=dtype)
+    disk = DiskPort() if section.device == "nvme" else None
+    return replace(layout, params_on_host=chosen, host_gradient_dtype=dtype, disk=disk)
 
 
 def chunk_elements(config: Config) -> int:
@@ -166,20 +159,23 @@ def adam_rule(section: OptimizerConfig) -> AdamRule:
 
 
 def make_store(
-    section: OffloadOptimizerConfig, layout: Layout, adam: HostAdam, sizes: Sequence[int]
+    config: Config, layout: Layout, accumulation: int, adam: HostAdam, sizes: Sequence[int]
 ) -> ChunkStore:
     """The store of a tier.
 
     Args:
-      section: which tier.
+      config: resolved; says which tier.
       layout: with parameters `on_host`.
+      accumulation: microbatches per step.
       adam: that updates the state.
       sizes: elements of each chunk.
 
     Raises:
       OffloadError: host or disk has too little room, or the folder cannot be used.
     """
-    _check_room(section, layout, sizes)
+    section = config.zero.offload_optimizer
+    assert section is not None
+    _check_room(section, config.zero.offload_param, layout, accumulation, sizes)
     if section.device == "cpu":
         return HostStore(sizes, zeros=adam.zeros)
     assert section.nvme_path is not None
@@ -187,7 +183,7 @@ def make_store(
         section.nvme_path,
         sizes,
         buffers=section.buffer_count,
-        name=f"optimizer{next(_STORES)}",
+        name=f"optimizer{next(STORES)}",
         process=jax.process_index(),
     )
 
@@ -243,26 +239,29 @@ def _local_devices(layout: Layout) -> int:
     return len(layout.sharding(next(iter(layout.leaves)), Role.MASTER).addressable_devices)
 
 
-def _check_room(section: OffloadOptimizerConfig, layout: Layout, sizes: Sequence[int]) -> None:
+def _check_room(
+    section: OffloadOptimizerConfig,
+    layers: OffloadParamConfig | None,
+    layout: Layout,
+    accumulation: int,
+    sizes: Sequence[int],
+) -> None:
     """Refuses a run that its host or disk is too small for, before it has made anything."""
     widest, state = max(sizes, default=0), 12 * sum(sizes)
     itemsize = jnp.dtype(layout.compute_dtype).itemsize
     moving = Need("chunks on their way to the devices and back", 8 * widest * itemsize)
     of_state = Need("master weights and Adam's moments", state)
     needs = [of_state, moving]
+    check_disks(section, layers, layout, accumulation, of_state)
     if section.device == "nvme":
-        assert section.nvme_path is not None
-        check_disk(
-            [of_state],
-            Path(section.nvme_path),
-            "Free some, name a folder on another disk, or train on more processes, which share the "
-            "state.",
-        )
         needs = [
             Need("buffers between file and update", 12 * widest * section.buffer_count),
             moving,
         ]
-    if layout.params_on_host:
+    if layout.disk is not None:
+        assert layers is not None
+        needs.append(buffers_of_layers(layers, layout, accumulation))
+    elif layout.params_on_host:
         needs.append(Need("parameters and gradients of layers", _of_layers(layout)))
     if jax.default_backend() == "cpu":
         needs.append(_of_cpu_devices(layout))

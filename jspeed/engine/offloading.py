@@ -13,10 +13,12 @@ from jspeed.config import Config
 from jspeed.core.errors import OffloadError
 from jspeed.core.tree import map_named, named_leaves
 from jspeed.engine.build import RunPlan
+from jspeed.engine.disk_setup import make_files
 from jspeed.engine.host_state import HostState
 from jspeed.engine.offload_setup import adam_rule, chunk_elements, make_store
 from jspeed.engine.streaming import Streaming
 from jspeed.offload import HostAdam, HostOptimizer, HostStep
+from jspeed.offload.layer_files import LayerFiles
 from jspeed.training.program import Program
 from jspeed.training.state import TrainState
 from jspeed.training.step import HostUpdate, Metrics
@@ -46,17 +48,45 @@ class Offloading(HostState):
 
     def __init__(self, config: Config, program: Program, plan: RunPlan) -> None:
         super().__init__(program, plan.optimizer, plan.layout, plan.loss_scale)
-        section = config.zero.offload_optimizer
-        assert section is not None
         assert config.optimizer is not None
         self._half_taken = self._half_updated = False
         adam = HostAdam(adam_rule(config.optimizer))
         self._host = HostOptimizer(
             plan.layout,
             adam,
-            functools.partial(make_store, section, plan.layout, adam),
+            functools.partial(make_store, config, plan.layout, plan.batch.accumulation, adam),
             most=chunk_elements(config),
+            make_files=self._files_maker(config, plan),
         )
+        self.rebatched(plan)
+
+    def _files_maker(self, config: Config, plan: RunPlan) -> Callable[[], LayerFiles] | None:
+        section = config.zero.offload_param
+        if plan.layout.disk is None or section is None:
+            return None
+        return functools.partial(make_files, section, plan.layout, plan.batch.accumulation)
+
+    def rebatched(self, plan: RunPlan) -> None:
+        """See `HostState`."""
+        files, port = self._host.files, plan.layout.disk
+        if files is None or port is None:
+            return
+        if plan.layout is not self._layout:
+            files.make_gradients(plan.layout, accumulates=plan.batch.accumulation > 1)
+        self._layout = plan.layout
+        port.files = files
+
+    def evaluation(self, compiled: Any) -> Any:
+        """See `HostState`; it reads what the next update writes."""
+        if self._host.files is None:
+            return compiled
+
+        def evaluate(state: TrainState, batch: Any) -> Any:
+            result = jax.block_until_ready(compiled(state, batch))
+            self._host.settle()
+            return result
+
+        return evaluate
 
     def step(self, compiled: Any) -> OffloadedStep:
         """The whole step around the one on the devices."""
@@ -96,9 +126,13 @@ class Offloading(HostState):
     def _load(self, path: str, tensor: str, value: jax.Array) -> None:
         self._host.load(path, {tensor: value})
 
+    def _put(self, path: str, master: jax.Array) -> None:
+        self._host.put(path, master)
+
     def _update(self, new: TrainState, update: HostUpdate) -> TrainState:
         self._half_updated = True
         applied, step = _read(new, update)
+        self._host.settle()
         if applied:
             new = self._apply(new, update, step)
         self._half_updated = False
@@ -115,6 +149,7 @@ class Offloading(HostState):
         return replace(new, master=master)
 
     def _check(self) -> None:
+        self._host.settle()  # says why, if the disk has ended training
         self._check_updated()
         if self._half_taken:
             raise OffloadError(

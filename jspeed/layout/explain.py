@@ -79,7 +79,7 @@ class LeafExplanation:
       shares: by role; a role that is not stored is missing.
       logical_axes: one name per dimension, or None for a model that names none.
       host_bytes: of the master and the moments in a host's memory or on its disk, for one device.
-      host_parameter_bytes: of the parameter itself and its gradient in a host's memory, likewise;
+      host_parameter_bytes: of the parameter itself and its gradient there, likewise;
         its share on the device has no bytes then.
     """
 
@@ -168,7 +168,7 @@ class Explanation:
 
     @property
     def host_parameter_bytes(self) -> int:
-        """Of these, parameters that devices fetch from host memory, and their gradients."""
+        """Of these, parameters that devices fetch from there, and their gradients."""
         return sum(leaf.host_parameter_bytes for leaf in self.leaves)
 
     @property
@@ -285,7 +285,9 @@ def placed_by(layout: Layout, leaf: LeafPlacement) -> str:
         parts.append(f"ZeRO-{layout.stage}, kept whole")
     elif not parts:
         parts.append(f"ZeRO-{layout.stage}, nothing to split")
-    if leaf.path in layout.params_on_host:
+    if layout.on_disk(leaf.path):
+        parts.append("on the disk, with its gradient; master and moments offloaded")
+    elif leaf.path in layout.params_on_host:
         parts.append("in host memory, with master, moments and gradient")
     elif leaf.path in layout.on_host:
         parts.append("master and moments offloaded")

@@ -199,10 +199,15 @@ class AtHome:
         return replace(self, shard=arrays[0], whole=arrays[1] if len(arrays) > 1 else None)
 
     @property
+    def part(self) -> tuple[int, ...]:
+        """The shape of this device's part."""
+        return self.shard.shape
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Of the whole parameter."""
         if self.whole is not None:
             return self.whole.shape
-        shape = list(self.shard.shape)
+        shape = list(self.part)
         shape[self.plan.dim] *= jax.lax.axis_size(self.plan.axes)
         return tuple(shape)

@@ -73,7 +73,12 @@ class Streamed(AtHome):
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the whole parameter."""
-        return super().shape if self.gathers else self.shard.shape
+        return super().shape if self.gathers else self.part
+
+    @property
+    def layer_type(self) -> jax.ShapeDtypeStruct:
+        """Of one layer once it is on the device."""
+        return jax.ShapeDtypeStruct(self.part[1:], self.shard.dtype)
 
     def gather(self) -> jax.Array:
         """Never: this is what the model would need it whole for."""
@@ -93,21 +98,36 @@ class Streamed(AtHome):
     def fetch(self, buffer: jax.Array, index: Any) -> jax.Array:
         """A layer of a buffer in host memory, on its way to the device."""
         with jax.named_scope(f"fetch.{self.name.replace('/', '.')}"):
-            part = jax.lax.dynamic_index_in_dim(buffer, index, keepdims=False)
-            return jax.device_put(part, _DEVICE)
+            return self._taken(buffer, index)
 
     def leave(
         self, to: Leaving, index: Any, gradient: jax.Array, adds: jax.Array | None
     ) -> Leaving:
         """A layer's gradient, reduced and on its way into the buffer."""
         with jax.named_scope(f"leave.{self.name.replace('/', '.')}"):
-            new = self.reduce(gradient).astype(to.gradients.dtype)
+            new = self.reduce(gradient).astype(self.gradient_dtype(to))
             if adds is not None:
-                new = jnp.where(adds, new + self.fetch(to.gradients, index), new)
+                new = jnp.where(adds, new + self._earlier(to, index, adds), new)
             squares = to.squares + jnp.sum(jnp.square(new.astype(jnp.float32)))
-            there = jax.device_put(new, _HOST)
-            buffer = jax.lax.dynamic_update_index_in_dim(to.gradients, there, index, 0)
-            return Leaving(buffer, squares)
+            return Leaving(self._put(to, index, new), squares)
+
+    def gradient_dtype(self, to: Leaving) -> Any:
+        """Of the gradients that leave."""
+        return to.gradients.dtype
+
+    def _taken(self, buffer: jax.Array, index: Any) -> jax.Array:
+        part = jax.lax.dynamic_index_in_dim(buffer, index, keepdims=False)
+        return jax.device_put(part, _DEVICE)
+
+    def _earlier(self, to: Leaving, index: Any, adds: jax.Array) -> jax.Array:
+        """What microbatches before this one left, if that is to be added."""
+        del adds
+        return self.fetch(to.gradients, index)
+
+    def _put(self, to: Leaving, index: Any, new: jax.Array) -> jax.Array:
+        """The buffer with a layer's gradient in it."""
+        there = jax.device_put(new, _HOST)
+        return jax.lax.dynamic_update_index_in_dim(to.gradients, there, index, 0)
 
 
 Turn = Callable[[list[Any], list[Any], list[Any], list[Any]], tuple[list[Any], list[Any]]]
@@ -152,7 +172,7 @@ class StreamedScan:
         return self._forwards(turn, shards, carry, xs)
 
     def _forward(self, shards: Any, leaving: Any, adds: Any, constants: Any, carry: Any, xs: Any):
-        traced = self._linearise(shards, constants, carry, xs)
+        traced = self._linearise(constants, carry, xs)
         again = _inputs_again(traced, len(shards) + len(constants) + len(carry))
 
         def turn(weights: list[Any], carry: list[Any], slices: list[Any]):
@@ -174,7 +194,7 @@ class StreamedScan:
         self, turn: Callable[..., Any], shards: list[Any], carry: list[Any], xs: list[Any]
     ) -> Any:
         """The loop forwards: the last carry and whatever else turns return, stacked."""
-        layer = Layer(turn, _fetched(shards), (carry, _one(xs)), ahead=self._ahead)
+        layer = Layer(turn, self._layer_types, (carry, _one(xs)), ahead=self._ahead)
 
         def body(state: Any, slices: list[Any]) -> Any:
             index, early, carry = state
@@ -218,7 +238,8 @@ class StreamedScan:
         d_results = [d for d in d_ys if is_differentiable(d)]
         sources = [shards[i] for i in fetched]
         slices = _one(xs), _one(kept), [*map(jax.typeof, floats), *_one(d_results)]
-        layer = Layer(turn, _fetched(sources), slices, ahead=self._ahead)
+        types = [self._layer_types[i] for i in fetched]
+        layer = Layer(turn, types, slices, ahead=self._ahead)
         fetch = self._fetch(sources, fetched)
 
         def body(state: Any, inputs: Any) -> Any:
@@ -267,6 +288,10 @@ class StreamedScan:
         """A gather takes its time between fetch and use."""
         return 2 if any(home.gathers for home in self.homes) else 1
 
+    @property
+    def _layer_types(self) -> list[jax.ShapeDtypeStruct]:
+        return [home.layer_type for home in self.homes]
+
     def _fetch(self, shards: Sequence[Any], which: Sequence[int] | None = None) -> Fetch:
         homes = self.homes if which is None else [self.homes[i] for i in which]
         return lambda i, index: homes[i].fetch(shards[i], index)
@@ -277,7 +302,7 @@ class StreamedScan:
         layers = [home.layer(part) for home, part in zip(self.homes, weights, strict=True)]
         return self.turn(layers, constants, carry, slices)
 
-    def _linearise(self, shards: Any, constants: Any, carry: Any, xs: Any) -> Linearised:
+    def _linearise(self, constants: Any, carry: Any, xs: Any) -> Linearised:
         counts = len(constants), len(constants) + len(carry)
 
         def function(weights: list[Any], values: list[Any]) -> list[Any]:
@@ -287,7 +312,7 @@ class StreamedScan:
 
         return linearise(
             function,
-            _fetched(shards),
+            self._layer_types,
             [*constants, *carry, *_one(xs)],
             constants=len(constants),
         )
@@ -305,11 +330,6 @@ class StreamedScan:
 def _one(stacks: Any) -> Any:
     """The types of one layer of stacked arrays."""
     return jax.tree.map(lambda x: jax.typeof(x).update(shape=x.shape[1:]), stacks)
-
-
-def _fetched(shards: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
-    """The types of one layer of arrays in host memory, once it is on the device."""
-    return [jax.ShapeDtypeStruct(shard.shape[1:], shard.dtype) for shard in shards]
 
 
 def _inputs_again(traced: Linearised, slices: int) -> list[int | None]:

@@ -15,6 +15,7 @@ from enum import Enum
 
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jspeed.layout.disk_port import DiskPort
 from jspeed.layout.gather import GatherPlan
 from jspeed.layout.mesh import AUTOMATIC_AXES, BATCH_AXES, PIPE, ZERO_AXES, AnyMesh
 from jspeed.layout.rules import Entry, axes_of
@@ -92,6 +93,8 @@ class Layout:
       params_on_host: those of them whose parameters themselves, and gradients, are in the hosts'
         memory as well, from where devices take them layer by layer.
       host_gradient_dtype: of gradients there.
+      disk: to the files that hold those parameters and gradients, if they are on the hosts' disks;
+        arrays have a single zero in the place of each.
       streamed: those are updated by the step itself, which streams their state through the devices.
     """
 
@@ -104,6 +107,7 @@ class Layout:
     on_host: frozenset[str] = frozenset()
     params_on_host: frozenset[str] = frozenset()
     host_gradient_dtype: str = "float32"
+    disk: DiskPort | None = None
     streamed: bool = False
 
     @property
@@ -220,12 +224,23 @@ class Layout:
     def sharding(self, path: str, role: Role) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec(*self.role_spec(path, role)))
 
+    def on_disk(self, path: str) -> bool:
+        """Whether a parameter and its gradients are in files."""
+        return self.disk is not None and path in self.params_on_host
+
+    def stored_spec(self, path: str, role: Role) -> tuple[Entry, ...]:
+        """The spec of what is kept in arrays between steps."""
+        return () if self.on_disk(path) else self.role_spec(path, role)
+
     def part_elements(self, path: str, role: Role) -> int:
         """Elements of a parameter that one device has in a role."""
         return math.prod(self.sharding(path, role).shard_shape(self.leaves[path].shape))
 
     def stored_sharding(self, path: str, role: Role) -> NamedSharding:
-        """The sharding of what is kept between steps, in memory of the device or of its host."""
+        """The sharding of what is kept in arrays between steps, in memory of the device or of its
+        host."""
+        if self.on_disk(path):
+            return self.replicated()
         sharding = self.sharding(path, role)
         return sharding.with_memory_kind(HOST_MEMORY) if path in self.params_on_host else sharding
 

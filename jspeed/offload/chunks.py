@@ -79,12 +79,14 @@ class Shards:
       indices: of each distinct part that this process has, as a tuple of slices.
       devices: of each of them, those of this process that hold it.
       pieces: what a part is cut into.
+      most: elements of a piece, as given.
     """
 
     def __init__(self, shape: Sequence[int], sharding: NamedSharding, most: int) -> None:
         self.shape = tuple(shape)
         self.sharding = sharding
         self.local_shape = sharding.shard_shape(self.shape)
+        self.most = most
         self.pieces = cut(self.local_shape, most)
         holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}
         places: dict[tuple[tuple[int, int], ...], tuple[slice, ...]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import weakref
@@ -14,9 +15,9 @@ import numpy as np
 
 from jspeed.core.errors import OffloadError
 from jspeed.offload.capacity import file_system
-from jspeed.offload.checksums import fastest_checksum
-from jspeed.offload.direct_io import RecordFile, aligned, aligned_buffer, aligned_buffers, reason
+from jspeed.offload.direct_io import RecordFile, aligned, aligned_buffer, aligned_buffers
 from jspeed.offload.folders import PREFIX, ProcessFolder
+from jspeed.offload.records import Records
 from jspeed.offload.stores import (
     TENSORS,
     State,
@@ -83,20 +84,19 @@ class FileStore:
             )
         self._sizes = checked_sizes(sizes, tensors)
         self._tensors = tuple(tensors)
-        spans = [len(self._tensors) * aligned(size * _ITEM) for size in self._sizes]
-        self._offsets = [0, *np.cumsum(spans, dtype=np.int64).tolist()]
-        self._checksum = fastest_checksum()
-        self._checksums = np.zeros((len(self._sizes), len(self._tensors)), np.uint64)
+        sizes = [size * _ITEM for size in self._sizes for _ in self._tensors]
         self._written = np.zeros(len(self._sizes), bool)
 
-        self._buffers = aligned_buffers(buffers, max(spans, default=0))
+        widest = max(map(self._span, range(len(self._sizes))), default=0)
+        self._buffers = aligned_buffers(buffers, widest)
 
         self._folder = ProcessFolder(Path(directory), f"{PREFIX}{name}-{process}")
         try:
-            self._file = self._folder.make_file(_FILE, self._offsets[-1], direct=direct)
+            self._file = self._folder.make_file(_FILE, Records.room(sizes), direct=direct)
         except BaseException:
             self._folder.close()
             raise
+        self._records = Records(self._file, sizes, functools.partial(_name, self._tensors))
         self._remove = weakref.finalize(self, _remove, self._folder, self._file, os.getpid())
         self._threads = ThreadPoolExecutor(buffers, thread_name_prefix="jspeed-offload")
         self._free = list(self._buffers)
@@ -196,7 +196,7 @@ class FileStore:
             "direct I/O" if self._file.direct else "no direct I/O: through the page cache, emptied",
             len(self._buffers),
             self._buffers[0].nbytes / 1e6,
-            self._checksum.name,
+            self._records.checksum,
         )
         if (kind := file_system(self._folder.path)) in _IN_MEMORY:
             _LOGGER.warning(
@@ -228,7 +228,7 @@ class FileStore:
 
     def _span(self, index: int) -> int:
         """Bytes of a record."""
-        return self._offsets[index + 1] - self._offsets[index]
+        return len(self._tensors) * aligned(self._sizes[index] * _ITEM)
 
     def _views(self, index: int, buffer: np.ndarray) -> State:
         """The tensors of a record, as float32 `[size]` on the buffer's memory."""
@@ -246,50 +246,34 @@ class FileStore:
         self, index: int, buffer: np.ndarray, which: Sequence[int] | None = None
     ) -> np.ndarray:
         """In a thread: writes a chunk, or some tensors of it, and returns its buffer."""
-        views = self._views(index, buffer)
-        try:
-            for place in range(len(views)) if which is None else which:
-                self._checksums[index, place] = self._checksum.of(views[place].data)
-            for part in self._parts(index, which):
-                self._file.write(buffer[part], self._offsets[index] + part.start)
-        except OSError as error:
-            raise OffloadError(
-                f'"{self._file.path}": chunk {index} cannot be written: {reason(error)}.'
-            ) from error
+        for records, part in self._parts(index, which):
+            self._records.write(records, buffer[part], f"chunk {index}")
         return buffer
 
     def _load(
         self, index: int, buffer: np.ndarray, which: Sequence[int] | None = None
     ) -> np.ndarray:
-        """In a thread: reads a chunk, or some tensors of it, into a buffer, compares checksums,
-        and returns the buffer."""
-        try:
-            for part in self._parts(index, which):
-                self._file.read(buffer[part], self._offsets[index] + part.start)
-        except OSError as error:
-            raise OffloadError(
-                f'"{self._file.path}": chunk {index} cannot be read: {reason(error)}.'
-            ) from error
-        views = self._views(index, buffer)
-        for place in range(len(views)) if which is None else which:
-            found, expected = (
-                self._checksum.of(views[place].data),
-                int(self._checksums[index, place]),
-            )
-            if found != expected:
-                shown, wanted = (f"{x:0{self._checksum.digits}x}" for x in (found, expected))
-                raise OffloadError(
-                    f'"{self._file.path}": {self._tensors[place]} of chunk {index} is damaged: its '
-                    f"checksum is {shown}; {wanted} was written. The disk or its driver lost data."
-                )
+        """In a thread: reads a chunk, or some tensors of it, into a buffer, and returns it."""
+        for records, part in self._parts(index, which):
+            self._records.read(records, buffer[part], f"chunk {index}")
         return buffer
 
-    def _parts(self, index: int, which: Sequence[int] | None) -> list[slice]:
-        """Bytes of a record: all at once, or those of some tensors, each on its own."""
-        if which is None or len(which) == len(self._tensors):
-            return [slice(0, self._span(index))]
-        step = self._span(index) // len(self._tensors)
-        return [slice(place * step, (place + 1) * step) for place in which]
+    def _parts(self, index: int, which: Sequence[int] | None) -> list[tuple[range, slice]]:
+        """Records of a chunk and where they are in its buffer: all at once, or those of some
+        tensors, each on its own."""
+        count = len(self._tensors)
+        first, step = index * count, self._span(index) // count
+        if which is None or len(which) == count:
+            return [(range(first, first + count), slice(0, self._span(index)))]
+        return [
+            (range(first + place, first + place + 1), slice(place * step, (place + 1) * step))
+            for place in which
+        ]
+
+
+def _name(tensors: Sequence[str], record: int) -> str:
+    index, place = divmod(record, len(tensors))
+    return f"{tensors[place]} of chunk {index}"
 
 
 def _remove(folder: ProcessFolder, file: RecordFile, owner: int) -> None:

@@ -66,7 +66,7 @@ class Resident:
             [
                 views[device][within]
                 for device, held in places.items()
-                if (within := _within(part, held or (), shards.shape)) is not None
+                if (within := where_within(part, held or (), shards.shape)) is not None
             ]
             for part in shards.indices
         ]
@@ -74,15 +74,18 @@ class Resident:
     def room(self, part: int, piece: Piece) -> np.ndarray:
         """Where a part's new chunk is to be written, flat: the parameter itself if its elements lie
         one after another."""
-        box = self._targets[part][0][_box(piece)]
+        box = self._targets[part][0][box_of(piece)]
         return box.reshape(-1) if box.flags.c_contiguous else np.empty(piece.size, box.dtype)
 
     def written(self, part: int, piece: Piece, chunk: np.ndarray) -> None:
         """Brings what is in `room` wherever the part is held."""
         for target in self._targets[part]:
-            box = target[_box(piece)]
+            box = target[box_of(piece)]
             if not np.shares_memory(box, chunk):
                 box[...] = chunk.reshape(piece.shape)
+
+    def end(self) -> None:
+        """All of it has been written."""
 
 
 def in_host_memory(array: Any) -> bool:
@@ -114,7 +117,7 @@ def cast_on_host(array: jax.Array, sharding: NamedSharding, dtype: str) -> jax.A
 def host_parts(shards: Shards, array: jax.Array, piece: Piece) -> list[np.ndarray]:
     """A chunk of every part of an array in host memory that is placed as `shards`, each flat."""
     views = host_views(array)
-    return [views[devices[0]][_box(piece)].reshape(-1) for devices in shards.devices]
+    return [views[devices[0]][box_of(piece)].reshape(-1) for devices in shards.devices]
 
 
 def _view(data: jax.Array) -> np.ndarray:
@@ -124,11 +127,12 @@ def _view(data: jax.Array) -> np.ndarray:
     return np.frombuffer(memory, dtype=data.dtype).reshape(data.shape)
 
 
-def _box(piece: Piece) -> tuple[slice, ...]:
+def box_of(piece: Piece) -> tuple[slice, ...]:
+    """The elements of a shard that a chunk is."""
     return tuple(slice(at, at + size) for at, size in zip(piece.start, piece.shape, strict=True))
 
 
-def _within(
+def where_within(
     part: Sequence[slice], held: Sequence[slice], shape: Sequence[int]
 ) -> tuple[slice, ...] | None:
     """Where a part lies in what a device holds; None if it does not hold it."""

@@ -23,8 +23,10 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jspeed.layout.mesh import one_at_a_time
 from jspeed.layout.zero import HOST_MEMORY, Layout, Role
 from jspeed.offload.chunks import CHUNK_ELEMENTS, Piece, Shards
+from jspeed.offload.disk_resident import DiskGradients, DiskResident
 from jspeed.offload.host_adam import HostAdam, host_zeros
 from jspeed.offload.host_arrays import Resident, check_host_views, host_parts, in_host_memory
+from jspeed.offload.layer_files import LayerFiles
 from jspeed.offload.stores import TENSORS, ChunkStore, State
 
 _AHEAD = 2
@@ -63,6 +65,7 @@ class HostOptimizer:
       adam: the update of one chunk.
       make_store: `elements of each chunk -> store`; a chunk here is one part of one array's chunk.
       most: elements of a chunk.
+      make_files: makes the files of the layers, where these are on the disk.
     """
 
     def __init__(
@@ -72,18 +75,16 @@ class HostOptimizer:
         make_store: Callable[[Sequence[int]], ChunkStore],
         *,
         most: int = CHUNK_ELEMENTS,
+        make_files: Callable[[], LayerFiles] | None = None,
     ) -> None:
         self.layout = layout
         self._adam = adam
         self._one_at_a_time = one_at_a_time(layout.mesh)
-        if layout.params_on_host:
+        if layout.params_on_host and layout.disk is None:
             mesh: Any = layout.mesh
             check_host_views(mesh.local_devices[0])
         self._paths = [path for path in layout.leaves if path in layout.on_host]
-        self._shards = {
-            path: Shards(layout.leaves[path].shape, layout.sharding(path, Role.MOMENTS), most)
-            for path in self._paths
-        }
+        self._shards = {path: _shards(layout, path, most) for path in self._paths}
         self._chunks = list(self._all_chunks())
         self._first: dict[str, int] = {}
         sizes: list[int] = []
@@ -92,6 +93,11 @@ class HostOptimizer:
             self._first.setdefault(chunk.path, len(sizes))
             sizes += [chunk.piece.size] * len(shards.indices)
         self._store = make_store(sizes)
+        try:
+            self.files = None if make_files is None else make_files()
+        except BaseException:
+            self._store.close()
+            raise
         widest = max((len(shards.indices) for shards in self._shards.values()), default=0)
         self._buffers = _Ring(
             2 + _AHEAD, widest, max(sizes, default=0), np.dtype(layout.compute_dtype)
@@ -105,6 +111,32 @@ class HostOptimizer:
     def close(self) -> None:
         """Gives memory and files back."""
         self._store.close()
+        if self.files is not None:
+            self.files.close()
+
+    def settle(self) -> None:
+        """After a program: waits for what devices left on the disk.
+
+        Raises:
+          OffloadError: something went wrong there while the program ran.
+        """
+        if self.files is not None:
+            self.files.settle()
+
+    def put(self, path: str, param: jax.Array) -> None:
+        """Takes a parameter on the disk, placed as its moments, on the devices or in host memory.
+
+        Raises:
+          OffloadError: it cannot be written.
+        """
+        self.settle()
+        shards, resident = self._shards[path], self._resident(path, param)
+        for piece in shards.pieces:
+            for part, chunk in enumerate(_taken(shards, param, piece)):
+                room = resident.room(part, piece)
+                room[...] = np.asarray(chunk)
+                resident.written(part, piece, room)
+        resident.end()
 
     def start(self, path: str, master: jax.Array) -> None:
         """Takes a parameter in fp32, placed as its moments, which begin as zeros."""
@@ -171,13 +203,15 @@ class HostOptimizer:
         new = dict(params)
         states = self._store.pass_over()
         target: jax.Array | None = None
-        resident: Resident | None = None
+        resident: Resident | DiskResident | None = None
         for chunk, parts in self._downloads(gradients):
             shards, path = self._shards[chunk.path], chunk.path
             if path in self.layout.params_on_host:
                 resident = resident or self._resident(path, new[path])
                 self._update_resident(resident, chunk.piece, parts, states, step)
-                resident = None if chunk.is_last else resident
+                if chunk.is_last:
+                    resident.end()
+                    resident = None
                 continue
             outs = self._buffers.next(len(parts), parts[0].size)
             for gradient, out in zip(parts, outs, strict=True):
@@ -191,12 +225,16 @@ class HostOptimizer:
         assert next(states, None) is None, "more chunks of state than of gradients"
         return new
 
-    def _resident(self, path: str, param: jax.Array) -> Resident:
-        return Resident(self._shards[path], self.layout.stored_sharding(path, Role.MASTER), param)
+    def _resident(self, path: str, param: jax.Array) -> Resident | DiskResident:
+        shards = self._shards[path]
+        if self.files is not None:
+            sharding = self.layout.sharding(path, Role.MASTER)
+            return DiskResident(path, shards, sharding, self.files)
+        return Resident(shards, self.layout.stored_sharding(path, Role.MASTER), param)
 
     def _update_resident(
         self,
-        resident: Resident,
+        resident: Resident | DiskResident,
         piece: Piece,
         gradients: Sequence[np.ndarray],
         states: Iterator[tuple[int, State]],
@@ -230,14 +268,19 @@ class HostOptimizer:
     ) -> Iterator[tuple[_Chunk, list[np.ndarray]]]:
         """Every chunk's gradients, while the next ones are on their way."""
         coming: collections.deque[tuple[_Chunk, Sequence[Any]]] = collections.deque()
+        on_disk = None if self.files is None else DiskGradients(self.files)
 
         def arrived() -> tuple[_Chunk, list[np.ndarray]]:
             chunk, parts = coming.popleft()
-            return chunk, [np.asarray(part) for part in parts]
+            return chunk, [_arrived(part) for part in parts]
 
         for chunk in self._chunks:
             gradient, shards = gradients[chunk.path], self._shards[chunk.path]
-            coming.append((chunk, _taken(shards, gradient, chunk.piece)))
+            if on_disk is not None and chunk.path in self.layout.params_on_host:
+                parts = on_disk.take(chunk.path, shards, chunk.piece)
+            else:
+                parts = _taken(shards, gradient, chunk.piece)
+            coming.append((chunk, parts))
             if chunk.is_last:
                 del gradients[chunk.path]  # its memory is free once its chunks have left
             if len(coming) > _AHEAD:
@@ -265,9 +308,21 @@ class HostOptimizer:
         return layout.role_spec(path, Role.MASTER) != layout.role_spec(path, Role.MOMENTS)
 
 
+def _shards(layout: Layout, path: str, most: int) -> Shards:
+    """What this process has of a parameter's state; on the disk every chunk is within one layer."""
+    shape, sharding = layout.leaves[path].shape, layout.sharding(path, Role.MOMENTS)
+    if layout.on_disk(path):
+        most = min(most, math.prod(sharding.shard_shape(shape)[1:]))
+    return Shards(shape, sharding, most)
+
+
 def _taken(shards: Shards, array: jax.Array, piece: Piece) -> Sequence[Any]:
     """A chunk of every part, in host memory or on its way there."""
     return host_parts(shards, array, piece) if in_host_memory(array) else shards.take(array, piece)
+
+
+def _arrived(part: Any) -> np.ndarray:
+    return np.asarray(part) if isinstance(part, jax.Array | np.ndarray) else part()
 
 
 class _Ring:

@@ -41,8 +41,14 @@ def check_host_memory(needs: Sequence[Need], advice: str) -> None:
         _check("host memory", needs, rooms[0], advice)
 
 
-def check_disk(needs: Sequence[Need], folder: Path, advice: str) -> None:
-    """As `check_host_memory`, of the disk that holds a folder.
+def check_disk(
+    needs: Sequence[Need],
+    folder: Path,
+    advice: str,
+    *,
+    key: str = "zero_optimization.offload_optimizer.nvme_path",
+) -> None:
+    """As `check_host_memory`, of the disk that holds a folder, which `key` names.
 
     Raises:
       OffloadError: it is too little, with a table; or there is no such folder.
@@ -51,7 +57,7 @@ def check_disk(needs: Sequence[Need], folder: Path, advice: str) -> None:
         room = disk_space(folder)
     except OSError as error:
         raise OffloadError(
-            f'"zero_optimization.offload_optimizer.nvme_path": "{folder}" cannot be used: '
+            f'"{key}": "{folder}" cannot be used: '
             f"{error.strerror}. Make the folder, or name another."
         ) from error
     _check("room on the disk", needs, room, advice)

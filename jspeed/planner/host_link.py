@@ -33,7 +33,7 @@ def host_link_seconds(layout: Layout, target: Target, *, tensors: int) -> float:
 
 
 def fetching_seconds(layout: Layout, target: Target, *, accumulation: int) -> float:
-    """Seconds in which a device moves what it computes with from and to host memory.
+    """Seconds in which a device moves what it computes with from and to its host.
 
     In each microbatch parameters come twice, for the forward and for the backward pass, and their
     gradients leave; from the second on they come again to be added to. The link does both at once.

@@ -29,6 +29,7 @@ from jspeed.engine.compilation import auto_facts, jit_step, lowered_layout
 from jspeed.engine.pipeline import pipeline_of
 from jspeed.engine.sparse_attention import sets_pattern
 from jspeed.engine.state_explanation import explain_plan, microbatch_shapes
+from jspeed.layout.explain import Explanation
 from jspeed.layout.rules import axes_of
 from jspeed.layout.zero import Layout, Role
 from jspeed.nn.attention import STAND_IN
@@ -176,7 +177,13 @@ def _plan(step: _Step, cluster: Cluster, remarks: list[str]) -> Plan:
             "the optimizer's update on the host takes time that is not in the predicted step; what "
             "moves for it between host and devices is."
         )
-    if layout.params_on_host:
+    if layout.disk is not None:
+        remarks.append(
+            "the layers' parameters come from the disk, and their gradients leave for it: the "
+            "predicted step waits for the link between host and devices, at its full speed, and "
+            "not for the disk."
+        )
+    elif layout.params_on_host:
         remarks.append(
             "the layers' parameters come from host memory, and their gradients leave for it, at "
             "the link's full speed and all behind what is computed meanwhile."
@@ -195,7 +202,8 @@ def _plan(step: _Step, cluster: Cluster, remarks: list[str]) -> Plan:
         pipeline=turns,
     )
     fetched = fetching_seconds(layout, cluster.target, accumulation=run.batch.accumulation)
-    time.spend(HOST_LINK, fetched - time.seconds)  # the rest is behind what is computed
+    hidden = 0.0 if layout.disk is not None else time.seconds  # behind what is computed
+    time.spend(HOST_LINK, fetched - hidden)
     moved = host_link_seconds(layout, cluster.target, tensors=state.host_tensors)
     time.spend(HOST_LINK, moved)
     traffic = compiled.collectives
@@ -213,7 +221,7 @@ def _plan(step: _Step, cluster: Cluster, remarks: list[str]) -> Plan:
             batch_bytes=batch_bytes,
             limit=cluster.limit_bytes,
             origins=origins,
-            host=0 if layout.streamed else state.host_bytes - state.host_parameter_bytes,
+            host=_beside_the_step(state, layout),
             leaving=0 if layout.streamed else _leaving(layout),
         ),
         traffic=summarise(traffic),
@@ -228,6 +236,14 @@ def _plan(step: _Step, cluster: Cluster, remarks: list[str]) -> Plan:
         remarks=tuple(remarks),
         pipeline=pipeline_of(step.config, run),
     )
+
+
+def _beside_the_step(state: Explanation, layout: Layout) -> int:
+    """Bytes on the host or its disk, for one device, that the compiled step knows nothing of."""
+    if layout.streamed:
+        return 0
+    in_the_step = 0 if layout.disk is not None else state.host_parameter_bytes
+    return state.host_bytes - in_the_step
 
 
 def _leaving(layout: Layout) -> int:

@@ -129,7 +129,9 @@ def local_gradients(
             lambda path, _: manual_spec(layout.role_spec(path, Role.GRAD)), state.master
         )
         scalar = PartitionSpec()
-        left_specs = {path: dict(named_leaves(grad_specs))[path] for path in state.host_gradients}
+        left_specs = {
+            path: manual_spec(layout.stored_spec(path, Role.GRAD)) for path in state.host_gradients
+        }
         grad_specs = map_named(
             lambda path, spec: scalar if path in left_specs else spec, grad_specs
         )

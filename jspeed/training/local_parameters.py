@@ -28,6 +28,7 @@ from jspeed.core.tree import map_named
 from jspeed.layout.at_use import AtHome, Report
 from jspeed.layout.gather import GatherPlan, island, reduce_scatter
 from jspeed.layout.mesh import BATCH_AXES, PIPE
+from jspeed.layout.on_disk import OnDisk
 from jspeed.layout.rules import axes_of
 from jspeed.layout.streamed import Leaving, Streamed
 from jspeed.layout.zero import Layout, Role, manual_spec
@@ -117,18 +118,19 @@ class LocalParameters:
     def _streamed(
         self, path: str, part: jax.Array, leaving: Leaving | None, adds: jax.Array | None
     ) -> Streamed:
-        """A parameter in host memory."""
-        gathers = self.how[path] is _GATHERED
-        whole = GatherPlan((), -1, compute_dtype=self.layout.compute_dtype)
-        return Streamed(
+        """A parameter in host memory or on the disk."""
+        layout, gathers = self.layout, self.how[path] is _GATHERED
+        whole = GatherPlan((), -1, compute_dtype=layout.compute_dtype)
+        home = Streamed(
             path,
-            self.layout.plan(path) if gathers else whole,
+            layout.plan(path) if gathers else whole,
             part,
             gathers=gathers,
             reduce=functools.partial(self._over_data, path),
             leaving=leaving,
             adds=adds,
         )
+        return home if layout.disk is None else OnDisk.placed(home, layout, layout.disk)
 
     def norms(self, squares: Arrays) -> Arrays:
         """The norm of each gradient in host memory, from the sums of squares of this device's part.
@@ -180,7 +182,7 @@ class LocalParameters:
 def state_specs(layout: Layout, state: TrainState) -> tuple[Any, Any, Any]:
     """The specs over manual axes of the masters, the copies and the mutable state."""
     master = map_named(
-        lambda path, _: manual_spec(layout.role_spec(path, Role.MASTER)), state.master
+        lambda path, _: manual_spec(layout.stored_spec(path, Role.MASTER)), state.master
     )
     copies = {path: manual_spec(layout.role_spec(path, Role.PARAM)) for path in state.copies}
     return master, copies, jax.tree.map(lambda _: PartitionSpec(), state.mutable)

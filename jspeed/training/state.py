@@ -21,6 +21,9 @@ from jspeed.layout.zero import Layout, Role
 from jspeed.offload import HOST_MEMORY
 from jspeed.training.program import Program
 
+_STAND_IN = jax.ShapeDtypeStruct((), jnp.dtype("float32"))
+"""What arrays have in the place of a parameter on the disk, or of its gradients."""
+
 LEAF = "leaf"
 """Stands for a parameter where an optimizer is asked about one."""
 
@@ -41,7 +44,8 @@ class TrainState:
       rng: uint32 key data; a step's keys are folded from it and `step`.
       loss_scale: the state of fp16's loss scaling, or None.
       host_gradients: path -> gradients that the last step left in the hosts' memory, of the
-        layout's `params_on_host`; room for the next one's.
+        layout's `params_on_host`; room for the next one's. What is on the disk has a zero here, and
+        one in `master`.
       streamed: path -> tensor -> array in the hosts' pinned memory: fp32 `master` and moments of
         the parameters whose state the step streams through the devices.
     """
@@ -246,6 +250,9 @@ def abstract_state(
     )
     shapes = replace(
         shapes,
+        master=map_named(
+            lambda path, leaf: _STAND_IN if layout.on_disk(path) else leaf, shapes.master
+        ),
         streamed=_abstract_streamed(optimizer, layout),
         host_gradients=_host_gradient_shapes(layout),
     )
@@ -258,14 +265,17 @@ def abstract_state(
 
 def _host_gradient_shapes(layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
     return {
-        path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(layout.host_gradient_dtype))
+        path: _STAND_IN
+        if layout.on_disk(path)
+        else jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(layout.host_gradient_dtype))
         for path, leaf in layout.leaves.items()
         if path in layout.params_on_host
     }
 
 
 def host_gradients(layout: Layout) -> dict[str, jax.Array]:
-    """Zeros in the hosts' memory, which have not been on any device."""
+    """Zeros in the hosts' memory, which have not been on any device; one that stands for each of
+    those on the disk."""
 
     def zeros(path: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
         sharding = layout.stored_sharding(path, Role.MOMENTS)
@@ -326,6 +336,11 @@ def create_state(
     return replace(build(placed, mutable, rng), host_gradients=left)
 
 
+def stand_in(layout: Layout) -> jax.Array:
+    """What the state has in the place of a parameter on the disk."""
+    return jax.device_put(np.zeros(_STAND_IN.shape, _STAND_IN.dtype), layout.replicated())
+
+
 def create_parameters(
     program: Program, layout: Layout, *, seed: int
 ) -> Iterator[tuple[str, jax.Array]]:
@@ -350,7 +365,8 @@ def create_parameters(
         sharding = layout.sharding(path, Role.MOMENTS)
         if path in layout.params_on_host:
             made = functools.partial(create, init_key) if given is None else leaves[path]
-            yield path, _made_by_host(made, layout.stored_sharding(path, Role.MOMENTS))
+            here = layout.sharding(path, Role.MOMENTS).with_memory_kind(HOST_MEMORY)
+            yield path, _made_by_host(made, here)
         elif given is None:
             yield path, jax.jit(create, out_shardings=sharding)(init_key)
         else:

@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from jspeed.core import _compat
+from jspeed.core.host_call import host_call
 from jspeed.layout.mesh import MeshShape, make_mesh
 
 
@@ -98,3 +99,18 @@ def test_shard_map_nests_over_automatic_axes():
 def test_a_checkpoint_name_is_the_primitive_that_policies_ask_for():
     jaxpr = jax.make_jaxpr(lambda x: checkpoint_name(x, "x"))(1.0).jaxpr
     assert [eqn.primitive for eqn in jaxpr.eqns] == [_compat.name_p]
+
+
+def test_host_functions_get_and_give_numpy_arrays():
+    """By XLA's own calls of Python; `jspeed.core.host_call` builds on it."""
+    seen = []
+
+    def double(x):
+        seen.append(type(x))
+        return 2 * x
+
+    shape = jax.ShapeDtypeStruct((3,), jnp.bfloat16)
+    found = jax.jit(lambda x: host_call(double, shape, x))(jnp.ones(3, jnp.bfloat16))
+    assert found.dtype == jnp.bfloat16
+    assert found.tolist() == [2, 2, 2]
+    assert seen == [np.ndarray]

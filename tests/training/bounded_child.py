@@ -2,8 +2,9 @@
 
     python -m tests.training.bounded_child DEVICE FOLDER WIDTH LAYERS LIMIT
 
-DEVICE is that of `offload_optimizer`; WIDTH and LAYERS make the model; LIMIT is how many bytes of
-private memory this process may have, Python's and JAX's own among them. Prints JSON.
+DEVICE is that of `offload_optimizer`, or "layers": that of `offload_param` is nvme as well. WIDTH
+and LAYERS make the model; LIMIT is how many bytes of private memory this process may have, Python's
+and JAX's own among them. Prints JSON.
 """
 
 from __future__ import annotations
@@ -68,8 +69,11 @@ def loss_fn(model: Any, batch: Any, rng: jax.Array) -> jax.Array:
 
 def make_engine(device: str, folder: str, width: int, layers: int) -> Any:
     offload: dict[str, Any] = {"device": device}
-    if device == "nvme":
-        offload |= {"nvme_path": folder, "buffer_count": BUFFERS}
+    layers_too: dict[str, Any] = {}
+    if device != "cpu":
+        offload = {"device": "nvme", "nvme_path": folder, "buffer_count": BUFFERS}
+    if device == "layers":
+        layers_too = {"offload_param": {"device": "nvme", "nvme_path": folder}}
     return jspeed.initialize(
         model=model(width, layers),
         loss_fn=loss_fn,
@@ -82,8 +86,10 @@ def make_engine(device: str, folder: str, width: int, layers: int) -> Any:
                 "stage": 1,
                 "sub_group_size": SUB_GROUP,
                 "offload_optimizer": offload,
+                **layers_too,
             },
         },
+        stacked=["layers/.*"],
         seed=0,
         report=False,
     )
@@ -120,6 +126,7 @@ def main(device: str, folder: str, width: int, layers: int, limit: int) -> None:
                 "resumed": resumed,
                 "peaks": peaks,
                 "limit": limit,
+                "parameters": width * width * layers * KERNELS,
                 "state": 12 * width * width * layers * KERNELS,
                 "buffers": BUFFERS * SUB_GROUP * 12,
             }

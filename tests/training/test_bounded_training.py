@@ -21,9 +21,11 @@ STATE = 12 * KERNELS * WIDTH * WIDTH * LAYERS
 LIMIT = STATE - 2 * MB
 
 
-def run(device: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def run(
+    device: str, folder: Path, layers: int = LAYERS, limit: int = LIMIT
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tests.training.bounded_child", device, str(folder)]
-    command += [str(WIDTH), str(LAYERS), str(LIMIT)]
+    command += [str(WIDTH), str(layers), str(limit)]
     small = {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "1",
@@ -51,6 +53,26 @@ def test_a_state_beyond_the_limit_trains_from_the_disk(tmp_path: Path) -> None:
     assert found["resumed"] == found["expected"] != found["losses"]
     assert found["peaks"]["resumed"] < found["buffers"] + 2**30
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_parameters_and_state_beyond_the_limit_train_from_the_disk(tmp_path: Path) -> None:
+    """Twice as many as above: 3.2 GB under 1.1 GB, saved and resumed to the last bit. With the
+    state alone on the disk parameters and gradients are refused."""
+    layers, limit = 2 * LAYERS, 1100 * MB
+    done = run("layers", tmp_path, layers, limit)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert 2 * found["parameters"] + found["state"] == 14 * found["parameters"] > 2 * limit
+    assert found["resumed"] == found["expected"] != found["losses"]
+    assert found["peaks"]["resumed"] < 2**30
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+    without = run("nvme", tmp_path, layers, limit)
+    assert without.returncode != 0
+    error = without.stderr[without.stderr.index("OffloadError") :]
+    assert "parameters and gradients of the CPU's own devices" in error, error
+    assert "free, by the limit RLIMIT_DATA (ulimit -d)" in error, error
 
 
 def test_without_the_tier_it_is_refused(tmp_path: Path) -> None:

@@ -225,8 +225,6 @@ def test_groups_of_layers_are_refused():
     [
         ({"offload": None}, r'and it is "none". Set "zero_optimization.offload_optimizer"'),
         ({"offload": {"device": "cpu", "ratio": 0.5}}, r'with "ratio": 0.5. Set'),
-        ({"param": {"device": "nvme"}}, 'on the disk are not built yet. Use "cpu"'),
-        ({"param": {"device": "nvme", "nvme_path": "/x"}}, 'on the disk are not built yet. Use "c'),
         ({"mesh": {"pipe": 2}}, r'"cpu" does not go with "mesh.pipe": 2: stages'),
         (
             {"zero": {"stage3_param_persistence_threshold": 10**6}},
