@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -208,19 +209,22 @@ def _page(options: argparse.Namespace, killed: Supervised, differ: int, seconds:
         f"{sum(kill.doing == doing for kill in killed.kills)} while {doing}"
         for doing in ("starting", "training", "saving")
     )
-    restarts = len(re.findall("starting again", killed.log.read_text()))
+    said = killed.log.read_text()
+    restarts = said.count("starting again")
+    reasons = Counter(re.findall(r"failed first \(exit code \d+\): (.*)", said))
+    why = "; ".join(f"{count} x {reason[:120]}" for reason, count in reasons.most_common())
     return f"""# Killed at random moments
 
 ```bash
 python -m tests.launch.chaos --kills {options.kills} --processes {options.processes} \\
-  --seed {options.seed} --steps {options.steps} --write docs/chaos.md
+  --seed {options.seed} --steps {options.steps} --save_every {options.save_every} --write docs/chaos.md
 ```
 
 A run of {options.processes} processes on the CPU (ZeRO-3, {options.steps} steps, a checkpoint every
 {options.save_every}) under `jspeed launch --max_restarts`. After each start one process is killed
 with SIGKILL: which one, and when, is drawn at random over wall time, so that importing, compiling,
-training and saving are hit alike. {counts}; {restarts} restarts; {seconds:.0f} s in all on
-{os.cpu_count()} cores.
+training and saving are hit alike. {counts}; {seconds:.0f} s in all on {os.cpu_count()} cores.
+{restarts} restarts; the launcher's reasons: {why}.
 
 **{differ} of {options.steps} losses differ from those of the run that was left alone**, compared to
 the last bit.
