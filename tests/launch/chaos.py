@@ -217,7 +217,8 @@ def _page(options: argparse.Namespace, killed: Supervised, differ: int, seconds:
 
 ```bash
 python -m tests.launch.chaos --kills {options.kills} --processes {options.processes} \\
-  --seed {options.seed} --steps {options.steps} --save_every {options.save_every} --write docs/chaos.md
+  --seed {options.seed} --steps {options.steps} --save_every {options.save_every} \\
+  --write docs/chaos.md
 ```
 
 A run of {options.processes} processes on the CPU (ZeRO-3, {options.steps} steps, a checkpoint every
