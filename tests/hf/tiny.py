@@ -76,7 +76,9 @@ def make(name: str, *, seed: int = 0, **more: Any) -> Any:
     config, model, settings = MODELS[name]
     torch.manual_seed(seed)
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    made = getattr(transformers, model)(getattr(transformers, config)(**settings, **ids, **more))
+    made = getattr(transformers, model)(
+        getattr(transformers, config)(**{**settings, **ids, **more})
+    )
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
