@@ -29,8 +29,8 @@ from jspeed.core.errors import (
     DamagedCheckpointError,
     MissingExtraError,
 )
-from jspeed.core.tree import map_named, named_leaves
-from jspeed.engine.accessors import Accessors, whole_on_host
+from jspeed.core.tree import map_named
+from jspeed.engine.accessors import Accessors
 from jspeed.engine.counters import Counters
 from jspeed.engine.reporting import LOGGER
 from jspeed.engine.saved_state import (
@@ -348,11 +348,8 @@ def save_16bit(engine: Accessors, directory: str | os.PathLike[str], filename: s
         raise MissingExtraError(
             'save_16bit_model needs safetensors: pip install "jspeed[hf]"'
         ) from error
-    dtype = "float16" if engine.fp16_enabled() else "bfloat16"
-    arrays = {
-        path: whole_on_host(leaf.astype(dtype), engine.layout, path)
-        for path, leaf in named_leaves(engine.state.master)
-    }
+    dtype = jnp.dtype("float16" if engine.fp16_enabled() else "bfloat16")
+    arrays = {path: whole.astype(dtype) for path, whole in engine.whole_parameters()}
     target = Path(directory) / filename
     if jax.process_index() == 0:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -292,11 +292,16 @@ class Engine(Checkpointing, Parking):
         keys.pop("gradient_accumulation_steps", None)  # follows from the two others
         keys["train_batch_size"] = train_batch_size
         keys["train_micro_batch_size_per_gpu"] = micro_batch_size
+        before = self.config
         self.config = load_config(keys)
-        self._counters = counted
-        self.plan = self._plan(self.mesh)
-        if self._offloading is not None:
-            self._offloading.rebatched(self.plan)
+        try:
+            plan = self._plan(self.mesh)
+            if self._offloading is not None:
+                self._offloading.rebatched(plan)
+        except BaseException:
+            self.config = before
+            raise
+        self._counters, self.plan = counted, plan
         # Those that microbatches add up may have another dtype than one's own.
         self._state = replace(self._state, host_gradients=host_gradients(self.layout))
         self._compile_step()

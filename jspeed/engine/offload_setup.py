@@ -234,6 +234,15 @@ def _of_cpu_devices(layout: Layout) -> Need:
     return Need("parameters and gradients of the CPU's own devices", total)
 
 
+def _of_largest_stack(layout: Layout) -> Need:
+    """A stack of layers is made, saved and loaded whole, one after the other."""
+    largest = max(layout.part_elements(path, Role.MOMENTS) for path in layout.params_on_host)
+    return Need(
+        "the largest stack of layers, three times in fp32, while it is made, saved or loaded",
+        3 * 4 * largest * _local_devices(layout),
+    )
+
+
 def _local_devices(layout: Layout) -> int:
     """Devices of the mesh that are this process's."""
     return len(layout.sharding(next(iter(layout.leaves)), Role.MASTER).addressable_devices)
@@ -260,7 +269,7 @@ def _check_room(
         ]
     if layout.disk is not None:
         assert layers is not None
-        needs.append(buffers_of_layers(layers, layout, accumulation))
+        needs += [buffers_of_layers(layers, layout, accumulation), _of_largest_stack(layout)]
     elif layout.params_on_host:
         needs.append(Need("parameters and gradients of layers", _of_layers(layout)))
     if jax.default_backend() == "cpu":

@@ -82,6 +82,8 @@ class Offloading(HostState):
             return compiled
 
         def evaluate(state: TrainState, batch: Any) -> Any:
+            self._check()
+            self._host.settle()  # what failed before is the reason to tell
             result = jax.block_until_ready(compiled(state, batch))
             self._host.settle()
             return result
@@ -132,6 +134,7 @@ class Offloading(HostState):
     def _update(self, new: TrainState, update: HostUpdate) -> TrainState:
         self._half_updated = True
         applied, step = _read(new, update)
+        jax.block_until_ready(new.host_gradients)  # on every device: all gradients have left
         self._host.settle()
         if applied:
             new = self._apply(new, update, step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -17,7 +18,6 @@ from jspeed.checkpoint import CheckpointStore
 from jspeed.config import Config
 from jspeed.core.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from jspeed.core.processes import restarts
-from jspeed.core.tree import count_parameters
 from jspeed.data import TextDataset, TrainIterator, build_dataset
 from jspeed.engine.abstract_run import check_attention
 from jspeed.engine.compilation import enable_compile_cache
@@ -239,8 +239,9 @@ def _loop_settings(engine: Engine, factory: ModelFactory, data: TextDataset) -> 
 
 def _summary(engine: Engine, factory: ModelFactory, data: TextDataset) -> str:
     batch = engine.plan.batch
+    parameters = sum(math.prod(leaf.shape) for leaf in engine.layout.leaves.values())
     return (
-        f"{factory.family}, {count_parameters(engine.state.master):,} parameters in "
+        f"{factory.family}, {parameters:,} parameters in "
         f"{engine.layout.compute_dtype}; {data.tokens:,} tokens of text; ZeRO stage "
         f"{engine.layout.stage} on {engine.world_size} {jax.devices()[0].device_kind} device(s); "
         f"batch {batch.train_batch_size} = {batch.micro_batch_size} per device x "

@@ -72,7 +72,7 @@ class DiskResident:
     def _boxes(self, part: int, piece: Piece) -> list[np.ndarray]:
         _, *box = box_of(piece)
         return [
-            self._buffers[number].array[within[1:]][tuple(box)]
+            self._buffers[number].array[(*within[1:], ...)][(*box, ...)]
             for number, within in self._places[part]
         ]
 
@@ -108,4 +108,4 @@ class DiskGradients:
             self._layers[part] = ((path, layer), coming)
         _, *box = box_of(piece)
 
-        return lambda: self._files.result(coming).array[tuple(box)].reshape(-1)
+        return lambda: self._files.result(coming).array[(*box, ...)].reshape(-1)

@@ -87,8 +87,12 @@ class LayerFiles:
         self._lock = threading.Lock()
         self._readers: dict[tuple[str, str, Any], ReadAhead] = {}
         self._writes: dict[tuple[str, Any], deque[tuple[int, Future[Buffer]]]] = {}
-        self._make(PARAMETERS, parameter_records(layout))
-        self.make_gradients(layout, accumulates=accumulates)
+        try:
+            self._make(PARAMETERS, parameter_records(layout))
+            self.make_gradients(layout, accumulates=accumulates)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def buffer_bytes(self) -> int:
@@ -98,9 +102,15 @@ class LayerFiles:
     def make_gradients(self, layout: Layout, *, accumulates: bool) -> None:
         """Makes room for gradients, in place of what there was."""
         self.settle()
-        if GRADIENTS in self._files:
-            self._files.pop(GRADIENTS).file.remove()
-        self._make(GRADIENTS, gradient_records(layout, accumulates=accumulates))
+        before = self._files.pop(GRADIENTS, None)
+        if before is not None:
+            before.file.remove()
+        try:
+            self._make(GRADIENTS, gradient_records(layout, accumulates=accumulates))
+        except BaseException:
+            if before is not None:
+                self._make(GRADIENTS, before.of)  # what was in it is done with after each step
+            raise
 
     def fetch(self, path: str, device: np.ndarray, layer: np.ndarray) -> np.ndarray:
         """See `LayersOnDisk`."""
@@ -200,11 +210,7 @@ class LayerFiles:
             self._writes.clear()
 
     def _make(self, name: str, records: StackRecords) -> None:
-        try:
-            made = StackFile(self._folder, name, records, self._pool, self._threads)
-        except BaseException:
-            self.close()
-            raise
+        made = StackFile(self._folder, name, records, self._pool, self._threads)
         self._files[name] = made
         self._readers = {key: reader for key, reader in self._readers.items() if key[0] != name}
         self._writes.clear()

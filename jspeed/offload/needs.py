@@ -38,7 +38,7 @@ def check_host_memory(needs: Sequence[Need], advice: str) -> None:
     """
     rooms = host_memory()
     if rooms:
-        _check("host memory", needs, rooms[0], advice)
+        _check("zero_optimization.offload_optimizer", "host memory", needs, rooms[0], advice)
 
 
 def check_disk(
@@ -60,10 +60,10 @@ def check_disk(
             f'"{key}": "{folder}" cannot be used: '
             f"{error.strerror}. Make the folder, or name another."
         ) from error
-    _check("room on the disk", needs, room, advice)
+    _check(key, "room on the disk", needs, room, advice)
 
 
-def _check(of_what: str, needs: Sequence[Need], room: Room, advice: str) -> None:
+def _check(key: str, of_what: str, needs: Sequence[Need], room: Room, advice: str) -> None:
     total = sum(need.bytes for need in needs)
     if total <= room.free:
         return
@@ -76,6 +76,5 @@ def _check(of_what: str, needs: Sequence[Need], room: Room, advice: str) -> None
     width = max(len(need.what) for need in rows)
     table = "\n".join(f"  {need.what:<{width}}  {need.bytes / _GIB:10.2f} GiB" for need in rows)
     raise OffloadError(
-        f'"zero_optimization.offload_optimizer": there is too little {of_what} for each process of '
-        f"this run:\n{table}\n{advice}"
+        f'"{key}": there is too little {of_what} for each process of this run:\n{table}\n{advice}'
     )

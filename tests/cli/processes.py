@@ -37,13 +37,13 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "jspeed.cli", *arguments]
 
 
-def jspeed(*arguments: str, **variables: str) -> Ran:
-    """Runs `jspeed ...` to its end."""
+def jspeed(*arguments: str, timeout: float = 120, **variables: str) -> Ran:
+    """Runs `jspeed ...` to its end, for so many seconds at most."""
     done = subprocess.run(
         command(*arguments),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=timeout,
         env=environment(**variables),
         check=False,
     )

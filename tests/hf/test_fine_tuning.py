@@ -41,6 +41,7 @@ def test_fine_tuned_by_two_processes_and_read_by_transformers(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(run))
     trained = jspeed(
         *("launch", "--num_procs", "2", "-m", "jspeed", "train", str(tmp_path / "run.json")),
+        timeout=400,
         JAX_PLATFORMS="cpu",
     )
     assert trained.code == 0, trained.all

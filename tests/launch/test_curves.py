@@ -17,13 +17,25 @@ from tests.training.curves import ds_config, train_curve
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_curves_equal_those_of_one_process(processes, tmp_path):
+@pytest.mark.parametrize(
+    ("processes", "stages"),
+    [(2, "0123"), (4, "03"), pytest.param(4, "12", marks=pytest.mark.slow)],
+)
+def test_curves_equal_those_of_one_process(processes, stages, tmp_path):
     """ZeRO 0 to 3; the batch, and at stages 1 to 3 the state, is spread over the processes."""
     found = tmp_path / "curves.json"
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     ran = jspeed(
-        *("launch", "--num_procs", str(processes), "-m", "tests.launch.curves_child", str(found)),
+        *(
+            "launch",
+            "--num_procs",
+            str(processes),
+            "-m",
+            "tests.launch.curves_child",
+            str(found),
+            stages,
+        ),
+        timeout=500,
         PYTHONPATH=paths,
         JAX_PLATFORMS="cpu",
     )
@@ -33,5 +45,6 @@ def test_curves_equal_those_of_one_process(processes, tmp_path):
     config = ds_config(stage=0, micro=4, optimizer="AdamW", gradient_clipping=1.0)
     alone = train_curve(config, devices=1, steps=STEPS).losses
     assert len(jax.devices()) > 1  # or one device would be all there are
+    assert "".join(several["curves"]) == stages
     for stage, curve in several["curves"].items():
         np.testing.assert_allclose(curve, alone, rtol=1e-6, err_msg=f"stage {stage}")

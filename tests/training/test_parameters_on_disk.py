@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from jspeed.core.errors import ConfigError, OffloadError
 from jspeed.core.tree import named_leaves
 from jspeed.engine.engine import Engine
-from jspeed.offload import needs
+from jspeed.offload import layer_files, needs
 from jspeed.offload.capacity import Room
 from jspeed.offload.layer_files import GRADIENTS, PARAMETERS
 from jspeed.offload.read_ahead import Buffer
@@ -305,3 +306,54 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_made(
     for need in ("master weights and Adam's moments", "parameters and gradients of layers"):
         assert re.search(rf"{need} +\d+\.\d\d GiB", text), text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_whole_model_is_exported_in_half_precision(tmp_path: Path) -> None:
+    """The layers too, of which the devices have nothing."""
+    engine, plain = disk_engine(tmp_path, **ONE), make_engine({"device": "cpu"}, **ONE)
+    train(engine, 1)
+    train(plain, 1)
+    found, expected = (
+        load_file(one.save_16bit_model(tmp_path / name))
+        for name, one in (("disk", engine), ("plain", plain))
+    )
+    assert found.keys() == expected.keys()
+    for path, leaf in expected.items():
+        np.testing.assert_allclose(
+            found[path].astype(np.float32), leaf.astype(np.float32), rtol=0.01, atol=1e-4
+        )
+
+
+def test_no_room_for_another_batch_size_leaves_the_run_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More microbatches need a larger file of gradients."""
+    engine, same = disk_engine(tmp_path, **ONE), make_engine({"device": "cpu"}, **ONE)
+    losses = [train(one, 1) for one in (engine, same)]
+    before = engine.train_batch_size(), engine.gradient_accumulation_steps()
+    make, failures = layer_files.LayerFiles._make, []
+
+    def full(self: Any, name: str, records: Any) -> None:
+        if not failures:
+            failures.append(name)
+            raise OffloadError("the disk is full")
+        make(self, name, records)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layer_files.LayerFiles, "_make", full)
+        with pytest.raises(OffloadError, match="the disk is full"):
+            engine.set_train_batch_size(2 * engine.train_batch_size())
+    assert failures == [GRADIENTS]
+    assert (engine.train_batch_size(), engine.gradient_accumulation_steps()) == before
+    losses = [a + train(one, 2, skip=1) for a, one in zip(losses, (engine, same), strict=True)]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=CLOSE)
+
+
+def test_a_failed_step_is_named_by_evaluation_too(tmp_path: Path) -> None:
+    engine = disk_engine(tmp_path, **ONE)
+    (batch,) = batches(1)
+    train(engine, 1)
+    _flip(file_of(tmp_path, PARAMETERS))
+    for use in (lambda: train(engine, 1, skip=1), lambda: engine.eval_batch(batch)):
+        with pytest.raises(OffloadError, match=PARAMETERS):
+            use()
