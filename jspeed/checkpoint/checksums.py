@@ -10,12 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from jspeed.checkpoint.folders import files_under, write_file
-from jspeed.checkpoint.manifest import Manifest, damaged_checkpoint
-from jspeed.core.errors import CheckpointError
+from jspeed.checkpoint.manifest import Manifest, damaged_checkpoint, verify_files
+from jspeed.checkpoint.processes import of_all_processes
+from jspeed.core.errors import CheckpointError, DamagedCheckpointError
 
 _BLOCK = 2**22
 _THREADS = 4
@@ -70,28 +69,35 @@ def checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
         return dict(zip(names, found, strict=True))
 
 
-def verify_checksums(folder: Path, manifest: Manifest) -> None:
-    """Reads every file of a checkpoint once, each process a share of them, and compares.
+def verify(folder: Path, manifest: Manifest) -> None:
+    """Checks that every file is there in its size, and reads each once, each process a share.
 
     All processes of a run call this alike, and all raise if one finds damage.
 
     Raises:
-      DamagedCheckpointError: names files whose content changed since they were saved.
+      DamagedCheckpointError: names files that are missing, of another size or of other content.
     """
+    problem: DamagedCheckpointError | None = None
+    try:
+        verify_files(folder, manifest)
+        _verify_own_share(folder, manifest)
+    except DamagedCheckpointError as error:
+        problem = error
+    damaged = of_all_processes(int(problem is not None))
+    if problem is not None:
+        raise problem
+    if any(damaged):
+        where = f"process {damaged.index(1)} found what its own output says"
+        raise damaged_checkpoint(manifest.tag, folder, [where])
+
+
+def _verify_own_share(folder: Path, manifest: Manifest) -> None:
     own = sorted(manifest.checksums)[jax.process_index() :: jax.process_count()]
     found = checksums(folder, own)
     changed = [name for name in own if found[name] != manifest.checksums[name]]
-    counts = of_all_processes(len(changed))
     if changed:
         raise damaged_checkpoint(
-            manifest.tag,
-            folder,
-            [_what(name, found[name]) for name in changed],
-        )
-    if any(counts):
-        process = next(number for number, count in enumerate(counts) if count)
-        raise damaged_checkpoint(
-            manifest.tag, folder, [f"process {process} found files whose content has changed"]
+            manifest.tag, folder, [_what(name, found[name]) for name in changed]
         )
 
 
@@ -99,13 +105,6 @@ def _what(name: str, found: str) -> str:
     if found.startswith("unreadable"):
         return f'"{name}" is {found}'
     return f'the content of "{name}" has changed since it was saved'
-
-
-def of_all_processes(number: int) -> list[int]:
-    """What each process gives, in their order; all call this alike."""
-    if jax.process_count() == 1:
-        return [number]
-    return [int(n) for n in multihost_utils.process_allgather(np.int32(number))]
 
 
 def _checksum(path: Path) -> str:

@@ -22,7 +22,7 @@ from jspeed.checkpoint.arrays import (
     wait_for_processes,
 )
 from jspeed.checkpoint.background import BackgroundTask
-from jspeed.checkpoint.checksums import take_checksums, verify_checksums, write_own_checksums
+from jspeed.checkpoint.checksums import take_checksums, verify, write_own_checksums
 from jspeed.checkpoint.compare import check_like
 from jspeed.checkpoint.deferred import Deferred
 from jspeed.checkpoint.manifest import (
@@ -33,6 +33,7 @@ from jspeed.checkpoint.manifest import (
     load_manifest,
     verify_files,
 )
+from jspeed.checkpoint.processes import of_all_processes
 from jspeed.core.errors import CheckpointError, DamagedCheckpointError
 
 ARRAYS = "arrays"
@@ -116,9 +117,8 @@ class CheckpointStore:
 
         writer = ArrayWriter()
         aside = self.directory / (tag + folders.SAVING)
+        self._begin(tag)
         try:
-            if jax.process_index() == 0:
-                folders.begin(self.directory, tag)
             writer.start(aside / ARRAYS, arrays)
         except CheckpointError:
             raise
@@ -150,6 +150,15 @@ class CheckpointStore:
         if tag is not None:
             self._locate(tag, named_by_latest=True)
         return tag
+
+    def is_empty(self) -> bool:
+        """Whether nothing was ever saved here, not even something that is damaged now."""
+        return not (self.directory / folders.LATEST_NAME).exists() and not self.tags()
+
+    def make_latest(self, tag: str) -> None:
+        """Lets `latest` name a checkpoint that was taken in place of a damaged one."""
+        if jax.process_index() == 0:
+            folders.write_latest(self.directory, tag)
 
     def tags(self) -> list[str]:
         """Returns the tags of the complete checkpoints, oldest step first."""
@@ -223,8 +232,7 @@ class CheckpointStore:
         self._task.join()
         folder, manifest = self._open(tag)
         check_like(manifest.tag, manifest.arrays, like, subset=subset)
-        verify_files(folder, manifest)
-        verify_checksums(folder, manifest)
+        verify(folder, manifest)
 
         def read(paths: Collection[str]) -> dict[str, Any]:
             try:
@@ -279,6 +287,22 @@ class CheckpointStore:
                 f"{diagnosis.reason(error)}"
             ) from error
         return removed
+
+    def _begin(self, tag: str) -> None:
+        """Makes the folder; if that fails, it does in all processes, or the others would wait."""
+        problem: Exception | None = None
+        if jax.process_index() == 0:
+            try:
+                folders.begin(self.directory, tag)
+            except Exception as error:
+                problem = error
+        failed = of_all_processes(int(problem is not None))
+        if isinstance(problem, CheckpointError):
+            raise problem
+        if any(failed):
+            error = problem or OSError("the first process could not make the folder")
+            self._discard(tag)
+            raise self._save_failed(tag, error) from problem
 
     def _finish(self, pending: _Pending, writer: ArrayWriter, barrier: str) -> None:
         """In the background: waits for the arrays, writes the rest, makes it all visible."""

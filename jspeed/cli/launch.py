@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jspeed.core.errors import LaunchError
-from jspeed.core.processes import find_wiring
+from jspeed.core.processes import LAUNCH, RESTARTS, find_wiring
 from jspeed.launch import Launch, first, local_gpus, read_hostfile, run_launch, select
 from jspeed.launch.hosts import LOCAL, Slots
 
@@ -127,7 +127,11 @@ def _through(request: LaunchRequest, environ: Mapping[str, str]) -> list[str] | 
     """The command of another launcher, if one is asked for or its allocation is found."""
     kind = request.launcher
     if kind is None:
-        in_allocation = "SLURM_JOB_ID" in environ and shutil.which("srun") is not None
+        in_allocation = (
+            "SLURM_JOB_ID" in environ
+            and "SLURM_STEP_NODELIST" not in environ  # a step of one task starts its own
+            and shutil.which("srun") is not None
+        )
         here = request.hostfile or request.node_rank is not None or request.include
         kind = "slurm" if in_allocation and not here else "ssh"
     if kind not in LAUNCHERS:
@@ -167,4 +171,5 @@ def _mpirun(request: LaunchRequest, more: Sequence[str]) -> list[str]:
     hosts = first(hosts, nodes=request.num_nodes, slots=request.num_procs or request.num_gpus)
     where = ",".join(f"{host}:{len(slots)}" for host, slots in hosts.items())
     count = sum(map(len, hosts.values()))
-    return ["mpirun", "-np", str(count), "--host", where, "--tag-output", *more]
+    told = [option for name in (RESTARTS, LAUNCH) for option in ("-x", name)]
+    return ["mpirun", "-np", str(count), "--host", where, "--tag-output", *told, *more]

@@ -116,8 +116,8 @@ def _activation(
 
 def _rope(document: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     """The rotary embedding: `rope_parameters` of transformers 5, or `rope_theta` and
-    `rope_scaling`, whose `rope_type` was once `type`."""
-    spelling = "rope_parameters" if document.get("rope_parameters") else "rope_scaling"
+    `rope_scaling`, whose `rope_type` was once `type`; where both are, the older name wins there."""
+    spelling = "rope_scaling" if document.get("rope_scaling") else "rope_parameters"
     found: Mapping[str, Any] = document.get(spelling) or {}
     theta = found.get("rope_theta", document.get("rope_theta", 10_000.0))
     kind = found.get("rope_type", found.get("type", "default"))
@@ -151,7 +151,7 @@ def _window(document: Mapping[str, Any], family: HfFamily, problems: list[str]) 
     if family.windows == "none":
         return {}
     window = document.get("sliding_window", 4096)
-    kinds = document.get("layer_types")
+    kinds = document.get("layer_types") if family.windows == "by layer" else None
     if family.windows == "by layer":
         if not document.get("use_sliding_window", False):
             window = None

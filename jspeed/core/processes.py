@@ -29,12 +29,14 @@ RESTARTS = "JSPEED_RESTARTS"
 """How often a supervisor has started the run anew."""
 LAUNCH = "JSPEED_LAUNCH_ID"
 """The name of a launch, the same after a restart."""
+LAUNCHER = "JSPEED_LAUNCHER_PID"
+"""The process that started this one; what that one's own children inherit is not for them."""
 FAILURE_FILE = "JSPEED_FAILURE_FILE"
 """Where a process that fails says why."""
 
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_PERMANENT = (ConfigError, LaunchError, LayoutError, MissingExtraError, ModelError)
+_PERMANENT = (ConfigError, LayoutError, MissingExtraError, ModelError)
 # What the others of a run say when one of them is gone.
 _LOST_PEER = re.compile(
     r"gloo|nccl|connection (closed|reset|refused)|socket closed|coordination|heartbeat|"
@@ -152,7 +154,7 @@ def note_failure(error: BaseException, text: str) -> None:
       text: what a person should read.
     """
     name = os.environ.get(FAILURE_FILE)
-    if not name or Path(name).exists():
+    if not name or os.environ.get(LAUNCHER) != str(os.getppid()) or Path(name).exists():
         return
     failure = Failure(
         text,

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ import numpy as np
 import optax
 
 from jspeed.checkpoint import CheckpointStore, made
+from jspeed.checkpoint.processes import of_all_processes, of_first_process
 from jspeed.config.hf_model import CONFIG_NAME
 from jspeed.core.errors import (
     CheckpointError,
@@ -129,13 +130,14 @@ class EngineCheckpoints:
         )
         if tag is not None:
             return load(tag)
-        latest = None
-        try:
-            latest = self.store.latest()
-            return load(latest)
-        except DamagedCheckpointError as error:
-            older = [name for name in reversed(self.store.tags()) if name != latest]
-            return _first_whole(load, older, error)
+        latest, problem = _attempt(self.store.latest)
+        if problem is None:
+            loaded, problem = _attempt(lambda: load(latest))
+            if loaded is not None:
+                return loaded
+        # What the first process sees: all have to try the same.
+        tags = json.loads(of_first_process(json.dumps(self.store.tags()[::-1])))
+        return _first_whole(load, [name for name in tags if name != latest], problem)
 
     def _load(
         self, engine: Accessors, tag: str | None, *, optimizer: bool, schedule: bool, counters: bool
@@ -180,22 +182,41 @@ class EngineCheckpoints:
         )
 
 
+T = TypeVar("T")
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, DamagedCheckpointError | None]:
+    """What an action gives, or the damage that it meets; damage that one process of a run meets
+    counts for all."""
+    result, problem = None, None
+    try:
+        result = action()
+    except DamagedCheckpointError as error:
+        problem = error
+    damaged = of_all_processes(int(problem is not None))
+    if any(damaged) and problem is None:
+        problem = DamagedCheckpointError(f"Process {damaged.index(1)} cannot read a checkpoint.")
+    return (result, None) if problem is None else (None, problem)
+
+
 def _first_whole(
-    load: Callable[[str], Loaded], tags: Sequence[str], damage: DamagedCheckpointError
+    load: Callable[[str], Loaded], tags: Sequence[str], damage: DamagedCheckpointError | None
 ) -> Loaded:
     """The first checkpoint that is whole, in place of one that is damaged.
 
     Raises:
       DamagedCheckpointError: none is.
     """
+    assert damage is not None, "nothing is damaged"
     problem = damage
     for tag in tags:
         if jax.process_index() == 0:
             LOGGER.warning('%s\nTaking the one before it: "%s".', problem, tag)
-        try:
-            return load(tag)
-        except DamagedCheckpointError as error:
-            problem = error
+        loaded, again = _attempt(functools.partial(load, tag))
+        if loaded is not None:
+            return loaded
+        assert again is not None, "it is neither whole nor damaged"
+        problem = again
     raise damage
 
 

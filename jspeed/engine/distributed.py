@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import signal
 import sys
+import threading
 import traceback
 from types import TracebackType
 from typing import Any, NoReturn
@@ -42,6 +44,7 @@ def init_distributed(*, timeout_seconds: int = TIMEOUT_SECONDS) -> bool:
         return jax.process_count() > 1
     if wiring is None:
         return False
+    sys.excepthook = _leave_at_once
     devices = None if wiring.local_device is None else [wiring.local_device]
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # JAX's own handler of SIGTERM would take the place of those that save first.
@@ -56,7 +59,6 @@ def init_distributed(*, timeout_seconds: int = TIMEOUT_SECONDS) -> bool:
         )
     except (RuntimeError, ValueError) as error:
         raise _not_joined(wiring, error, timeout_seconds) from error
-    sys.excepthook = _leave_at_once
     _leave_at_exit()
     return True
 
@@ -67,6 +69,11 @@ def _not_joined(wiring: Wiring, error: Exception, seconds: int) -> LaunchError:
         return LaunchError(
             f"{this} uses JAX's devices before it has joined the others. Call "
             "jspeed.init_distributed() first of all, before jax.devices() and any array."
+        )
+    if wiring.process == 0 and re.search("start.*(service|server)|in use", str(error)):
+        return LaunchError(
+            f"{this} cannot listen at {wiring.coordinator}: another process probably does. Choose "
+            "another port: jspeed launch --master_port PORT."
         )
     at = f" at {wiring.coordinator}" if wiring.coordinator else ""
     return LaunchError(
@@ -91,7 +98,8 @@ def _leave_at_exit() -> None:
     leave_python = sys.exit
 
     def remember(code: Any = None, /) -> NoReturn:
-        codes[:] = [code]
+        if threading.current_thread() is threading.main_thread():
+            codes[:] = [code]
         leave_python(code)
 
     def follow() -> None:

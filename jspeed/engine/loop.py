@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import jax
 
-from jspeed.checkpoint.checksums import of_all_processes
+from jspeed.checkpoint.processes import of_all_processes
 from jspeed.core.errors import CheckpointError
 from jspeed.core.tree import named_leaves
 from jspeed.engine.agreement import Stopping
@@ -118,6 +118,7 @@ class Loop:
     _arrived: float = field(default=0.0, init=False)
     _report_seconds: float = field(default=0.0, init=False)
     _checkpoint_seconds: float = field(default=0.0, init=False)
+    _unsaved: bool = field(default=False, init=False)
 
     def run(self) -> State:
         """Returns `finished`, or how it was stopped; a checkpoint of the last step is complete."""
@@ -245,13 +246,11 @@ class Loop:
         """Starts a save; if the one before it has failed, that costs the run only itself."""
         started = time.perf_counter()
         self._await_save()
-        tag = self.engine.save_checkpoint(
-            self.settings.checkpoints,
-            client_state={"data": self.batches.state()},
-            files=self.files,
-        )
-        LOGGER.info("step %d: saving checkpoint %s", self.engine.global_steps, tag)
-        self._prune()
+        try:
+            self._start_save()
+            self._prune()
+        except CheckpointError as error:
+            self._not_saved(error)
         self._note("running")
         self._checkpoint_seconds = time.perf_counter() - started
 
@@ -261,21 +260,33 @@ class Loop:
         Raises:
           CheckpointError: it failed again.
         """
-        if not self._await_save():
-            self._save()
-            self.engine.wait_for_checkpoint()
+        with self.watchdog.phase("saving", self.engine.global_steps):
+            self._await_save()
+            if self._unsaved:
+                self._start_save()
+                self.engine.wait_for_checkpoint()
         self._prune()
 
-    def _await_save(self) -> bool:
-        """Waits for the save that is running, and says so if it failed; whether all is well, the
-        same in all processes."""
-        failed = False
+    def _start_save(self) -> None:
+        self._unsaved = False
+        tag = self.engine.save_checkpoint(
+            self.settings.checkpoints,
+            client_state={"data": self.batches.state()},
+            files=self.files,
+        )
+        LOGGER.info("step %d: saving checkpoint %s", self.engine.global_steps, tag)
+
+    def _not_saved(self, error: CheckpointError) -> None:
+        self._unsaved = True
+        LOGGER.error("%s The run goes on and saves again when it is time.", error)
+
+    def _await_save(self) -> None:
+        """Waits for the save that is running, and says so if it failed, in whatever process."""
         try:
             self.engine.wait_for_checkpoint()
         except CheckpointError as error:
-            failed = True
-            LOGGER.error("%s The run goes on and saves again when it is time.", error)
-        return not any(of_all_processes(int(failed)))
+            self._not_saved(error)
+        self._unsaved = any(of_all_processes(int(self._unsaved)))
 
     def _prune(self) -> None:
         if self.settings.keep_checkpoints is not None:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from jspeed.checkpoint import CheckpointStore
+from jspeed.checkpoint.processes import of_all_processes, of_first_process
 from jspeed.config import Config
-from jspeed.core.errors import CheckpointError, ConfigError, DamagedCheckpointError
+from jspeed.core.errors import CheckpointError, ConfigError
 from jspeed.core.processes import restarts
 from jspeed.data import TextDataset, TrainIterator, build_dataset
 from jspeed.engine.abstract_run import check_attention
@@ -143,7 +144,7 @@ def _train_run(
 ) -> RunResult:
     run = run_sections(config)[2]
     directory = Path(run.dir)
-    if restarts() and is_of_this_launch(directory):
+    if restarts() and of_all_processes(int(is_of_this_launch(directory)))[0]:
         resume, overwrite = True, False  # whatever the first start was told is done
     earlier = claim_folder(directory, resume=resume, overwrite=overwrite)
     heed_log_level(config)
@@ -162,7 +163,8 @@ def _train_run(
         if config.dump_state:
             display.say(json.dumps(engine.config.to_dict(), indent=2))
         if engine.global_steps >= run.steps:
-            Status("finished", engine.global_steps, run.steps).write(directory)
+            if jax.process_index() == 0:
+                Status("finished", engine.global_steps, run.steps).write(directory)
             display.say(f"nothing to do: {engine.global_steps} of {run.steps} steps are done.")
             return RunResult("finished", engine.global_steps, directory)
         with _monitor(engine, directory) as monitor, _watchdog(engine, run) as watchdog, display:
@@ -188,7 +190,7 @@ def _make_parts(config: Config, *, resume: bool) -> _Parts:
         enable_compile_cache()
     data = load_data(config)
     factory = build_model(model, vocab_size=data.vocab_size, platform=platform)
-    if resume and CheckpointStore(Path(run.dir) / CHECKPOINTS).latest() is not None:
+    if resume and not CheckpointStore(Path(run.dir) / CHECKPOINTS).is_empty():
         factory = replace(factory, read_weights=False)  # they would be replaced at once
     engine = initialize(
         model=factory,
@@ -206,10 +208,11 @@ def _make_parts(config: Config, *, resume: bool) -> _Parts:
 def _resume(parts: _Parts, display: Display) -> None:
     """Takes up the latest checkpoint, if there is one."""
     folder = parts.settings.checkpoints
-    with suppress(DamagedCheckpointError):  # loading says what is damaged, and takes another
-        if parts.engine.latest_checkpoint(folder) is None:
-            return
+    store = CheckpointStore(folder)
+    if of_first_process("empty" if store.is_empty() else ""):
+        return
     tag, client = parts.engine.load_checkpoint(folder)
+    store.make_latest(tag)
     if "data" not in client:
         raise CheckpointError(
             f'Checkpoint "{tag}" in "{folder}" does not say how far the data were read: its '

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from jspeed.core.errors import LaunchError
-from jspeed.core.processes import FAILURE_FILE, Failure, says_lost_peer
+from jspeed.core.processes import FAILURE_FILE, LAUNCHER, Failure, says_lost_peer
 from jspeed.launch.output import Output, is_noise, kept_lines
 
 REPORT = "\x1e"
@@ -85,7 +85,11 @@ class Child:
         try:
             self._process: subprocess.Popen[str] = subprocess.Popen(
                 command,
-                env={**environment, FAILURE_FILE: str(self._failure)},
+                env={
+                    **environment,
+                    FAILURE_FILE: str(self._failure),
+                    LAUNCHER: str(os.getpid()),
+                },
                 cwd=folder,
                 stdin=_input(show, said),
                 stdout=None if show is None else subprocess.PIPE,
@@ -104,6 +108,8 @@ class Child:
 
     def send(self, number: signal.Signals) -> None:
         """Passes a signal on to the child and its own children; nothing if it has ended."""
+        if self._show is None and number == signal.SIGINT and _terminal_sends():
+            return  # the terminal has told the child, too
         if self._speaks:
             self._tell(f"{number.name}\n")
             if number == signal.SIGKILL:
@@ -134,6 +140,8 @@ class Child:
         at = time.time()
         if reader is not None:
             reader.join(timeout=2.0)
+            with suppress(ProcessLookupError, PermissionError):  # what it has started
+                os.killpg(self._process.pid, signal.SIGKILL)
         failure = self._why(code, at) if code else None
         with suppress(OSError):
             self._notes.cleanup()
@@ -150,7 +158,9 @@ class Child:
             if is_noise(line):
                 continue
             self.lines.append(line)
-            self._show(line)
+            # What cannot be shown is lost; were it not read, the child would wait for room.
+            with suppress(OSError, ValueError):
+                self._show(line)
 
     def _why(self, code: int, at: float) -> Failure:
         if self.reported is not None:
@@ -172,6 +182,14 @@ def _input(show: Any, said: str | None) -> int | None:
     if said is not None:
         return subprocess.PIPE
     return None if show is None else subprocess.DEVNULL
+
+
+def _terminal_sends() -> bool:
+    """Whether Ctrl-C in the terminal goes to this process and to children in its group."""
+    try:
+        return os.tcgetpgrp(0) == os.getpgrp()
+    except OSError:
+        return False
 
 
 def _end_with_parent() -> None:

@@ -18,7 +18,9 @@ GRACE_SECONDS = 10.0
 """Between being asked to stop and being killed."""
 
 # The exit codes of a process that stopped because it was asked to.
-_STOPPED = tuple(128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL))
+_STOPPED = tuple(128 + number for number in (signal.SIGINT, signal.SIGTERM))
+LINGER_SECONDS = 300.0
+"""Of those that were asked to stop, once the first of them has ended."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -99,18 +101,25 @@ def run_group(
     ended: queue.Queue[Ended] = queue.Queue()
     running = list(start(ended))
     ends: list[Ended] = []
-    stopping = killing = float("inf")
+    failures: list[Ended] = []
+    never = float("inf")
+    stopping = killing = never
     interrupts = 0
+    ended_here: set[Child] = set()  # whatever these end with is no failure of theirs
     while running:
         for number in signals.take():
             interrupts += number == signal.SIGINT
             # HUP would end a process that could have saved.
             to_send = signal.SIGTERM if number == signal.SIGHUP else number
+            if interrupts > 2:
+                to_send = signal.SIGKILL
+                ended_here.update(running)
             for child in running:
-                child.send(signal.SIGKILL if interrupts > 2 else to_send)
+                child.send(to_send)
         now = time.monotonic()
         if now >= stopping:
-            stopping, killing = float("inf"), now + grace_seconds
+            stopping, killing = never, now + grace_seconds
+            ended_here.update(running)
             for child in running:
                 child.send(signal.SIGTERM)
         if now >= killing:
@@ -123,9 +132,12 @@ def run_group(
             continue
         running.remove(end.child)
         ends.append(end)
-        if is_failure(end, signals.asked) and stopping == killing == float("inf"):
-            stopping = time.monotonic() + SETTLE_SECONDS
-    first = first_failure([end for end in ends if is_failure(end, signals.asked)])
+        if end.child not in ended_here and is_failure(end, signals.asked):
+            failures.append(end)
+        if killing == never and (failures or signals.asked is not None):
+            wait = SETTLE_SECONDS if failures else LINGER_SECONDS
+            stopping = min(stopping, time.monotonic() + wait)
+    first = first_failure(failures)
     code = first.code if first else max((end.code for end in ends), default=0)
     return Outcome(code, first, signals.asked, tuple(ends))
 

@@ -136,5 +136,7 @@ def _numbers(text: str) -> list[int]:
     found: list[int] = []
     for part in text.split(","):
         start, _, end = part.partition("-")
+        if int(end or start) < int(start):
+            raise LaunchError(f"slots {part!r}: expected the smaller number first.")
         found += range(int(start), int(end or start) + 1)
     return sorted(set(found))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import threading
 from collections import deque
@@ -13,7 +14,7 @@ from jspeed.core.errors import LaunchError
 
 KEPT_LINES = 30
 # What native libraries say whatever happens.
-_NOISE = ("[Gloo] Rank ", "written to STDERR", "cudart_stub.cc")
+_NOISE = ("[Gloo] Rank ", "All log messages before absl::InitializeLog()", "cudart_stub.cc")
 
 
 class Output:
@@ -30,6 +31,8 @@ class Output:
         self._prefix = prefix and folder is None
         self._lock = threading.Lock()
         self._files: dict[int, IO[str]] = {}
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # of what a terminal does not have
         if folder is not None:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +61,8 @@ class Output:
         """Ends the files."""
         with self._lock:
             for file in self._files.values():
-                file.close()
+                with suppress(OSError):  # the last lines did not fit
+                    file.close()
             self._files.clear()
 
     def _show(self, line: str) -> None:
@@ -69,7 +73,7 @@ class Output:
         if rank not in self._files:
             assert self._folder is not None
             path = self._folder / f"rank_{rank}.log"
-            self._files[rank] = path.open("a", buffering=1)
+            self._files[rank] = path.open("a", buffering=1, encoding="utf-8", errors="replace")
         return self._files[rank]
 
 

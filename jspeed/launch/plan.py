@@ -13,6 +13,9 @@ from jspeed.core.processes import COORDINATOR, LOCAL_DEVICES, PROCESS, PROCESSES
 from jspeed.launch.hosts import LOCAL, Slots
 
 DEFAULT_PORT = 29500
+VISIBLE_DEVICES = "JAX_CUDA_VISIBLE_DEVICES"
+_NOT_FORWARDED = ("CUDA_VISIBLE_DEVICES", "XDG_RUNTIME_DIR")
+"""What is another host's own."""
 _FORWARDED = (
     *("CUDA_", "FI_", "GLOO_", "HF_", "JAX_", "JSPEED_", "LD_LIBRARY_PATH", "NCCL_", "NVIDIA_"),
     *("PYTHON", "TF_CPP_", "UCX_", "WANDB_", "XDG_", "XLA_"),
@@ -83,6 +86,8 @@ def plan_members(
         }
         if devices:
             environment[LOCAL_DEVICES] = ",".join(map(str, devices))
+        if devices and len(shares) == 1:  # a process alone does not read it
+            environment[VISIBLE_DEVICES] = environment[LOCAL_DEVICES]
         members.append(Member(rank, host, environment))
     return members
 
@@ -129,16 +134,20 @@ def forwarded_environment(
     Raises:
       LaunchError: a line of such a file is malformed.
     """
-    found = {name: value for name, value in environ.items() if name.startswith(_FORWARDED)}
+    found = {
+        name: value
+        for name, value in environ.items()
+        if name.startswith(_FORWARDED) and name not in _NOT_FORWARDED
+    }
     for path in (folder / name for folder in folders for name in reversed(ENVIRONMENT_FILES)):
         if not path.is_file():
             continue
         for number, line in enumerate(path.read_text().splitlines(), 1):
-            name, equals, value = line.strip().partition("=")
+            name, equals, value = line.strip().removeprefix("export ").partition("=")
             if not line.strip() or line.lstrip().startswith("#"):
                 continue
             if not equals or not name.isidentifier():
-                raise LaunchError(f'"{path}", line {number}: {line!r}; expected NAME=VALUE.')
+                raise LaunchError(f'"{path}", line {number}: expected NAME=VALUE.')
             found[name] = value
     return found
 

@@ -164,7 +164,8 @@ def _explain(end: Ended, output: Output) -> None:
     """Says which process failed first and why, its own last lines included, after all else."""
     failure = _failure(end)
     where = f"{failure.name} on {end.child.name}" if failure.name else end.child.name
-    if end.code == _UNREACHABLE and not failure.name:
+    is_host = end.child.name.startswith("host ")
+    if is_host and end.code == _UNREACHABLE and not failure.name:
         where = f"{end.child.name}, which ssh does not reach or has lost"
     lines = [f"{where} failed first (exit code {end.code}): {failure.text}"]
     if end.child.lines:

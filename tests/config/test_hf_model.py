@@ -144,6 +144,9 @@ def test_old_and_new_spellings_of_the_rotation():
     scaling: Any = LLAMA31["rope_scaling"]
     both = {**scaling, "rope_theta": 5e5}
     assert model_keys({**rest, "rope_parameters": both}, "x") == old
+    default = {"rope_type": "default", "rope_theta": 1.0}
+    beside = {**LLAMA31, "rope_parameters": default}  # transformers takes the older name
+    assert model_keys(beside, "x") == old
     older = {name: value for name, value in scaling.items() if name != "rope_type"}
     document = {**rest, "rope_theta": 5e5, "rope_scaling": {**older, "type": "llama3"}}
     assert model_keys(document, "x") == old
@@ -158,9 +161,11 @@ def test_old_and_new_spellings_of_the_rotation():
         ("llama", {"hidden_act": "gelu"}, '"hidden_act": "gelu" is not supported, only silu'),
         ("llama", {"rope_scaling": {"type": "linear", "factor": 2}}, '"rope_scaling.rope_type": '
          '"linear" is not supported, only default and llama3'),
-        ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+        ("llama", {"rope_scaling": None,
+                   "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
          '"rope_parameters.partial_rotary_factor": 0.5 is not supported'),
-        ("llama", {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+        ("llama", {"rope_scaling": None,
+                   "rope_parameters": {"full_attention": {"rope_type": "default"}}},
          "by kind of layer"),
         ("llama", {"quantization_config": {"bits": 4}}, '"quantization_config"'),
         ("llama", {"num_hidden_layers": None, "architectures": ["LlamaForSequenceClassification"]},

@@ -63,6 +63,7 @@ def test_selections(include, exclude, expected):
         ("worker-2", "", "there is no host 'worker-2'; there are: worker-0, worker-1."),
         ("worker-0:4", "", "worker-0 has no slot 4; it has 0, 1, 2, 3."),
         ("worker-0:a", "", "'worker-0:a'; expected HOST or HOST:SLOT,SLOT"),
+        ("worker-0:3-1", "", "slots '3-1': expected the smaller number first"),
         ("worker-0:", "", "'worker-0:'; expected HOST or HOST:SLOT,SLOT"),
         ("worker-0@worker-0:1", "", "host 'worker-0' stands there twice"),
         ("", "worker-0@worker-1", "leaves no slot of worker-0, worker-1"),

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from jspeed.launch import children, group
 from tests.cli.processes import Ran, command, environment, jspeed
 
 TOLD = """
@@ -320,3 +323,120 @@ def test_wrong_command_lines(arguments, expected):
     assert ran.err.startswith("jspeed: ")
     assert expected in ran.err
     assert "Traceback" not in ran.all
+
+
+BLAMED = """
+import os, sys, time
+from jspeed.core.processes import note_failure
+if os.environ["RANK"] == "1":
+    note_failure(ConnectionRefusedError("connection refused"), "no data server")
+    sys.exit(3)
+time.sleep(60)
+"""
+
+
+def test_who_was_ended_is_not_blamed(tmp_path):
+    """Though the one that failed says what a process says that lost its partner."""
+    ran = launch("--num_procs", "2", script(tmp_path, BLAMED))
+    assert ran.code == 3
+    assert "rank 1 failed first (exit code 3): no data server" in ran.err
+
+
+def test_what_a_failed_process_has_started_ends_with_it(tmp_path):
+    text = """
+import os, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print(child.pid, flush=True)
+sys.exit(1)
+"""
+    ran = launch("--num_procs", "2", script(tmp_path, text))
+    assert ran.code == 1
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{line.split()[-1]}").exists() for line in ran.out.splitlines()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_output_that_cannot_be_shown_stops_nobody(tmp_path):
+    """More than a pipe holds, of characters that the terminal does not have."""
+    text = 'print(("\\N{FULL BLOCK}" * 1000 + "\\n") * 200); print("done")'
+    ran = launch("--num_procs", "2", script(tmp_path, text), PYTHONIOENCODING="utf-8")
+    assert ran.code == 0
+    assert ran.out.count("done") == 2
+    logs = ["--log_dir", str(tmp_path / "logs")]
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank_1.log").symlink_to("/dev/full")
+    ran = launch("--num_procs", "2", *logs, script(tmp_path, text))
+    assert ran.code == 0, ran.all
+
+
+STUBBORN = """
+import os, signal, sys, time
+print("ready", os.getpid(), flush=True)
+if os.environ["RANK"] == "0":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(600)
+signal.pause()
+"""
+
+
+def test_asked_to_stop_those_that_do_not_are_ended(tmp_path, monkeypatch):
+    """One has ended, and the other waits for it."""
+    monkeypatch.setattr(group, "LINGER_SECONDS", 0.5)
+    path, pids = script(tmp_path, STUBBORN), []
+
+    def start(ended):
+        def note(line: str) -> None:
+            pids.append(int(line.split()[-1]))
+
+        return [
+            children.Child(
+                f"rank {rank}",
+                [sys.executable, path],
+                {**os.environ, "RANK": str(rank)},
+                show=note,
+                ended=ended,
+            )
+            for rank in range(2)
+        ]
+
+    with group.Signals() as signals:
+
+        def ask() -> None:
+            while len(pids) < 2:
+                time.sleep(0.02)
+            signals.note(signal.SIGTERM)
+
+        threading.Thread(target=ask).start()
+        began = time.monotonic()
+        outcome = group.run_group(start, signals, grace_seconds=0.5)
+    assert time.monotonic() - began < 30
+    assert outcome.first is None
+    assert sorted(end.code for end in outcome.ends) == [137, 143]
+
+
+def test_ctrl_c_in_a_terminal_reaches_a_process_alone_once(tmp_path):
+    """Both it and the launcher are in the terminal's foreground."""
+    text = """
+import os, signal, time
+count = []
+signal.signal(signal.SIGINT, lambda *_: count.append(1))
+print("ready", flush=True)
+deadline = time.monotonic() + 20
+while not count and time.monotonic() < deadline:
+    time.sleep(0.01)
+time.sleep(1)
+print("interrupts:", len(count), flush=True)
+"""
+    pid, terminal = pty.fork()
+    if not pid:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        os.execv(sys.executable, command("launch", script(tmp_path, text)))
+    said = b""
+    while b"ready" not in said:
+        said += os.read(terminal, 1000)
+    os.write(terminal, b"\x03")
+    while b"interrupts:" not in said or not said.endswith(b"\n"):
+        said += os.read(terminal, 1000)
+    os.waitpid(pid, 0)
+    assert b"interrupts: 1" in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from jspeed.core.errors import ConfigError, DataError, LaunchError
 from jspeed.core.processes import (
     FAILURE_FILE,
+    LAUNCHER,
     Failure,
     Wiring,
     find_wiring,
@@ -39,6 +41,11 @@ def test_processes_that_share_a_hosts_gpus():
         plan_members(HOSTS, per_host=4, address="a", port=1, with_devices=True)
 
 
+def test_one_process_alone_sees_the_gpus_that_are_its_own():
+    (member,) = plan_members({"a": (2, 3)}, per_host=1, address="a", port=1, with_devices=True)
+    assert member.environment["JAX_CUDA_VISIBLE_DEVICES"] == "2,3"
+
+
 def test_on_the_cpu_nobody_is_told_of_devices():
     members = plan_members(HOSTS, per_host=3, address="a", port=1, with_devices=False)
     assert len(members) == 6
@@ -55,13 +62,14 @@ def test_the_first_host_needs_a_name_that_others_know():
 
 def test_what_goes_along_to_other_hosts(tmp_path):
     environ = {"NCCL_DEBUG": "INFO", "HOME": "/root", "XLA_FLAGS": "--a=b", "PYTHONPATH": "x"}
+    environ["CUDA_VISIBLE_DEVICES"] = "3"  # those of this host
     (tmp_path / ".deepspeed_env").write_text("NCCL_DEBUG=WARN\nMINE=a=b\n")
     (tmp_path / ".jspeed_env").write_text("# ours\n\nNCCL_DEBUG=ERROR\n")
     found = forwarded_environment(environ, [tmp_path])
     expected = {"NCCL_DEBUG": "ERROR", "XLA_FLAGS": "--a=b", "PYTHONPATH": "x", "MINE": "a=b"}
     assert found == expected
     (tmp_path / ".jspeed_env").write_text("MINE\n")
-    with pytest.raises(LaunchError, match=r'.jspeed_env", line 1: .MINE.; expected NAME=VALUE'):
+    with pytest.raises(LaunchError, match=r'.jspeed_env", line 1: expected NAME=VALUE'):
         forwarded_environment(environ, [tmp_path])
 
 
@@ -111,6 +119,10 @@ def test_a_broken_environment(environ, expected):
 
 def test_the_first_reason_of_a_failure_stays(tmp_path, monkeypatch):
     monkeypatch.setenv(FAILURE_FILE, str(tmp_path / "failure.json"))
+    monkeypatch.setenv(LAUNCHER, "1")
+    note_failure(ConfigError("of a child's child"), "of a child's child")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv(LAUNCHER, str(os.getppid()))
     note_failure(ConfigError("the first"), "the first")
     note_failure(DataError("the second"), "the second")
     found = Failure.from_json((tmp_path / "failure.json").read_text())
