@@ -63,6 +63,8 @@ def write_model(
 ) -> None:
     """Writes `config.json` and the weights, under the names that `save_pretrained` writes.
 
+    What was in the folder stays as it is until all is written.
+
     Args:
       folder: made if it is not there; its config.json and weights are replaced.
       family: of the model.
@@ -76,14 +78,15 @@ def write_model(
       CheckpointError: the folder cannot be written, or a parameter is missing.
     """
     target = Path(folder)
+    aside = target / ".writing"
     entries = entries_of(family, shapes)
     expected: dict[str, tuple[int, ...]] = {}
     for path, entry in entries.items():
         expected |= tensors_of(entry, shapes[path])
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        _remove_weights(target)
-        places = _make_files(target, expected, dtype, max_shard_size)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        places = _make_files(aside, expected, dtype, max_shard_size)
         missing = set(shapes)
         for path, values in parameters:
             for name, tensor in _tensors(entries[path], values):
@@ -92,11 +95,16 @@ def write_model(
         if missing:
             raise CheckpointError(f'"{target}": no values came for {", ".join(sorted(missing))}.')
         text = json.dumps(document, indent=2, sort_keys=True) + "\n"
-        (target / CONFIG).write_text(text, encoding="utf-8")
+        (aside / CONFIG).write_text(text, encoding="utf-8")
+        _remove_weights(target)
+        for path in sorted(aside.iterdir(), key=lambda path: path.name == CONFIG):
+            os.replace(path, target / path.name)
     except OSError as error:
         raise CheckpointError(
             f'"{target}" cannot be written: {error.strerror or error}.'
         ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:

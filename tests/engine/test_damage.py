@@ -186,18 +186,30 @@ def test_another_model_is_no_damage(saved, tmp_path):
     assert not isinstance(raised.value, DamagedCheckpointError)
 
 
-def test_a_save_that_fails_costs_a_run_only_itself(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("when", ["begins", "ends"])
+def test_a_save_that_fails_costs_a_run_only_itself(when, tmp_path, monkeypatch, caplog):
     """The disk is full for two saves, the last of the run among them, which is tried again."""
-    write, failing = folders.write_file, {"global_step8", "global_step16"}
+    failing = {"global_step8", "global_step16"}
+    write, begin = folders.write_file, folders.begin
 
-    def full(path: Path, content: bytes) -> None:
-        tag = path.parent.name.removesuffix(folders.SAVING)
-        if path.name == "jspeed.json" and tag in failing:
+    def full(tag: str) -> None:
+        if tag in failing:
             failing.discard(tag)
             raise OSError(errno.ENOSPC, "No space left on device")
+
+    def write_or_fail(path: Path, content: bytes) -> None:
+        if path.name == "jspeed.json":
+            full(path.parent.name.removesuffix(folders.SAVING))
         write(path, content)
 
-    monkeypatch.setattr(folders, "write_file", full)
+    def begin_or_fail(directory: Path, tag: str) -> None:
+        full(tag)
+        begin(directory, tag)
+
+    if when == "ends":
+        monkeypatch.setattr(folders, "write_file", write_or_fail)
+    else:
+        monkeypatch.setattr(folders, "begin", begin_or_fail)
     run = tiny_run(tmp_path / "run", run={"steps": 16, "compile_cache": False}, mesh={"data": 8})
     config = jspeed.load_config(run)
     with caplog.at_level(logging.ERROR, logger="jspeed"):
@@ -212,3 +224,24 @@ def test_a_save_that_fails_costs_a_run_only_itself(tmp_path, monkeypatch, caplog
     assert not (left / "global_step8").exists()
     assert sorted(losses(tmp_path / "run")) == list(range(1, 17))
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "finished"
+
+
+def test_a_run_goes_on_from_the_one_before_a_damaged_checkpoint(tmp_path):
+    """Whatever became of `latest`; afterwards it names a whole checkpoint, which pruning keeps."""
+    run = tiny_run(
+        tmp_path / "run",
+        run={"steps": 8, "keep_checkpoints": 1, "compile_cache": False},
+        mesh={"data": 8},
+    )
+    checkpoints = tmp_path / "run" / "checkpoints"
+    train_run(jspeed.load_config(run), display=Silent(), resume=False, overwrite=False)
+    shutil.copytree(checkpoints / "global_step8", checkpoints / "global_step6")
+    manifest = json.loads((checkpoints / "global_step6" / "jspeed.json").read_text())
+    manifest["tag"], manifest["metadata"]["step"] = "global_step6", 6
+    (checkpoints / "global_step6" / "jspeed.json").write_text(json.dumps(manifest))
+    for damage in (remove_folder, cut_latest):
+        (checkpoints / "global_step8").mkdir(exist_ok=True)
+        damage(checkpoints / "global_step8")
+        result = train_run(jspeed.load_config(run), display=Silent(), resume=True, overwrite=False)
+        assert result.state == "finished"
+        assert (checkpoints / "latest").read_text() == "global_step6"

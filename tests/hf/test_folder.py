@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from jspeed.core.errors import CheckpointError
 from jspeed.hf import Folder, Weights
 from jspeed.hf.names import NAMES
+from jspeed.hf.writing import write_model
 
 SHAPES = {
     "embedding": (5, 4),
@@ -154,3 +155,33 @@ def test_damage(tmp_path):
     save_file({"b": np.zeros(2)}, tmp_path / "model-00001-of-00001.safetensors")
     with pytest.raises(CheckpointError, match="lacks a, which"):
         Folder(tmp_path)
+
+
+def test_an_export_that_fails_leaves_what_was_there(tmp_path):
+    """The disk is full after the first parameter; nothing half-written stays either."""
+    shapes = {"wte": (5, 4), "wpe": (3, 4)}
+
+    def export(value: float, *, full: bool = False) -> None:
+        def parameters():
+            for path, shape in shapes.items():
+                yield path, np.full(shape, value, np.float32)
+                if full:
+                    raise OSError(28, "No space left on device")
+
+        write_model(
+            tmp_path,
+            family="gpt2",
+            shapes=shapes,
+            parameters=parameters(),
+            document={"value": value},
+            dtype="float32",
+        )
+
+    export(1.0)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert sorted(before) == ["config.json", "model.safetensors"]
+    with pytest.raises(CheckpointError, match="cannot be written: No space left"):
+        export(2.0, full=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    export(2.0)
+    assert (tmp_path / "model.safetensors").read_bytes() != before["model.safetensors"]
