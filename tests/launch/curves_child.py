@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -17,19 +19,27 @@ from tests.training.curves import BATCH, TINY, batches, ds_config
 STEPS = 12
 
 
-def losses(stage: int) -> list[float]:
-    """Of the stage, this process bringing its share of each batch."""
+def make_engine(stage: int) -> jspeed.Engine:
+    """Of the tiny GPT-2, under a ZeRO stage."""
     config = ds_config(stage=stage, micro=2, optimizer="AdamW", gradient_clipping=1.0)
-    engine = jspeed.initialize(
+    return jspeed.initialize(
         model=ModelFactory("gpt2", TINY), loss_fn=language_model_loss, config=config, seed=0
     )
+
+
+def own_batches(engine: jspeed.Engine, steps: int) -> Iterator[dict[str, Any]]:
+    """This process's share of each batch."""
     share = engine.data_share
     rows = BATCH // share.count
     own = slice(share.index * rows, (share.index + 1) * rows)
-    return [
-        float(engine.train_batch({name: leaf[own] for name, leaf in batch.items()})["loss"])
-        for batch in batches(STEPS)
-    ]
+    for batch in batches(steps):
+        yield {name: leaf[own] for name, leaf in batch.items()}
+
+
+def losses(stage: int) -> list[float]:
+    """Of a stage."""
+    engine = make_engine(stage)
+    return [float(engine.train_batch(batch)["loss"]) for batch in own_batches(engine, STEPS)]
 
 
 def main() -> None:
