@@ -24,7 +24,7 @@ import typer
 
 from benchmarks.interleave import Timings, alternate
 from benchmarks.report import machine, markdown_table, versions
-from jspeed.offload import FileStore, files
+from jspeed.offload import FileStore, records
 from jspeed.offload.checksums import Checksum, fastest_checksum
 
 TENSORS = 3
@@ -116,7 +116,7 @@ def over(*stores: FileStore) -> Pass:
 @contextlib.contextmanager
 def checksum(chosen: Checksum) -> Iterator[None]:
     """Stores that are made within use this checksum."""
-    with mock.patch.object(files, "fastest_checksum", return_value=chosen):
+    with mock.patch.object(records, "fastest_checksum", return_value=chosen):
         yield
 
 

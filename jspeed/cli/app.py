@@ -280,7 +280,7 @@ def schedule(
 
 @app.command()
 def report(json: AsJson = False) -> None:
-    """Print what a run would find on this machine, and what is missing."""
+    """Print what this machine has for a run, and what is missing."""
     prepare_jax_anywhere()
     from jspeed.cli.report import report_command
 
