@@ -30,12 +30,12 @@ from jspeed.models.llama.config import LlamaConfig
 from jspeed.models.llama.model import Llama
 from jspeed.nn import language_model_loss
 from jspeed.optim.adam import Applied, adam
-from jspeed.planner.compiled import compile_lowered
 from jspeed.planner.costs import Costs
-from jspeed.planner.hlo import Computation, Instruction, Module, parse_module
 from jspeed.planner.targets import described_devices
 from jspeed.planner.testing import compile_step
-from jspeed.planner.trips import executions
+from jspeed.profile.compiled import compile_lowered
+from jspeed.profile.hlo import Computation, Instruction, Module, parse_module
+from jspeed.profile.trips import executions
 from jspeed.training.program import make_program
 from pallas_kernels.rms_norm import add_rms_norm
 from pallas_kernels.rms_norm.triton import backward

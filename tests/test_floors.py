@@ -15,7 +15,7 @@ FLOORS = (
     ("layout", "comm"),
     ("nn", "models", "optim"),
     ("pipeline", "offload"),
-    ("training", "checkpoint", "hf", "data", "monitor"),
+    ("training", "checkpoint", "hf", "data", "monitor", "profile"),
     ("engine",),
     ("planner", "inference", "compression"),
     ("cli", "launch"),

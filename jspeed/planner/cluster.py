@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jspeed.core.errors import JspeedError
-from jspeed.planner.collectives import KINDS
-from jspeed.planner.groups import UNKNOWN
 from jspeed.planner.targets import Link, Target, described_mesh
+from jspeed.profile.collectives import KINDS
+from jspeed.profile.groups import UNKNOWN
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -177,7 +177,7 @@ def collective_seconds(kind: str, bytes_whole: float, link: GroupLink) -> float:
     """How long a collective takes on its own.
 
     Args:
-      kind: one of `jspeed.planner.collectives.KINDS`.
+      kind: one of `jspeed.profile.collectives.KINDS`.
       bytes_whole: of the larger of what one device gives and gets: the array after an all-gather,
         before a reduce-scatter.
       link: of the group.

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from jspeed.nn.attention_sparse import SCORES
-from jspeed.planner.hlo import ArrayType, Computation, Instruction, Module
 from jspeed.planner.targets.target import FULL_FLOAT32
+from jspeed.profile.hlo import ArrayType, Computation, Instruction, Module
 
 FREE = frozenset(
     {

@@ -14,11 +14,11 @@ from jspeed.layout.mesh import ZERO_AXES
 from jspeed.layout.rules import axes_of
 from jspeed.layout.zero import Role
 from jspeed.pipeline.executor import SCOPE
-from jspeed.planner.compiled import Compiled
 from jspeed.planner.costs import is_library_product
-from jspeed.planner.hlo import ArrayType, Instruction, array_types
-from jspeed.planner.origins import Origins
-from jspeed.planner.sources import Sources
+from jspeed.profile.compiled import Compiled
+from jspeed.profile.hlo import ArrayType, Instruction, array_types
+from jspeed.profile.origins import Origins
+from jspeed.profile.sources import Sources
 
 GRADIENTS, WEIGHTS = "gradients", "gathered weights"
 ACTIVATIONS, OTHER = "activations", "other temporaries"

@@ -14,10 +14,10 @@ from jspeed.layout.mesh import ZERO_AXES
 from jspeed.layout.rules import axes_of
 from jspeed.layout.zero import Role
 from jspeed.planner.cluster import Cluster
-from jspeed.planner.collectives import Collective
 from jspeed.planner.memory import Memory
 from jspeed.planner.timeline import BUBBLE, Spent
 from jspeed.planner.volume import Volume
+from jspeed.profile.collectives import Collective
 
 Traffic = Mapping[str, Any]
 

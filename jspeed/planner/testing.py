@@ -25,8 +25,8 @@ from jspeed.layout.rules import Rule
 from jspeed.layout.tensor import tensor_splits
 from jspeed.layout.zero import Layout
 from jspeed.pipeline.schedules import make_schedule
-from jspeed.planner.compiled import Compiled, compile_lowered
 from jspeed.planner.targets import described_mesh
+from jspeed.profile.compiled import Compiled, compile_lowered
 from jspeed.training.gradients import GradientSettings
 from jspeed.training.program import LossFn, Program
 from jspeed.training.state import abstract_parameters, abstract_state

@@ -21,11 +21,11 @@ from dataclasses import dataclass, field
 from jspeed.layout.mesh import PIPE
 from jspeed.nn.attention import STAND_IN
 from jspeed.planner.cluster import Cluster, GroupLink, collective_seconds
-from jspeed.planner.collectives import Carried, carried_by, collective_axes, collective_pairs
 from jspeed.planner.costs import FREE, Cost, Costs
-from jspeed.planner.hlo import Computation, Instruction, Module
-from jspeed.planner.trips import trip_count
-from jspeed.planner.turns import TurnLoop, Way
+from jspeed.profile.collectives import Carried, carried_by, collective_axes, collective_pairs
+from jspeed.profile.hlo import Computation, Instruction, Module
+from jspeed.profile.trips import trip_count
+from jspeed.profile.turns import TurnLoop, Way
 
 COMPUTE, MEMORY, LAUNCH = "compute", "memory", "launch"
 ALLOCATION = "allocation"

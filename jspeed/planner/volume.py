@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jspeed.layout.mesh import BATCH_AXES
-from jspeed.planner.collectives import Collective
+from jspeed.profile.collectives import Collective
 
 _PASSES = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}
 

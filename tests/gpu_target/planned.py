@@ -9,9 +9,9 @@ import pytest
 from jspeed.config import load_config
 from jspeed.planner import plan as planning
 from jspeed.planner.cluster import Cluster
-from jspeed.planner.compiled import Compiled
 from jspeed.planner.plan import Plan, make_plan
 from jspeed.planner.targets import load_target
+from jspeed.profile.compiled import Compiled
 from tests.planner.goldens import CONFIGS
 
 RUN = CONFIGS / "gpt2_13b_1xh100.json"

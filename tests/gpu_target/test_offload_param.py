@@ -12,9 +12,9 @@ import pytest
 
 from jspeed.config import load_config
 from jspeed.planner.cluster import Cluster
-from jspeed.planner.compiled import Compiled
 from jspeed.planner.plan import Plan, make_plan
 from jspeed.planner.targets import load_target
+from jspeed.profile.compiled import Compiled
 from tests.gpu_target.planned import plan_and_step
 from tests.planner.goldens import CONFIGS
 

@@ -31,10 +31,10 @@ from jspeed.config import Checkpoint
 from jspeed.layout.mesh import MeshShape
 from jspeed.models import LlamaConfig, ModelFactory
 from jspeed.nn import language_model_loss
-from jspeed.planner.collectives import holds_matmul
-from jspeed.planner.compiled import Compiled
 from jspeed.planner.targets import has_gpu_compiler
 from jspeed.planner.testing import compile_step
+from jspeed.profile.collectives import holds_matmul
+from jspeed.profile.compiled import Compiled
 from jspeed.training.program import make_program
 
 pytestmark = [

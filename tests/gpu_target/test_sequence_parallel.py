@@ -11,9 +11,9 @@ from jspeed.layout.compiler_options import CommunicationSettings
 from jspeed.layout.mesh import resolve_mesh
 from jspeed.models import LlamaConfig, ModelFactory
 from jspeed.nn import language_model_loss
-from jspeed.planner.collectives import Collective
 from jspeed.planner.targets import has_gpu_compiler
 from jspeed.planner.testing import CompiledStep, compile_step
+from jspeed.profile.collectives import Collective
 from jspeed.training.program import make_program
 
 pytestmark = [

@@ -8,8 +8,8 @@ import re
 
 import pytest
 
-from jspeed.planner.compiled import Compiled
 from jspeed.planner.plan import Plan
+from jspeed.profile.compiled import Compiled
 from tests.gpu_target.planned import plan_and_step
 
 CHUNK = 1_000_000

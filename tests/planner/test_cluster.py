@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from jspeed.core.errors import JspeedError
 from jspeed.layout.mesh import AXES, MeshShape
 from jspeed.planner.cluster import Cluster, GroupLink, collective_seconds
-from jspeed.planner.collectives import KINDS
 from jspeed.planner.targets import Target, has_gpu_compiler, load_target
+from jspeed.profile.collectives import KINDS
 
 H200 = load_target("h200")
 NVLINK, NETWORK = H200.device_link_rate(), H200.network_rate()

@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 
 from jspeed.planner.costs import Costs
-from jspeed.planner.hlo import parse_module
+from jspeed.profile.hlo import parse_module
 
 TEXT = """HloModule step, is_scheduled=true
 

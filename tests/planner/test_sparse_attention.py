@@ -9,9 +9,9 @@ import pytest
 
 from jspeed.config import load_config
 from jspeed.planner.costs import product_flops
-from jspeed.planner.hlo import parse_module
 from jspeed.planner.plan import Plan, make_plan
 from jspeed.planner.targets import has_gpu_compiler
+from jspeed.profile.hlo import parse_module
 from tests.planner.goldens import CONFIGS, cluster_of
 
 RUN = CONFIGS / "bert_large_8k_sparse.json"

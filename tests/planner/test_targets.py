@@ -17,8 +17,6 @@ from jax.sharding import PartitionSpec as P
 
 from jspeed.core.errors import JspeedError, MissingExtraError
 from jspeed.layout.mesh import AXES, MeshShape
-from jspeed.planner.collectives import collectives
-from jspeed.planner.compiled import compile_uncached
 from jspeed.planner.targets import (
     TARGETS,
     described_devices,
@@ -31,6 +29,8 @@ from jspeed.planner.targets import (
 from jspeed.planner.targets.load import measured_path
 from jspeed.planner.targets.target import EFFICIENCIES, FULL_FLOAT32
 from jspeed.planner.targets.text_proto import text_proto
+from jspeed.profile.collectives import collectives
+from jspeed.profile.compiled import compile_uncached
 
 needs_gpu_compiler = pytest.mark.skipif(
     not has_gpu_compiler(), reason="the CUDA compiler plugin is not installed"

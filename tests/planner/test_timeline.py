@@ -13,11 +13,11 @@ from jspeed.nn.attention import STAND_IN
 from jspeed.pipeline import make_schedule
 from jspeed.pipeline.program import make_turns
 from jspeed.planner.cluster import Cluster, collective_seconds
-from jspeed.planner.hlo import parse_module
 from jspeed.planner.targets import FreshMemory, load_target
 from jspeed.planner.timeline import time_step
-from jspeed.planner.turns import find_turns
-from tests.planner.texts import PIPELINE
+from jspeed.profile.hlo import parse_module
+from jspeed.profile.turns import find_turns
+from tests.profile.texts import PIPELINE
 
 # A product of 2^30 x 2 FLOPs, a copy of 2^21 bytes each way and a gather of 2^24 bytes.
 LOOP = """HloModule step, is_scheduled=true

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from jspeed.planner.collectives import Collective
-from jspeed.planner.hlo import ArrayType
 from jspeed.planner.volume import paper_volume, volume
+from jspeed.profile.collectives import Collective
+from jspeed.profile.hlo import ArrayType
 
 
 def collective(kind: str, operand: int, result: int, axes=("data",), count: int = 1) -> Collective:

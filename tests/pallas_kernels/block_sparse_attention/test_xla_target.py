@@ -11,11 +11,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jspeed.layout.mesh import resolve_mesh
-from jspeed.planner.compiled import Compiled, compile_lowered
 from jspeed.planner.costs import Costs
 from jspeed.planner.targets import has_gpu_compiler
 from jspeed.planner.targets.described import described_mesh
-from jspeed.planner.trips import executions
+from jspeed.profile.compiled import Compiled, compile_lowered
+from jspeed.profile.trips import executions
 from pallas_kernels.block_sparse_attention import (
     BigBird,
     BlockLayout,

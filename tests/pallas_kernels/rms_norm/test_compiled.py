@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks.kernel_traffic import traffic
-from jspeed.planner.hlo import parse_module
 from jspeed.planner.targets import has_gpu_compiler
+from jspeed.profile.hlo import parse_module
 from pallas_kernels import _compat
 from pallas_kernels.rms_norm import add_rms_norm, triton
 from tests.pallas_kernels.compiled import compile_for

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jspeed.planner.compiled import CompileError, compile_lowered
+from jspeed.profile.compiled import CompileError, compile_lowered
 
 
 class Refusing:

@@ -3,8 +3,8 @@
 import pytest
 
 from jspeed.core.errors import JspeedError
-from jspeed.planner.hlo import ArrayType, array_types, parse_module
-from tests.planner.texts import ASYNC, LOOP
+from jspeed.profile.hlo import ArrayType, array_types, parse_module
+from tests.profile.texts import ASYNC, LOOP
 
 
 def test_computations_and_instructions_are_read():

@@ -13,9 +13,9 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from jspeed.core.errors import JspeedError
-from jspeed.planner.buffers import LiveValue, read_live
-from jspeed.planner.collectives import Collective, Overlap, collectives, overlaps
-from jspeed.planner.hlo import Module, parse_module
+from jspeed.profile.buffers import LiveValue, read_live
+from jspeed.profile.collectives import Collective, Overlap, collectives, overlaps
+from jspeed.profile.hlo import Module, parse_module
 
 
 class CompileError(JspeedError):

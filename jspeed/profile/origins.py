@@ -16,7 +16,7 @@ from typing import Any
 
 from flax import nnx
 
-from jspeed.planner.hlo import Instruction
+from jspeed.profile.hlo import Instruction
 
 _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 _FIELD = re.compile(r"(\w+)=(\d+)")
@@ -34,6 +34,7 @@ _OUTSIDE = (
     "/jspeed/training/",
     "/jspeed/engine/",
     "/jspeed/planner/",
+    "/jspeed/profile/",
 )
 
 

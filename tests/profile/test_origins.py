@@ -7,8 +7,8 @@ from __future__ import annotations
 import pytest
 from flax import nnx
 
-from jspeed.planner.hlo import parse_module
-from jspeed.planner.origins import Origins, module_classes, scope_names
+from jspeed.profile.hlo import parse_module
+from jspeed.profile.origins import Origins, module_classes, scope_names
 
 HEAD = """HloModule step, is_scheduled=true
 

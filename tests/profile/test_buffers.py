@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jspeed.planner.buffers import LiveValue, read_live
+from jspeed.profile.buffers import LiveValue, read_live
 
 ASSIGNMENT = """BufferAssignment:
 allocation 0: size 4000, parameter 0, shape |f32[1000]| at ShapeIndex {}, maybe-live-out:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jspeed.planner.hlo import parse_module
-from jspeed.planner.integers import UnknownIntegerError, entry
+from jspeed.profile.hlo import parse_module
+from jspeed.profile.integers import UnknownIntegerError, entry
 
 MODULE = """HloModule step, is_scheduled=true
 

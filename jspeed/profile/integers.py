@@ -16,7 +16,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from jspeed.planner.hlo import ArrayType, Computation, Instruction, Module
+from jspeed.profile.hlo import ArrayType, Computation, Instruction, Module
 
 Integers = np.ndarray
 """Integers and truth values of any shape."""

@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-from jspeed.planner.hlo import ArrayType, parse_module
-from jspeed.planner.sources import Sources
+from jspeed.profile.hlo import ArrayType, parse_module
+from jspeed.profile.sources import Sources
 
 TEXT = """HloModule step, is_scheduled=true
 

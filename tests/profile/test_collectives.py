@@ -1,7 +1,7 @@
 """What a compiled module communicates, and behind what."""
 
-from jspeed.planner.collectives import collectives, overlaps
-from tests.planner.texts import ASYNC, LOOP
+from jspeed.profile.collectives import collectives, overlaps
+from tests.profile.texts import ASYNC, LOOP
 
 MESH = {"data": 4, "tensor": 2}
 

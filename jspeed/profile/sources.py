@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from jspeed.planner.hlo import ArrayType, Computation, Instruction, Module
+from jspeed.profile.hlo import ArrayType, Computation, Instruction, Module
 
 _DEEPEST = 12
 FUSIONS = ("fusion", "fusion-start")

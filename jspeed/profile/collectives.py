@@ -11,9 +11,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from jspeed.planner.groups import group_axes, pair_axes
-from jspeed.planner.hlo import ArrayType, Computation, Instruction, Module, parse_module
-from jspeed.planner.trips import Taken, executions
+from jspeed.profile.groups import group_axes, pair_axes
+from jspeed.profile.hlo import ArrayType, Computation, Instruction, Module, parse_module
+from jspeed.profile.trips import Taken, executions
 
 KINDS = (
     "all-gather",

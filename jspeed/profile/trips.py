@@ -13,8 +13,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from jspeed.core.errors import JspeedError
-from jspeed.planner.hlo import Computation, Instruction, Module
-from jspeed.planner.integers import UnknownIntegerError, entry
+from jspeed.profile.hlo import Computation, Instruction, Module
+from jspeed.profile.integers import UnknownIntegerError, entry
 
 _NOTED = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _MOST_TURNS = 1_000_000

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from jspeed.core.errors import JspeedError
 from jspeed.layout.mesh import PIPE
 from jspeed.pipeline.program import TurnTable
-from jspeed.planner.hlo import Computation, Instruction, Module
-from jspeed.planner.integers import Frame, UnknownIntegerError, entry
+from jspeed.profile.hlo import Computation, Instruction, Module
+from jspeed.profile.integers import Frame, UnknownIntegerError, entry
 
 Way = tuple[tuple[str, int, tuple["Way", ...]], ...]
 """The way through a computation: of each conditional its name, the branch that runs and the way

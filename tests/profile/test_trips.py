@@ -3,9 +3,9 @@
 import pytest
 
 from jspeed.core.errors import JspeedError
-from jspeed.planner.hlo import parse_module
-from jspeed.planner.trips import executions
-from tests.planner.texts import ASYNC, LOOP
+from jspeed.profile.hlo import parse_module
+from jspeed.profile.trips import executions
+from tests.profile.texts import ASYNC, LOOP
 
 
 def test_a_noted_trip_count_is_taken():
@@ -32,7 +32,7 @@ def test_a_loop_that_depends_on_data_is_an_error():
 
 
 def test_a_loop_that_does_not_end_is_an_error(monkeypatch):
-    monkeypatch.setattr("jspeed.planner.trips._MOST_TURNS", 50)
+    monkeypatch.setattr("jspeed.profile.trips._MOST_TURNS", 50)
     text = LOOP.replace("LOOP_NOTE", "").replace("constant(2)", "constant(0)")
     with pytest.raises(JspeedError, match="more than 50 turns"):
         executions(parse_module(text))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jspeed.core.errors import JspeedError
-from jspeed.planner.groups import group_axes, pair_axes, parse_groups
+from jspeed.profile.groups import group_axes, pair_axes, parse_groups
 
 MESH = {"pipe": 1, "data": 4, "tensor": 2}
 

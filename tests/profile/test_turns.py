@@ -8,11 +8,11 @@ from jspeed.core.errors import JspeedError
 from jspeed.layout.mesh import AXES
 from jspeed.pipeline import make_schedule
 from jspeed.pipeline.program import make_turns
-from jspeed.planner.collectives import collectives
-from jspeed.planner.hlo import parse_module
-from jspeed.planner.trips import executions
-from jspeed.planner.turns import find_turns
-from tests.planner.texts import PIPELINE
+from jspeed.profile.collectives import collectives
+from jspeed.profile.hlo import parse_module
+from jspeed.profile.trips import executions
+from jspeed.profile.turns import find_turns
+from tests.profile.texts import PIPELINE
 
 SIZES = {axis: {"pipe": 2, "data": 4}.get(axis, 1) for axis in AXES}
 TABLE = make_turns(make_schedule("forward", stages=2, microbatches=2))
