@@ -72,8 +72,9 @@ class HostState(ABC):
         """Takes one tensor of a parameter's state, fp32 and placed as its moments."""
 
     def _put(self, path: str, master: jax.Array) -> None:
-        """Takes a parameter that is on the disk, fp32 and placed as its moments."""
-        raise NotImplementedError
+        """Takes a parameter that is on the disk, fp32 and placed as its moments; rules let only
+        an optimizer on the hosts have any."""
+        raise NotImplementedError(f"{type(self).__name__} updates no parameters on the disk")
 
     def rebatched(self, plan: RunPlan) -> None:
         """A plan with another batch size has taken the place of the one before."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -53,13 +54,8 @@ class Records:
         """
         for record in records:
             self._checksums[record] = self._checksum.of(self._bytes(records, record, buffer))
-        try:
+        with self._named(records, "written", what):
             self.file.write(buffer, self._offsets[records.start])
-        except OSError as error:
-            what = what or self._name(records.start)
-            raise OffloadError(
-                f'"{self.file.path}": {what} cannot be written: {reason(error)}.'
-            ) from error
 
     def read(self, records: range, buffer: np.ndarray, what: str | None = None) -> None:
         """Reads neighbouring records; see `write`.
@@ -67,13 +63,8 @@ class Records:
         Raises:
           OffloadError: the disk cannot be read, or gives back something else than was written.
         """
-        try:
+        with self._named(records, "read", what):
             self.file.read(buffer, self._offsets[records.start])
-        except OSError as error:
-            what = what or self._name(records.start)
-            raise OffloadError(
-                f'"{self.file.path}": {what} cannot be read: {reason(error)}.'
-            ) from error
         for record in records:
             found = self._checksum.of(self._bytes(records, record, buffer))
             expected = int(self._checksums[record])
@@ -83,6 +74,16 @@ class Records:
                     f'"{self.file.path}": {self._name(record)} is damaged: its checksum is '
                     f"{shown}; {wanted} was written. The disk or its driver lost data."
                 )
+
+    @contextmanager
+    def _named(self, records: range, done: str, what: str | None) -> Iterator[None]:
+        """An error of the disk says which file and records could not be read, or written."""
+        try:
+            yield
+        except OSError as error:
+            what = what or self._name(records.start)
+            message = f'"{self.file.path}": {what} cannot be {done}: {reason(error)}.'
+            raise OffloadError(message) from error
 
     def _bytes(self, records: range, record: int, buffer: np.ndarray) -> memoryview:
         start = self._offsets[record] - self._offsets[records.start]

@@ -18,6 +18,21 @@ CLOSE = 1e-6
 
 Offload = dict[str, Any]
 
+# Of layers whose parameters are not on the devices. Fewer than 8 shards have 4 microbatches, whose
+# gradients add up where the layers are.
+STREAMED_LAYOUTS: list[dict[str, Any]] = [
+    {"devices": 1, "stage": 0},
+    {"devices": 4, "stage": 0},
+    {"devices": 4, "stage": 1},
+    {"devices": 8, "stage": 2},
+    {"devices": 8, "stage": 3},
+    {"devices": 4, "stage": 3},
+    {"devices": 8, "stage": 3, "mesh": {"tensor": 2}},
+    {"devices": 8, "stage": 1, "mesh": {"tensor": 2}},
+    {"devices": 8, "stage": 2, "mesh": {"seq": 2, "replica": 2}},
+    {"devices": 8, "stage": 3, "mesh": {"seq": 2, "replica": 2}},
+]
+
 LAYOUTS: list[dict[str, Any]] = [
     {"devices": 1, "stage": 0},
     {"devices": 4, "stage": 0},
@@ -69,10 +84,24 @@ def train(engine: Engine, steps: int = STEPS, *, skip: int = 0) -> list[float]:
 
 def check_curves(offload: Offload, layout: dict[str, Any]) -> None:
     """Losses and parameters with something offloaded are those without."""
-    plain, offloaded = make_engine(None, **layout), make_engine(offload, **layout)
-    np.testing.assert_allclose(train(offloaded), train(plain), rtol=CLOSE)
+    check_same(make_engine(offload, **layout), make_engine(None, **layout))
+
+
+def check_same(offloaded: Engine, plain: Engine) -> None:
+    """Both train alike: losses, norms of the gradients, and parameters in the end.
+
+    Norms are sums of squares in another order, and parameters pass through Adam, which scales
+    differences of small gradients up: hence the wider bounds.
+    """
+    for batch in batches(STEPS):
+        expected, found = plain.train_batch(batch), offloaded.train_batch(batch)
+        np.testing.assert_allclose(float(found["loss"]), float(expected["loss"]), rtol=CLOSE)
+        np.testing.assert_allclose(
+            float(found["grad_norm"]), float(expected["grad_norm"]), rtol=1e-4
+        )
+    after = offloaded.parameters()
     for path, whole in plain.parameters().items():
-        found = offloaded.parameters()[path]
+        found = after[path]
         if path.endswith("qkv/bias"):  # no loss depends on that of the keys: Adam scales up noise
             found, whole = np.delete(found, 1, axis=1), np.delete(whole, 1, axis=1)
         np.testing.assert_allclose(found, whole, rtol=1e-4, atol=1e-5)

@@ -17,10 +17,9 @@ from jspeed.models import ModelFactory
 from jspeed.models.llama.config import LlamaConfig
 from jspeed.offload import HostOptimizer
 from tests.training.curves import TINY, VOCAB, batches
-from tests.training.offloaded import STEPS, make_engine, train
+from tests.training.offloaded import CLOSE, STREAMED_LAYOUTS, check_same, make_engine, train
 
 ON_HOST = {"device": "cpu"}
-CLOSE = 1e-6
 
 
 def streamed_engine(**more: Any) -> Engine:
@@ -33,18 +32,6 @@ def _plain_engine(**more: Any) -> Engine:
     return make_engine(None, **more)
 
 
-_LAYOUTS: list[dict[str, Any]] = [
-    {"devices": 1, "stage": 0},
-    {"devices": 4, "stage": 0},
-    {"devices": 4, "stage": 1},
-    {"devices": 8, "stage": 2},
-    {"devices": 8, "stage": 3},
-    {"devices": 4, "stage": 3},
-    {"devices": 8, "stage": 3, "mesh": {"tensor": 2}},
-    {"devices": 8, "stage": 1, "mesh": {"tensor": 2}},
-    {"devices": 8, "stage": 2, "mesh": {"seq": 2, "replica": 2}},
-    {"devices": 8, "stage": 3, "mesh": {"seq": 2, "replica": 2}},
-]
 _QUICK = (6,)
 
 
@@ -52,24 +39,12 @@ _QUICK = (6,)
     "layout",
     [
         pytest.param(layout, marks=[] if n in _QUICK else pytest.mark.slow)
-        for n, layout in enumerate(_LAYOUTS)
+        for n, layout in enumerate(STREAMED_LAYOUTS)
     ],
     ids=str,
 )
 def test_curves_equal_those_without(layout):
-    """Fewer than 8 shards have 4 microbatches, whose gradients add up in host memory."""
-    plain, streamed = make_engine(None, **layout), streamed_engine(**layout)
-    for batch in batches(STEPS):
-        expected, found = plain.train_batch(batch), streamed.train_batch(batch)
-        np.testing.assert_allclose(float(found["loss"]), float(expected["loss"]), rtol=CLOSE)
-        np.testing.assert_allclose(
-            float(found["grad_norm"]), float(expected["grad_norm"]), rtol=1e-4
-        )
-    for path, whole in plain.parameters().items():
-        found = streamed.parameters()[path]
-        if path.endswith("qkv/bias"):  # no loss depends on that of the keys: Adam scales up noise
-            found, whole = np.delete(found, 1, axis=1), np.delete(whole, 1, axis=1)
-        np.testing.assert_allclose(found, whole, rtol=1e-4, atol=1e-5)
+    check_same(streamed_engine(**layout), _plain_engine(**layout))
 
 
 def test_layers_are_in_host_memory_and_nothing_else():
