@@ -268,8 +268,9 @@ def run(values: Values) -> types.RunConfig | None:
     if not values.has_section("run"):
         return None
     watchdog = types.WatchdogConfig(**_fields(values, "run.watchdog", types.WatchdogConfig))
-    fields = _fields(values, "run", types.RunConfig, leave_out=("watchdog",))
-    return types.RunConfig(**fields, watchdog=watchdog)
+    anomalies = types.AnomaliesConfig(**_fields(values, "run.anomalies", types.AnomaliesConfig))
+    fields = _fields(values, "run", types.RunConfig, leave_out=("watchdog", "anomalies"))
+    return types.RunConfig(**fields, watchdog=watchdog, anomalies=anomalies)
 
 
 def cluster(values: Values) -> types.ClusterConfig:

@@ -120,6 +120,20 @@ RUN_KEYS = section(
         mapped("end_after_seconds", Number(0), None,
                "end the run when it stays late for so long; null: never"),
     ),
+    section(
+        "anomalies",
+        mapped("nonfinite", choice("continue", "skip", "stop", "roll_back"), None,
+               "after a loss or gradient that is not finite; null: skip where fp16 or bf16 skip "
+               "such a step, else stop"),
+        mapped("spike", choice("continue", "skip", "stop", "roll_back"), "continue",
+               "after a loss far above the last ones"),
+        mapped("spike_factor", Number(above=0), 10,
+               "a loss is a spike so many deviations above the median of the last ones"),
+        mapped("spike_window", Int(8), 64, "how many of the last losses count"),
+        mapped("max_roll_backs", _COUNT, 3, "the run stops when one more is due"),
+        mapped("max_skipped_steps", _COUNT, 100,
+               "the run stops after so many skipped steps in a row; null: never"),
+    ),
 )  # fmt: skip
 
 CLUSTER_KEYS = section(

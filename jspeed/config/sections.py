@@ -281,6 +281,25 @@ class WatchdogConfig:
     end_after_seconds: float | None
 
 
+Policy = Literal["continue", "skip", "stop", "roll_back"]
+
+
+@dataclass(frozen=True, slots=True)
+class AnomaliesConfig:
+    """What a run does about losses and gradients that are not as they should be.
+
+    `nonfinite` None means skip where the precision skips such steps, else stop; `max_skipped_steps`
+    None means never.
+    """
+
+    nonfinite: Policy | None
+    spike: Policy
+    spike_factor: float
+    spike_window: int
+    max_roll_backs: int
+    max_skipped_steps: int | None
+
+
 @dataclass(frozen=True, slots=True)
 class RunConfig:
     """One training run; intervals are in optimizer steps and 0 means never."""
@@ -295,6 +314,7 @@ class RunConfig:
     log_every: int
     compile_cache: bool
     watchdog: WatchdogConfig
+    anomalies: AnomaliesConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,10 @@ class ModelError(JspeedError):
     """A model or loss function that jspeed cannot train, or that broke a contract."""
 
 
+class AnomalyError(JspeedError):
+    """Losses or gradients went wrong in a way that the run was told to stop for."""
+
+
 class DataError(JspeedError):
     """Training data that is missing, empty, damaged or does not fit the run."""
 

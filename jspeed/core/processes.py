@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from jspeed.core.errors import (
+    AnomalyError,
     ConfigError,
     LaunchError,
     LayoutError,
@@ -36,7 +37,7 @@ FAILURE_FILE = "JSPEED_FAILURE_FILE"
 
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_PERMANENT = (ConfigError, LayoutError, MissingExtraError, ModelError)
+_PERMANENT = (AnomalyError, ConfigError, LayoutError, MissingExtraError, ModelError)
 # What the others of a run say when one of them is gone.
 _LOST_PEER = re.compile(
     r"gloo|nccl|connection (closed|reset|refused)|socket closed|coordination|heartbeat|"

@@ -260,6 +260,4 @@ class Accessors:
 
     def was_step_applied(self) -> bool:
         """Whether the last step changed the parameters."""
-        return self._metrics is not None and bool(
-            self._metrics["finite"] | (not self.plan.step.skip_nonfinite)
-        )
+        return self._metrics is not None and bool(self._metrics["applied"])

@@ -14,6 +14,12 @@ from jspeed.layout.data_share import DataShare, data_share
 from jspeed.layout.zero import Layout
 
 
+def replicated(number: float, layout: Layout) -> jax.Array:
+    """A float32 scalar on all devices; all processes give the same."""
+    value = np.float32(number)
+    return jax.make_array_from_callback((), layout.replicated(), lambda _: np.asarray(value))
+
+
 class BatchPlacer:
     """Cuts this process's examples into microbatches and puts them on its devices.
 

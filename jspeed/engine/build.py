@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -155,10 +155,12 @@ def plan_run(
         cast_inputs=precision.cast_inputs,
         schedule=_schedule(config, layout, batch),
     )
+    skips = _skips(config)
     step = StepSettings(
         gradients=gradients,
         gradient_clipping=config.gradient_clipping,
-        skip_nonfinite=precision.check_grad_overflow,
+        skip_nonfinite=precision.check_grad_overflow or skips.nonfinite,
+        skip_losses=skips.losses,
         loss_scale=scaling,
         chunk_size=chunk_elements(config),
     )
@@ -191,6 +193,19 @@ def _before_reduction(config: Config, layout: Layout) -> float:
     if config.prescale_gradients:
         return 1.0 / layout.batch_shards
     return 1.0 / config.gradient_predivide_factor
+
+
+class _Skips(NamedTuple):
+    nonfinite: bool
+    losses: bool
+
+
+def _skips(config: Config) -> _Skips:
+    """Which steps a run skips by its policies, beside those that its precision skips."""
+    if config.run is None:
+        return _Skips(False, False)
+    told = config.run.anomalies
+    return _Skips(told.nonfinite == "skip", "skip" in (told.nonfinite, told.spike))
 
 
 def _loss_scale(config: Config) -> LossScale | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from jspeed.config import Config, load_config
 from jspeed.core.errors import ConfigError
 from jspeed.core.tree import named_leaves
 from jspeed.engine import arguments, compilation
-from jspeed.engine.batches import BatchPlacer, rows_to_evaluate
+from jspeed.engine.batches import BatchPlacer, replicated, rows_to_evaluate
 from jspeed.engine.build import RunPlan, ScheduleFn, plan_devices, plan_run
 from jspeed.engine.checked_step import CheckedStep
 from jspeed.engine.checkpointing import Checkpointing
@@ -141,7 +142,11 @@ class Engine(Checkpointing, Parking):
       layout: where every parameter lives.
       train_step: the pure, jitted function `(state, placed batch) -> (state, metrics)`, for loops
         of one's own; it consumes the state it is given. Afterwards set `engine.state`.
+      loss_limit: the next steps change nothing where their loss is larger, if the configuration has
+        such steps skipped (`run.anomalies`).
     """
+
+    loss_limit: float = math.inf
 
     def __init__(
         self,
@@ -219,15 +224,18 @@ class Engine(Checkpointing, Parking):
 
         Returns:
           Scalars on the device: `loss` (the exact mean over the global batch), `grad_norm` (before
-          clipping), `weight`, `finite`, `learning_rate`, and `loss_scale` under fp16. Reading one
-          waits for the step.
+          clipping), `weight`, `finite`, `applied` (whether the step changed anything),
+          `learning_rate`, and `loss_scale` under fp16. Reading one waits for the step.
 
         Raises:
           DataError: the batch has another number of rows.
         """
         self.check_reloaded()
         placed, steps = self.place_batch(batch), self.global_steps
-        self._state, metrics = self.train_step(self._state, placed)
+        state = self._state
+        if self.plan.step.skip_losses:
+            state = replace(state, loss_limit=replicated(self.loss_limit, self.layout))
+        self._state, metrics = self.train_step(state, placed)
         if self._one_at_a_time:
             jax.block_until_ready(metrics["loss"])
         self._metrics = metrics

@@ -17,19 +17,17 @@ from typing import Any, Protocol
 
 import jax
 
-from jspeed.checkpoint.processes import of_all_processes
-from jspeed.core.errors import CheckpointError
-from jspeed.core.tree import named_leaves
 from jspeed.engine.agreement import Stopping
+from jspeed.engine.anomalies import Anomalies, Anomaly
 from jspeed.engine.engine import Engine
 from jspeed.engine.folder import CHECKPOINTS
-from jspeed.engine.overflow import note_overflow
 from jspeed.engine.progress import Display, memory_bytes
-from jspeed.engine.reporting import LOGGER
+from jspeed.engine.saving import RunCheckpoints
 from jspeed.engine.signals import StopRequests
 from jspeed.engine.status import State, Status
 from jspeed.engine.watchdog import STEP, WAITING, Watchdog
 from jspeed.monitor import Monitor
+from jspeed.monitor.monitor import ResumePoint
 from jspeed.training.step import Metrics
 
 
@@ -102,6 +100,7 @@ class Loop:
       display: where progress goes.
       settings: how the run goes.
       watchdog: entered; told what the loop is at.
+      anomalies: told of the metrics of every step; says what to do.
       files: to keep with each checkpoint.
       earlier: gives a signal that asked to stop before the loop began.
     """
@@ -113,61 +112,113 @@ class Loop:
     display: Display
     settings: LoopSettings
     watchdog: Watchdog
+    anomalies: Anomalies
     files: dict[str, bytes] = field(default_factory=dict)
     earlier: Callable[[], signal.Signals | None] = lambda: None
     _arrived: float = field(default=0.0, init=False)
     _report_seconds: float = field(default=0.0, init=False)
-    _checkpoint_seconds: float = field(default=0.0, init=False)
-    _unsaved: bool = field(default=False, init=False)
+    _pending: _Pending | None = field(default=None, init=False)
+    _anomaly: Anomaly | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self._checkpoints = RunCheckpoints(
+            self.engine,
+            self.settings.checkpoints,
+            keep=self.settings.keep_checkpoints,
+            client_state=lambda: {"data": self.batches.state()},
+            files=self.files,
+        )
 
     def run(self) -> State:
-        """Returns `finished`, or how it was stopped; a checkpoint of the last step is complete."""
-        engine, settings = self.engine, self.settings
+        """Returns `finished`, or how it was stopped; a checkpoint of the last step is complete.
+
+        Raises:
+          AnomalyError: losses or gradients went wrong, and the run was told to stop for that.
+        """
+        engine, steps = self.engine, self.settings.steps
         self._note("running")
-        pending: _Pending | None = None
-        saved = engine.global_steps if engine.global_steps else -1
         self._arrived = time.perf_counter()
         with StopRequests(earlier=self.earlier, notify=self._stopping) as stop:
             stopping = Stopping(stop, engine.mesh)
-            while engine.global_steps < settings.steps and not stopping.is_due(engine.global_steps):
-                started = time.perf_counter()
-                with self.watchdog.phase("fetching a batch", engine.global_steps + 1):
-                    batch = next(self.batches)
-                fetched = time.perf_counter()
-                with self.watchdog.phase(STEP, engine.global_steps + 1):
-                    metrics = engine.train_batch(batch)
-                    if settings.breakdown:
-                        jax.block_until_ready(metrics)
-                    asked = stopping.ask()
-                trained = time.perf_counter()
-                step = engine.global_steps
-                if pending is not None:
-                    self._report(pending)
-                    stopping.heed(pending.step, pending.asked)
-                samples = engine.global_samples
-                pending = _Pending(
-                    step, samples, metrics, fetched - started, trained - fetched, asked
-                )
-                saves, evaluates = settings.saves_after(step), settings.evaluates_after(step)
-                # It is ready where the engine waits by itself; see `train_batch`.
-                if saves or evaluates or _is_ready(metrics["loss"]):
-                    self._report(pending)
-                    stopping.heed(step, asked)
-                    pending = None
-                if saves:
-                    with self.watchdog.phase("saving", step):
-                        self._save()
-                    saved = step
-            if pending is not None:
-                self._report(pending)
-            if saved != engine.global_steps:
+            ended = False
+            while not ended:
+                while engine.global_steps < steps and not stopping.is_due(engine.global_steps):
+                    self._step(stopping)
+                self._report_pending()
+                ended = not self._heed_anomaly(engine.global_steps)
+            if self._checkpoints.saved != engine.global_steps:
                 self._save()
-            self._finish_saving()
+            with self.watchdog.phase("saving", engine.global_steps):
+                self._checkpoints.finish()
         state: State = "finished"
-        if engine.global_steps < settings.steps:
+        if engine.global_steps < steps:
             state = "preempted" if stopping.by is signal.SIGTERM else "interrupted"
         self._note(state)
         return state
+
+    def _step(self, stopping: Stopping) -> None:
+        """Dispatches a step, reports the one before, and saves and evaluates if it is time."""
+        engine, settings = self.engine, self.settings
+        step, started = engine.global_steps + 1, time.perf_counter()
+        with self.watchdog.phase("fetching a batch", step):
+            batch = next(self.batches)
+        fetched = time.perf_counter()
+        with self.watchdog.phase(STEP, step):
+            engine.loss_limit = self.anomalies.limit(step)
+            metrics = engine.train_batch(batch)
+            if settings.breakdown:
+                jax.block_until_ready(metrics)
+            asked = stopping.ask()
+        trained = time.perf_counter()
+        self._report_pending(stopping)
+        self._pending = _Pending(
+            step, engine.global_samples, metrics, fetched - started, trained - fetched, asked
+        )
+        looks = settings.saves_after(step) or settings.evaluates_after(step)
+        # It is ready where the engine waits by itself; see `train_batch`.
+        if looks or _is_ready(metrics["loss"]):
+            self._report_pending(stopping)
+        # What other processes have not read yet must not be acted upon.
+        if self._heed_anomaly(step if looks else step - 1):
+            return
+        if settings.saves_after(step):
+            self._save()
+
+    def _report_pending(self, stopping: Stopping | None = None) -> None:
+        """Reports the step that was dispatched and not reported, if there is one."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        self._report(pending)
+        if stopping is not None:
+            stopping.heed(pending.step, pending.asked)
+
+    def _heed_anomaly(self, known: int) -> bool:
+        """Does what the run was told to do about an anomaly; whether it was rolled back.
+
+        Args:
+          known: the last step whose metrics all processes have read.
+
+        Raises:
+          AnomalyError: it was told to stop.
+        """
+        anomaly, folder = self._anomaly, self.settings.checkpoints
+        if anomaly is None or anomaly.step > known:
+            return False
+        self._anomaly = self._pending = None
+        with self.watchdog.phase("rolling back", anomaly.step):
+            self._checkpoints.settle()
+            self.anomalies.heed(anomaly, checkpoint=self._checkpoints.any())
+            reached = self.engine.global_steps
+            tag = self._checkpoints.load_latest()
+        step = self.engine.global_steps
+        self.anomalies.rolled_back(step)
+        self.monitor.rewind(ResumePoint(step + 1, self.engine.global_samples))
+        self.display.say(
+            f"step {anomaly.step}: {anomaly.text}; rolled back to {tag} in {folder}. The run goes "
+            f"on from step {step} with the data after those of step {reached}."
+        )
+        return True
 
     def _stopping(self, request: signal.Signals) -> None:
         if request is signal.SIGINT:
@@ -213,20 +264,15 @@ class Loop:
         }
         if "loss_scale" in values:
             entry["loss_scale"] = values["loss_scale"]
-        if not values["finite"]:
-            entry |= note_overflow(
-                pending.step,
-                values,
-                parameters=[path for path, _ in named_leaves(self.engine.state.master)],
-                skipped=self.engine.plan.step.skip_nonfinite,
-                say=self.display.say,
-            )
+        noted, anomaly = self.anomalies.judge(pending.step, values)
+        self._anomaly = self._anomaly or anomaly
+        entry |= noted
         if settings.breakdown:
             entry["data_seconds"] = pending.data_seconds
             entry["train_seconds"] = pending.train_seconds
             entry["report_seconds"] = self._report_seconds
-            entry["checkpoint_seconds"] = self._checkpoint_seconds
-            self._checkpoint_seconds = 0.0
+            entry["checkpoint_seconds"] = self._checkpoints.seconds
+            self._checkpoints.seconds = 0.0
         return entry
 
     def _evaluate(self, step: int) -> dict[str, float]:
@@ -243,54 +289,9 @@ class Loop:
         return {"eval_loss": loss, "eval_perplexity": perplexity}
 
     def _save(self) -> None:
-        """Starts a save; if the one before it has failed, that costs the run only itself."""
-        started = time.perf_counter()
-        self._await_save()
-        try:
-            self._start_save()
-            self._prune()
-        except CheckpointError as error:
-            self._not_saved(error)
-        self._note("running")
-        self._checkpoint_seconds = time.perf_counter() - started
-
-    def _finish_saving(self) -> None:
-        """Waits for the last save, and tries once more if it failed: nothing comes after it.
-
-        Raises:
-          CheckpointError: it failed again.
-        """
         with self.watchdog.phase("saving", self.engine.global_steps):
-            self._await_save()
-            if self._unsaved:
-                self._start_save()
-                self.engine.wait_for_checkpoint()
-        self._prune()
-
-    def _start_save(self) -> None:
-        self._unsaved = False
-        tag = self.engine.save_checkpoint(
-            self.settings.checkpoints,
-            client_state={"data": self.batches.state()},
-            files=self.files,
-        )
-        LOGGER.info("step %d: saving checkpoint %s", self.engine.global_steps, tag)
-
-    def _not_saved(self, error: CheckpointError) -> None:
-        self._unsaved = True
-        LOGGER.error("%s The run goes on and saves again when it is time.", error)
-
-    def _await_save(self) -> None:
-        """Waits for the save that is running, and says so if it failed, in whatever process."""
-        try:
-            self.engine.wait_for_checkpoint()
-        except CheckpointError as error:
-            self._not_saved(error)
-        self._unsaved = any(of_all_processes(int(self._unsaved)))
-
-    def _prune(self) -> None:
-        if self.settings.keep_checkpoints is not None:
-            self.engine.prune_checkpoints(self.settings.keep_checkpoints)
+            self._checkpoints.save()
+        self._note("running")
 
 
 def _is_ready(array: jax.Array) -> bool:

@@ -95,7 +95,7 @@ class RemainingTime:
         first, since = self._first
         if step >= self._steps:
             return duration_text(0)
-        if step == first:
+        if step <= first:  # also of a run that was rolled back
             return "-:--"
         return duration_text((now - since) / (step - first) * (self._steps - step))
 

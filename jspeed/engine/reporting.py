@@ -65,7 +65,6 @@ class Reporter:
         self._parameters = tuple(parameters)
         # A loss scale that overflows must not go by unseen.
         self._scaled = config.precision.loss_scale is not None
-        self._skips = config.precision.check_grad_overflow
         self._pending: _Pending | None = None
         self._printed: tuple[int, float] | None = None
         self._first = jax.process_index() == 0
@@ -122,7 +121,7 @@ class Reporter:
                 pending.step,
                 values,
                 parameters=self._parameters,
-                skipped=self._skips,
+                skipped=not values["applied"],
                 say=LOGGER.warning if self._first else lambda _: None,
             )
         if self._monitored:
@@ -137,7 +136,7 @@ class Reporter:
         if "loss_scale" in values:
             parts.append(f"loss scale {values['loss_scale']:g}")
         if not values["finite"]:
-            parts.append("skipped" if self._skips else "a gradient is not finite")
+            parts.append("a gradient is not finite" if values["applied"] else "skipped")
         if self._throughput:
             now = time.perf_counter()
             if self._printed is not None and samples > self._printed[0]:

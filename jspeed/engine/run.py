@@ -19,8 +19,10 @@ from jspeed.checkpoint.processes import of_all_processes, of_first_process
 from jspeed.config import Config
 from jspeed.core.errors import CheckpointError, ConfigError
 from jspeed.core.processes import restarts
+from jspeed.core.tree import named_leaves
 from jspeed.data import TextDataset, TrainIterator, build_dataset
 from jspeed.engine.abstract_run import check_attention
+from jspeed.engine.anomalies import Anomalies
 from jspeed.engine.compilation import enable_compile_cache
 from jspeed.engine.distributed import leave
 from jspeed.engine.engine import Engine, initialize
@@ -176,6 +178,12 @@ def _train_run(
                 display=display,
                 settings=parts.settings,
                 watchdog=watchdog,
+                anomalies=Anomalies(
+                    run.anomalies,
+                    parameters=[path for path, _ in named_leaves(engine.state.master)],
+                    skips_nonfinite=engine.plan.step.skip_nonfinite,
+                    say=display.say,
+                ),
                 files={_TOKENIZER: _tokenizer_bytes(parts.data, directory)},
                 earlier=lambda: early.requested,
             ).run()

@@ -47,6 +47,13 @@ class MetricsLog:
         self._file.write(json.dumps(entry, allow_nan=False).encode() + b"\n")
         self._file.flush()
 
+    def rewind(self, first_step: int, samples: int) -> None:
+        """Removes the lines of a step and later ones, which come again."""
+        del samples
+        self._file.close()
+        _repair(self.path, first_step)
+        self._file = self.path.open("ab")
+
     def close(self) -> None:
         """Closes the file; a second call does nothing."""
         self._file.close()

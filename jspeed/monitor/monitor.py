@@ -97,6 +97,12 @@ class Monitor:
         for writer in self._writers:
             writer.write(step, samples, metrics)
 
+    def rewind(self, point: ResumePoint) -> None:
+        """The run goes on from an earlier step: what lies beyond it goes, so that each file stays
+        one curve."""
+        for writer in self._writers:
+            writer.rewind(point.first_step, point.samples)
+
     def close(self) -> None:
         """Closes all writers, also when one fails; the first failure is raised afterwards."""
         failures: list[Exception] = []

@@ -20,6 +20,15 @@ class Writer(Protocol):
         """Writes the metrics of one step, which ended after `samples` samples."""
         ...
 
+    def rewind(self, first_step: int, samples: int) -> None:
+        """Removes what was written of a step and later ones, which come again.
+
+        Args:
+            first_step: the next step that will be written.
+            samples: seen before it.
+        """
+        ...
+
     def close(self) -> None:
         """Flushes and closes; the writer is not used again."""
         ...
@@ -41,17 +50,25 @@ class TensorBoardWriter:
     def __init__(
         self, *, output_path: str | Path, job_name: str, resume_samples: int | None = None
     ) -> None:
-        package = _import("tensorboardX", "tensorboard")
-        purge = None if resume_samples is None else resume_samples + 1
-        self._writer = package.SummaryWriter(
-            logdir=str(Path(output_path) / job_name), purge_step=purge
-        )
+        self._package = _import("tensorboardX", "tensorboard")
+        self._folder = str(Path(output_path) / job_name)
+        self._writer = self._open(resume_samples)
+
+    def _open(self, samples: int | None) -> Any:
+        purge = None if samples is None else samples + 1
+        return self._package.SummaryWriter(logdir=self._folder, purge_step=purge)
 
     def write(self, step: int, samples: int, metrics: Mapping[str, Any]) -> None:
         """Adds one scalar event per number among the metrics, and flushes."""
         for name, value in numbers(metrics).items():
             self._writer.add_scalar(event_name(name), value, samples)
         self._writer.flush()
+
+    def rewind(self, first_step: int, samples: int) -> None:
+        """Has TensorBoard hide what was written after so many samples."""
+        del first_step
+        self._writer.close()
+        self._writer = self._open(samples)
 
     def close(self) -> None:
         """Closes the event file."""
@@ -82,6 +99,10 @@ class WandbWriter:
         if events:
             self._run.log(events, step=samples)
 
+    def rewind(self, first_step: int, samples: int) -> None:
+        """Nothing: what W&B has been told stays, and it takes no more until the run is there
+        again."""
+
     def close(self) -> None:
         """Ends the W&B run."""
         self._run.finish()
@@ -108,8 +129,11 @@ class CsvWriter:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._files: dict[str, Any] = {}
         if resume_samples is not None:
-            for path in sorted(self._folder.glob("*.csv")):
-                _drop_rows_after(path, resume_samples)
+            self._drop_after(resume_samples)
+
+    def _drop_after(self, samples: int) -> None:
+        for path in sorted(self._folder.glob("*.csv")):
+            _drop_rows_after(path, samples)
 
     def write(self, step: int, samples: int, metrics: Mapping[str, Any]) -> None:
         """Appends one row per number among the metrics, and flushes."""
@@ -117,6 +141,12 @@ class CsvWriter:
             file = self._file(event_name(name))
             csv.writer(file, lineterminator="\n").writerow([samples, value])
             file.flush()
+
+    def rewind(self, first_step: int, samples: int) -> None:
+        """Removes the rows beyond so many samples."""
+        del first_step
+        self.close()
+        self._drop_after(samples)
 
     def close(self) -> None:
         """Closes all files."""

@@ -48,6 +48,8 @@ class TrainState:
         one in `master`.
       streamed: path -> tensor -> array in the hosts' pinned memory: fp32 `master` and moments of
         the parameters whose state the step streams through the devices.
+      loss_limit: float32, a step with a larger loss changes nothing, where the settings say so;
+        given to a step beside its state, which has None here.
     """
 
     step: jax.Array
@@ -60,6 +62,7 @@ class TrainState:
     loss_scale: Any
     host_gradients: dict[str, jax.Array] = field(default_factory=dict)
     streamed: dict[str, dict[str, jax.Array]] = field(default_factory=dict)
+    loss_limit: jax.Array | None = None
 
 
 def _build(

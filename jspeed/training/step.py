@@ -71,6 +71,7 @@ class StepSettings:
       gradients: how they are computed and reduced.
       gradient_clipping: the largest global norm; 0 for none.
       skip_nonfinite: leave everything as it was when a gradient is not finite.
+      skip_losses: and when the loss is not finite, or above the state's `loss_limit`.
       loss_scale: fp16's rules, or None.
       chunk_size: elements of the chunks in which state is streamed through the devices.
     """
@@ -78,8 +79,14 @@ class StepSettings:
     gradients: GradientSettings
     gradient_clipping: float = 1.0
     skip_nonfinite: bool = False
+    skip_losses: bool = False
     loss_scale: LossScale | None = None
     chunk_size: int = CHUNK_ELEMENTS
+
+    @property
+    def skips(self) -> bool:
+        """Whether some steps change nothing."""
+        return self.skip_nonfinite or self.skip_losses
 
 
 def make_train_step(
@@ -96,8 +103,8 @@ def make_train_step(
 
     The batch's leaves are `[accumulation, global microbatch, ...]`, split over the batch axes in
     their second dimension. Metrics are fp32 or int32 scalars: `loss`, `grad_norm`, `weight`,
-    `finite`, `first_nonfinite` (index of a parameter in tree order, -1 for none), `learning_rate`
-    and `loss_scale` where there are such.
+    `finite`, `first_nonfinite` (index of a parameter in tree order, -1 for none), `applied`
+    (whether the step changed anything), `learning_rate` and `loss_scale` where there are such.
 
     Where the layout has parameters `on_host`, the step leaves them as they are and returns a
     `HostUpdate` as well; `rates` are of the optimizer there. If their state is `streamed`, the step
@@ -115,18 +122,20 @@ def make_train_step(
     def train_step(state: TrainState, batch: Any) -> Any:
         scale = state.loss_scale.scale if state.loss_scale is not None else jnp.float32(1.0)
         reduced, unscale, loss, weight, mutable, left = compute(state, scale, batch)
-        updated = update(state, reduced, unscale)
-        seen = updated.gradients
+        sound = _is_sound(loss, state.loss_limit) if settings.skip_losses else None
+        updated = update(state, reduced, unscale, sound)
+        seen, applied = updated.gradients, updated.applied
         updates = state.updates + 1
-        if settings.skip_nonfinite:
-            updates = keep_unless(seen.finite, updates, state.updates)
-            mutable = keep_unless(seen.finite, mutable, state.mutable)
+        if settings.skips:
+            updates = keep_unless(applied, updates, state.updates)
+            mutable = keep_unless(applied, mutable, state.mutable)
         metrics = {
             "loss": loss,
             "weight": weight,
             "grad_norm": seen.norm,
             "finite": seen.finite,
             "first_nonfinite": seen.first_nonfinite,
+            "applied": applied,
         }
         if schedule is not None:
             metrics["learning_rate"] = jnp.asarray(schedule(state.updates), jnp.float32)
@@ -153,10 +162,14 @@ def make_train_step(
         )
         if rates is None:
             return new, metrics
-        applied = seen.finite if settings.skip_nonfinite else jnp.bool_(True)
         return new, metrics, _for_host(state, reduced, updated.factor, applied, layout, rates)
 
     return train_step
+
+
+def _is_sound(loss: jax.Array, limit: jax.Array | None) -> jax.Array:
+    sound = jnp.isfinite(loss)
+    return sound if limit is None else sound & (loss <= limit)
 
 
 def _for_host(

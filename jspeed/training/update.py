@@ -31,6 +31,7 @@ class Updated(NamedTuple):
       gradients: what is known of the gradients, unscaled.
       factor: what a reduced gradient is multiplied with before it is used: unscaled and clipped.
       streamed: state in the hosts' memory, as `TrainState` has it.
+      applied: bool, whether the update was made; parameters and optimizer are as they were if not.
     """
 
     master: Any
@@ -39,12 +40,13 @@ class Updated(NamedTuple):
     gradients: GradientNorm
     factor: jax.Array
     streamed: dict[str, dict[str, jax.Array]]
+    applied: jax.Array
 
 
-Update = Callable[[TrainState, Any, jax.Array], Updated]
-"""`(state, reduced gradients, unscale) -> Updated`; see `local_gradients`. The gradients of all
-parameters count for the norm; updated are those of the layout that are not `on_host`, and those
-whose state is `streamed`."""
+Update = Callable[[TrainState, Any, jax.Array, jax.Array | None], Updated]
+"""`(state, reduced gradients, unscale, sound) -> Updated`; see `local_gradients`. Unless `sound`,
+if it is given, nothing is updated. The gradients of all parameters count for the norm; updated are
+those of the layout that are not `on_host`, and those whose state is `streamed`."""
 
 
 def make_update(
@@ -80,9 +82,11 @@ def _streaming(
     rest = _on_devices(optimizer, layout, gradient_clipping, skip_nonfinite)
     stream = make_streamed_update(optimizer, layout, most=chunk_size)
 
-    def update(state: TrainState, reduced: Any, unscale: jax.Array) -> Updated:
-        updated = rest(state, reduced, unscale)
-        applied = updated.gradients.finite if skip_nonfinite else None
+    def update(
+        state: TrainState, reduced: Any, unscale: jax.Array, sound: jax.Array | None
+    ) -> Updated:
+        updated = rest(state, reduced, unscale, sound)
+        applied = updated.applied if skip_nonfinite or sound is not None else None
         params, streamed = stream(state, reduced, updated.factor, applied)
         whole = with_host_leaves(updated.master, state.master, layout)
         master = map_named(lambda path, leaf: params.get(path, leaf), whole)
@@ -101,7 +105,9 @@ def _on_devices(
         return _in_place(optimizer, layout, gradient_clipping, skip_nonfinite)
     supported = optax.with_extra_args_support(optimizer)
 
-    def update(state: TrainState, reduced: Any, unscale: jax.Array) -> Updated:
+    def update(
+        state: TrainState, reduced: Any, unscale: jax.Array, sound: jax.Array | None
+    ) -> Updated:
         grads = jax.tree.map(lambda g: g * unscale, reduced)
         seen = gradient_norm(grads)
         grads, factor = on_device(grads, layout), unscale
@@ -113,12 +119,26 @@ def _on_devices(
             grads, state.opt_state, old, schedule_position=state.updates
         )
         master = constrain(optax.apply_updates(old, updates), layout, Role.MOMENTS)
-        if skip_nonfinite:
-            master = keep_unless(seen.finite, master, old)
-            opt_state = keep_unless(seen.finite, opt_state, state.opt_state)
-        return Updated(master, opt_state, {}, seen, factor, state.streamed)
+        applied = _applied(seen, skip_nonfinite, sound)
+        if applied is not None:
+            master = keep_unless(applied, master, old)
+            opt_state = keep_unless(applied, opt_state, state.opt_state)
+        return Updated(
+            master, opt_state, {}, seen, factor, state.streamed, _always_if_none(applied)
+        )
 
     return update
+
+
+def _applied(seen: GradientNorm, skip_nonfinite: bool, sound: jax.Array | None) -> jax.Array | None:
+    """Whether an update is to be made; None: in any case."""
+    if not skip_nonfinite:
+        return sound
+    return seen.finite if sound is None else seen.finite & sound
+
+
+def _always_if_none(applied: jax.Array | None) -> jax.Array:
+    return jnp.bool_(True) if applied is None else applied
 
 
 def _in_place(
@@ -127,16 +147,19 @@ def _in_place(
     gradient_clipping: float,
     skip_nonfinite: bool,
 ) -> Update:
-    def update(state: TrainState, reduced: Any, unscale: jax.Array) -> Updated:
+    def update(
+        state: TrainState, reduced: Any, unscale: jax.Array, sound: jax.Array | None
+    ) -> Updated:
         seen = gradient_norm(jax.tree.map(lambda g: g * unscale, reduced))
         old = constrain(on_device(state.master, layout), layout, Role.MOMENTS)
         factor = unscale * clipping_factor(seen.norm, gradient_clipping)
+        applied = _applied(seen, skip_nonfinite, sound)
         new, opt_state = optimizer.apply(
             on_device(reduced, layout),
             state.opt_state,
             old,
             gradient_factor=factor,
-            skip=~seen.finite if skip_nonfinite else None,
+            skip=None if applied is None else ~applied,
             copy_dtypes=map_named(
                 lambda path, _: layout.compute_dtype if layout.has_copy(path) else None, old
             ),
@@ -145,7 +168,9 @@ def _in_place(
         )
         master = constrain(new.params, layout, Role.MOMENTS)
         casts = dict(named_leaves(new.copies))
-        return Updated(master, opt_state, casts, seen, factor, state.streamed)
+        return Updated(
+            master, opt_state, casts, seen, factor, state.streamed, _always_if_none(applied)
+        )
 
     return update
 

@@ -8,12 +8,10 @@ import jax
 import pytest
 
 import jspeed
-from jspeed.engine.loop import Loop, LoopSettings
 from jspeed.engine.progress import Silent
 from jspeed.models import ModelFactory
-from jspeed.monitor import Monitor
 from jspeed.nn import language_model_loss
-from tests.engine.runs import silent_watchdog
+from tests.engine.loops import make_loop
 from tests.training.curves import TINY, batches, ds_config
 
 PAUSE = 0.3
@@ -56,15 +54,7 @@ def test_a_steps_seconds_are_its_own(devices, tmp_path):
         devices=jax.devices()[:devices],
     )
     display = _Steps()
-    Loop(
-        engine=engine,
-        batches=_SlowThird(),
-        evaluation=list,
-        monitor=Monitor(),
-        display=display,
-        watchdog=silent_watchdog(tmp_path),
-        settings=LoopSettings(directory=tmp_path, steps=4),
-    ).run()
+    make_loop(engine, _SlowThird(), tmp_path, display=display, steps=4).run()
     assert sorted(display.seconds) == [1, 2, 3, 4]
     late = display.seconds[3] if devices > 1 else max(display.seconds[2], display.seconds[3])
     assert late >= PAUSE

@@ -11,13 +11,11 @@ import pytest
 import jspeed
 from jspeed.core.errors import ModelError
 from jspeed.core.tree import named_leaves
-from jspeed.engine.loop import Loop, LoopSettings
-from jspeed.engine.progress import Silent
 from jspeed.models import ModelFactory
-from jspeed.monitor import Monitor
 from jspeed.nn import language_model_loss
-from tests.engine.runs import losses, silent_watchdog, start
-from tests.training.curves import BATCH, TINY, batches, ds_config
+from tests.engine.loops import FactorBatches, Lines, factored_loss, make_loop, with_factor
+from tests.engine.runs import losses, start
+from tests.training.curves import TINY, batches, ds_config
 
 DYNAMIC = {"enabled": True, "initial_scale_power": 16, "hysteresis": 1}
 
@@ -93,21 +91,11 @@ def _shipped_loss(directory: Path, *changes: str) -> float:
     return float(np.mean([curve[step] for step in range(181, 201)]))
 
 
-def _overflowing_loss(model, batch, rng):
-    """The usual loss, and where a batch says so times a number that fp16 cannot hold."""
-    loss = language_model_loss(model, batch, rng)
-    return loss._replace(total=loss.total * batch["factor"].max())
-
-
-def _with_factor(batch, factor):
-    return {**batch, "factor": np.full((BATCH,), factor, np.float32)}
-
-
 def test_overflow_skips_and_halves():
     engine = make_engine(
-        ds_config(stage=3, micro=2, optimizer="AdamW", fp16=DYNAMIC), loss_fn=_overflowing_loss
+        ds_config(stage=3, micro=2, optimizer="AdamW", fp16=DYNAMIC), loss_fn=factored_loss
     )
-    good, bad = (_with_factor(batches(1)[0], factor) for factor in (1.0, 1e30))
+    good, bad = (with_factor(batches(1)[0], factor) for factor in (1.0, 1e30))
     engine.train_batch(good)
     before = engine.parameters()
     moments = jax.tree.map(np.asarray, engine.state.opt_state)
@@ -128,46 +116,15 @@ def test_overflow_skips_and_halves():
     assert any(not np.array_equal(before[p], v) for p, v in engine.parameters().items())
 
 
-class _Lines(Silent):
-    def __init__(self):
-        self.lines = []
-
-    def say(self, text):
-        self.lines.append(text)
-
-
-class _Batches:
-    def __init__(self, factors):
-        self._factors = iter(factors)
-
-    def __next__(self):
-        return _with_factor(batches(1)[0], next(self._factors))
-
-    def state(self):
-        return {}
-
-
-def _run_loop(engine, factors, tmp_path):
-    lines = _Lines()
-    loop = Loop(
-        engine=engine,
-        batches=_Batches(factors),
-        evaluation=list,
-        monitor=Monitor(),
-        display=lines,
-        watchdog=silent_watchdog(tmp_path),
-        settings=LoopSettings(directory=tmp_path, steps=len(factors)),
-    )
-    return loop.run(), lines.lines
-
-
 def test_loop_names_the_first_nonfinite_parameter(tmp_path):
     config = ds_config(stage=1, micro=2, fp16=DYNAMIC)
-    engine = make_engine(config, loss_fn=_overflowing_loss)
-    state, lines = _run_loop(engine, [1.0, 1e30, 1.0], tmp_path)
+    engine = make_engine(config, loss_fn=factored_loss)
+    display = Lines()
+    data = FactorBatches([1.0, 1e30, 1.0])
+    state = make_loop(engine, data, tmp_path, display=display, steps=3).run()
     assert state == "finished"
     first = named_leaves(engine.state.master)[0][0]
-    assert lines == [
+    assert display.lines == [
         f"step 2: the gradient of {first} is not finite; loss scale 65536 -> 32768; "
         "the step is skipped."
     ]
@@ -176,9 +133,9 @@ def test_loop_names_the_first_nonfinite_parameter(tmp_path):
 def test_overflow_at_the_smallest_scale_ends_the_run(tmp_path):
     smallest = {**DYNAMIC, "initial_scale_power": 1, "min_loss_scale": 2}
     config = ds_config(stage=1, micro=2, fp16=smallest)
-    engine = make_engine(config, loss_fn=_overflowing_loss)
+    engine = make_engine(config, loss_fn=factored_loss)
     with pytest.raises(ModelError, match=r"step 2: gradients overflow although the loss scale is"):
-        _run_loop(engine, [1.0, 1e30, 1.0], tmp_path)
+        make_loop(engine, FactorBatches([1.0, 1e30, 1.0]), tmp_path, steps=3).run()
 
 
 PSI_BYTES = {0: lambda psi, n: 14 * psi, 1: lambda psi, n: 2 * psi + 12 * psi / n}
