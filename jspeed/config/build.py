@@ -190,6 +190,12 @@ def _offload_optimizer(values: Values) -> types.OffloadOptimizerConfig | None:
     )
 
 
+def trainable(values: Values) -> tuple[str, ...] | None:
+    """Return the regexes of the parameters that are trained, or None for all."""
+    patterns = values.get("trainable")
+    return None if patterns is None else tuple(patterns)
+
+
 def mesh(values: Values) -> types.MeshConfig:
     """Return the mesh, with sharding rules as tuples."""
     fields = _fields(values, "mesh", types.MeshConfig)

@@ -54,6 +54,7 @@ class Config:
     gradient_allreduce_op: Literal["mean", "sum"]
     zero: ZeroConfig
     mesh: MeshConfig
+    trainable: tuple[str, ...] | None
     pipeline: PipelineConfig
     tensor_parallel: TensorParallelConfig
     sparse_attention: SparseAttentionConfig | None
@@ -160,6 +161,7 @@ def from_values(values: Values, given: Values) -> Config:
         gradient_allreduce_op=values.get("gradient_allreduce_op"),
         zero=build.zero(values),
         mesh=build.mesh(values),
+        trainable=build.trainable(values),
         pipeline=build.pipeline(values),
         tensor_parallel=build.tensor_parallel(values),
         sparse_attention=patterns.of_section(values),

@@ -4,7 +4,17 @@ and the aliases that lead into them."""
 from jspeed.config.key import later, mapped, section
 from jspeed.config.keys_attention import MODEL_ATTENTION_KEYS
 from jspeed.config.keys_sweep import SWEEP_KEYS
-from jspeed.config.kinds import Bool, Int, Number, ShardingRules, Text, choice, either
+from jspeed.config.kinds import (
+    Bool,
+    Int,
+    ListOf,
+    Number,
+    Regex,
+    ShardingRules,
+    Text,
+    choice,
+    either,
+)
 from jspeed.config.model_families import MODEL_FAMILIES
 from jspeed.config.remat import RematKind
 
@@ -21,6 +31,11 @@ MESH_KEYS = section(
     mapped("tensor", _COUNT, 1, "tensor parallelism: heads, inner width, vocabulary"),
     mapped("rules", ShardingRules(), [], "sharding rules by parameter path, the first match wins"),
 )
+
+TRAINABLE_KEYS = (
+    mapped("trainable", ListOf(Regex(), single=True), None,
+           "regexes of the parameters that are trained, by their whole path; null means all"),
+)  # fmt: skip
 
 ALIAS_KEYS = (
     mapped("pipeline_parallelism.num_stages", _COUNT, None, 'the number of pipeline stages',
@@ -143,5 +158,14 @@ CLUSTER_KEYS = section(
     mapped("gpus_per_host", _COUNT, 8, "how many of them share a host"),
 )
 
-OWN_KEYS = (*MESH_KEYS, *MODEL_KEYS, *DATA_KEYS, *RUN_KEYS, *CLUSTER_KEYS, *SWEEP_KEYS, *ALIAS_KEYS)
+OWN_KEYS = (
+    *MESH_KEYS,
+    *TRAINABLE_KEYS,
+    *MODEL_KEYS,
+    *DATA_KEYS,
+    *RUN_KEYS,
+    *CLUSTER_KEYS,
+    *SWEEP_KEYS,
+    *ALIAS_KEYS,
+)
 OWN_SECTIONS = ("mesh", "model", "data", "run", "cluster", "sweep")

@@ -134,6 +134,33 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
+class Regex:
+    """A regular expression of Python."""
+
+    @property
+    def expected(self) -> str:
+        return "a regex"
+
+    def convert(self, value: Any) -> str:
+        if not isinstance(value, str):
+            raise RefusedError
+        return compiled(value)
+
+
+def compiled(pattern: str, where: str = "") -> str:
+    """A regex that compiles, as it is.
+
+    Raises:
+      RefusedError: it does not; `where` stands before the reason.
+    """
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise RefusedError(f"{where}the regex {pattern!r} does not compile: {error}") from None
+    return pattern
+
+
+@dataclass(frozen=True, slots=True)
 class Choice:
     """One of a few words, in any case; the listed spelling is returned."""
 
@@ -276,12 +303,7 @@ class ShardingRules:
         shaped = isinstance(rule, list) and len(rule) == 2
         if not (shaped and isinstance(rule[0], str) and isinstance(rule[1], list)):
             raise RefusedError(f"rule {position} is not a pair of a regex and a list of axes")
-        try:
-            re.compile(rule[0])
-        except (re.error, RecursionError, OverflowError) as error:
-            raise RefusedError(
-                f"rule {position}: the regex {rule[0]!r} does not compile: {error}"
-            ) from None
+        compiled(rule[0], f"rule {position}: ")
         for axis in rule[1]:
             if axis is not None and axis not in MESH_AXES:
                 raise RefusedError(

@@ -16,6 +16,7 @@ from jspeed.engine.batches import own_share
 from jspeed.engine.build import RunPlan
 from jspeed.engine.counters import Counters
 from jspeed.engine.host_state import HostState
+from jspeed.engine.saved_state import frozen_as_stored, frozen_in_fp32
 from jspeed.engine.state_explanation import explain_plan, gather_notes, microbatch_shapes
 from jspeed.layout.data_share import DataShare
 from jspeed.layout.explain import Explanation
@@ -32,7 +33,7 @@ def whole_on_host(leaf: jax.Array, layout: Layout, path: str) -> np.ndarray:
     if not leaf.is_fully_addressable:
         leaf = jax.device_put(leaf, layout.replicated())
     whole = np.asarray(leaf.addressable_data(0) if leaf.is_fully_replicated else leaf)
-    return in_model_order({path: whole}, layout)[path]
+    return in_model_order({path: whole.astype(np.float32, copy=False)}, layout)[path]
 
 
 class Accessors:
@@ -126,19 +127,21 @@ class Accessors:
 
         What the host updates is `Deferred`, a copy in its memory once it is made.
         """
-        if self._offloading is None:
-            return self.state
-        return self._offloading.whole_state(self.state, host=host)
+        whole = self.state
+        if self._offloading is not None:
+            whole = self._offloading.whole_state(whole, host=host)
+        return frozen_in_fp32(whole, self.layout)
 
     def abstract_whole_state(self) -> TrainState:
         """Shapes and shardings of `whole_state`."""
         if self._offloading is None:
-            return self.abstract_state()
-        return self._offloading.abstract_whole_state()
+            return frozen_in_fp32(self.abstract_state(), self.layout)
+        return frozen_in_fp32(self._offloading.abstract_whole_state(), self.layout)
 
     def take_state(self, state: TrainState) -> None:
         """Replaces all state by what `whole_state` might have given; shapes stand for what stays
         as it is."""
+        state = frozen_as_stored(state, self.layout)
         self.state = state if self._offloading is None else self._offloading.take(state, self.state)
 
     def abstract_state(self) -> TrainState:

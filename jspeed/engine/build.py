@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from jspeed.config import Batch, Config, resolve_batch
 from jspeed.core.errors import ConfigError
+from jspeed.engine.freezing import frozen_parameters
 from jspeed.engine.offload_setup import (
     chunk_elements,
     parameters_on_host,
@@ -138,6 +139,7 @@ def plan_run(
         reduce_dtype=precision.communication_dtype,
         order=stage_order(config, program, params, mesh.shape[PIPE]),
     )
+    layout = replace(layout, frozen=frozen_parameters(config, layout))
     on_host = parameters_on_host(config, layout, optimizer)
     offload = config.zero.offload_optimizer
     streamed = bool(on_host) and offload is not None and offload.update == "device"

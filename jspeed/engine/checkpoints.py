@@ -48,7 +48,7 @@ from jspeed.layout.zero import Layout, Role
 from jspeed.models import ModelFactory, hf_document
 from jspeed.training.state import (
     TrainState,
-    on_device,
+    updated_by_step,
 )
 from jspeed.training.step import publish
 
@@ -268,7 +268,14 @@ def _check_same_model(
 ) -> None:
     """A checkpoint with more parameters than the model has is another model's."""
     prefixes = ("master/", "opt_state/") if optimizer else ("master/",)
-    extra = [path for path in found if path.startswith(prefixes) and path not in restored]
+    frozen = engine.layout.frozen  # what a run that trained them knew is of no use
+    extra = [
+        path
+        for path, leaf in found.items()
+        if path.startswith(prefixes)
+        and path not in restored
+        and engine.layout.owner(path, leaf[0]) not in frozen
+    ]
     if extra:
         shown = ", ".join(extra[:10]) + (f" and {len(extra) - 10} more" if len(extra) > 10 else "")
         raise CheckpointError(
@@ -303,7 +310,7 @@ def rebuild(
         new["updates"] = state.updates
     shardings = {p: layout.sharding(p, Role.PARAM) for p in layout.leaves if layout.has_copy(p)}
     copies = jax.jit(lambda master: _copies(master, layout), out_shardings=shardings)(
-        on_device(new["master"], layout)
+        updated_by_step(new["master"], layout)
     )
     return TrainState(copies=copies, **new)
 

@@ -186,7 +186,7 @@ class Engine(Checkpointing, Parking):
         self._compile_step()
         self._reporter: Reporter | None = None
         if report:
-            self._reporter = Reporter(config, parameters=tuple(self.layout.leaves))
+            self._reporter = Reporter(config, parameters=self.layout.trained)
 
     def _plan(self, mesh: Mesh) -> RunPlan:
         optimizer, schedule, rules = self._given

@@ -60,7 +60,8 @@ def parameters_on_host(
             f"which has no update {how}. Use one of {', '.join(possible)}{other}, or remove the "
             "section."
         )
-    return _share({path: math.prod(leaf.shape) for path, leaf in layout.leaves.items()}, section)
+    sizes = {path: math.prod(layout.leaves[path].shape) for path in layout.trained}
+    return _share(sizes, section)
 
 
 def _share(sizes: Mapping[str, int], section: OffloadOptimizerConfig) -> frozenset[str]:
@@ -108,6 +109,11 @@ def with_parameters_on_host(
         raise ConfigError(
             f'{said} does not go with "{SECTION}.update": "device": parameters on the host are '
             'updated there. Use "update": "host".'
+        )
+    if layout.frozen:
+        raise ConfigError(
+            f'{said} does not go with "trainable" yet, since parameters on the host leave their '
+            'gradients there. Remove one of the two; "offload_optimizer" goes with it.'
         )
     if layout.stages > 1:
         raise ConfigError(

@@ -55,6 +55,6 @@ def load_weights(engine: Accessors, weights: Weights) -> None:
             loaded[name] = Deferred(like.shape, like.dtype, like.sharding, load)
         else:
             current[path].delete()
-            loaded[name] = load()
+            loaded[name] = load().astype(layout.stored_dtype(path))
     state = rebuild(engine.whole_state(host=False), shapes, loaded, layout, schedule=True)
     engine.take_state(state)

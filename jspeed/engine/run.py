@@ -19,7 +19,6 @@ from jspeed.checkpoint.processes import of_all_processes, of_first_process
 from jspeed.config import Config
 from jspeed.core.errors import CheckpointError, ConfigError
 from jspeed.core.processes import restarts
-from jspeed.core.tree import named_leaves
 from jspeed.data import TextDataset, TrainIterator, build_dataset
 from jspeed.engine.abstract_run import check_attention
 from jspeed.engine.anomalies import Anomalies
@@ -180,7 +179,7 @@ def _train_run(
                 watchdog=watchdog,
                 anomalies=Anomalies(
                     run.anomalies,
-                    parameters=[path for path, _ in named_leaves(engine.state.master)],
+                    parameters=engine.layout.trained,
                     skips_nonfinite=engine.plan.step.skip_nonfinite,
                     say=display.say,
                 ),

@@ -40,6 +40,41 @@ def saved_arrays(state: TrainState, parts: tuple[str, ...] = SAVED) -> dict[str,
     return arrays
 
 
+def frozen_in_fp32(state: TrainState, layout: Layout) -> TrainState:
+    """The state (or its shapes) with frozen parameters as a checkpoint has all: in fp32, made when
+    their turn comes."""
+    if not _are_cast(layout):
+        return state
+
+    def whole(path: str, leaf: Any) -> Any:
+        if path not in layout.frozen:
+            return leaf
+        shape = jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return shape
+        make = functools.partial(leaf.astype, jnp.float32)
+        return Deferred(shape.shape, shape.dtype, shape.sharding, make)
+
+    return replace(state, master=map_named(whole, state.master))
+
+
+def frozen_as_stored(state: TrainState, layout: Layout) -> TrainState:
+    """The reverse of `frozen_in_fp32`."""
+    if not _are_cast(layout):
+        return state
+
+    def stored(path: str, leaf: Any) -> Any:
+        if path not in layout.frozen or isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        return made(leaf).astype(layout.stored_dtype(path))
+
+    return replace(state, master=map_named(stored, state.master))
+
+
+def _are_cast(layout: Layout) -> bool:
+    return bool(layout.frozen) and layout.mixed_precision
+
+
 def key_shape(leaf: Any) -> Any:
     data = jax.eval_shape(jax.random.key_data, leaf)
     return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=leaf.sharding)

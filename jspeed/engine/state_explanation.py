@@ -47,7 +47,7 @@ def state_arrays(state: TrainState, layout: Layout) -> list[StateArray]:
         return StateArray(path, role, tuple(leaf.shape), leaf.dtype.name, tuple(spec))
 
     rows = [
-        row(path, Role.PARAM if path in layout.on_host else Role.MASTER, leaf)
+        row(path, Role.PARAM if path in layout.on_host | layout.frozen else Role.MASTER, leaf)
         for path, leaf in named_leaves(state.master)
     ]
     rows += [row(path, Role.PARAM, leaf) for path, leaf in state.copies.items()]

@@ -285,6 +285,8 @@ def placed_by(layout: Layout, leaf: LeafPlacement) -> str:
         parts.append(f"ZeRO-{layout.stage}, kept whole")
     elif not parts:
         parts.append(f"ZeRO-{layout.stage}, nothing to split")
+    if leaf.path in layout.frozen:
+        parts.append("frozen")
     if layout.on_disk(leaf.path):
         parts.append("on the disk, with its gradient; master and moments offloaded")
     elif leaf.path in layout.params_on_host:

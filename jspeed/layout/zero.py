@@ -96,6 +96,8 @@ class Layout:
       disk: to the files that hold those parameters and gradients, if they are on the hosts' disks;
         arrays have a single zero in the place of each.
       streamed: those are updated by the step itself, which streams their state through the devices.
+      frozen: the parameters that are not trained: they have no gradients and no moments, and are
+        held in the compute dtype alone.
     """
 
     mesh: AnyMesh
@@ -109,6 +111,12 @@ class Layout:
     host_gradient_dtype: str = "float32"
     disk: DiskPort | None = None
     streamed: bool = False
+    frozen: frozenset[str] = frozenset()
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Paths of the parameters that have gradients, in tree order."""
+        return tuple(path for path in self.leaves if path not in self.frozen)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -182,11 +190,15 @@ class Layout:
 
     def _has_master(self, path: str) -> bool:
         """Whether devices hold an fp32 master beside what is computed with."""
-        return self.mixed_precision and path not in self.on_host
+        return self.mixed_precision and not self._held_to_compute(path)
+
+    def _held_to_compute(self, path: str) -> bool:
+        """Whether devices hold a parameter only as it is computed with."""
+        return path in self.on_host or path in self.frozen
 
     def stored_dtype(self, path: str) -> str:
         """Of the array that devices hold as the master."""
-        return self.compute_dtype if path in self.on_host else "float32"
+        return self.compute_dtype if self._held_to_compute(path) else "float32"
 
     def zero_splits(self, path: str) -> bool:
         return self.leaves[path].zero_dim is not None and self.zero_ways > 1

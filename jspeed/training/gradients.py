@@ -82,7 +82,7 @@ def local_gradients(
     [TrainState, jax.Array, Any], tuple[Any, jax.Array, jax.Array, jax.Array, Any, Arrays]
 ]:
     """The function `(state, loss scale, batch) -> (gradients, unscale, loss, weight, mutable,
-    gradients in host memory)` on global arrays.
+    gradients in host memory)` on global arrays; None in the place of a frozen parameter's gradient.
 
     Gradients are as they were reduced, and live where the moments live; times `unscale`, a float32
     scalar, they are those of the mean loss over the global batch. Left to the caller, so that it
@@ -118,7 +118,7 @@ def local_gradients(
             sums = pipelined_sums(run, shard, settings.schedule, settings.accumulation_dtype)
         grads, unscale, loss, weight = _mean(sums, shard, settings)
         tree = jax.tree.unflatten(
-            jax.tree.structure(master_tree), [grads[path] for path in shard.master]
+            jax.tree.structure(master_tree), [grads.get(path) for path in shard.master]
         )
         left = {path: sums.left[path].gradients for path in leaving}
         return tree, unscale, loss, weight, _average(sums.mutable), left
@@ -134,6 +134,9 @@ def local_gradients(
         }
         grad_specs = map_named(
             lambda path, spec: scalar if path in left_specs else spec, grad_specs
+        )
+        grad_specs = map_named(
+            lambda path, spec: None if path in layout.frozen else spec, grad_specs
         )
         mapped = shard_map(
             on_shard,
@@ -164,11 +167,14 @@ def _one_after_another(run: BoundLoss, shard: Shard, settings: GradientSettings)
     """Runs whole microbatches in a loop."""
     local = shard.local
 
+    held = local.differentiated(shard.master, shard.copies, shard.master)
+    diff = local.trained(held)
+
     def loss_of(diff: Any, adds: Any, mutable: Any, micro: Any, key: jax.Array):
         here, leaving = diff
         loss, new = call_with_gather_at_use(
             run,
-            local.homes(here, shard.master, shard.copies, leaving, adds=adds),
+            local.homes({**held, **here}, shard.master, shard.copies, leaving, adds=adds),
             mutable,
             micro,
             key,
@@ -177,7 +183,6 @@ def _one_after_another(run: BoundLoss, shard: Shard, settings: GradientSettings)
         )
         return loss.total * shard.factor, (loss, new)
 
-    diff = local.differentiated(shard.master, shard.copies, shard.master)
     gradient = jax.grad(loss_of, has_aux=True)
 
     zero = jnp.zeros((), jnp.float32)

@@ -9,6 +9,8 @@ Each parameter is treated in one of three ways:
 - *local* (stages 0 and 1, and what no dimension lets shard): gradients accumulate locally and are
   reduced once.
 
+What is frozen is gathered or local, without a gradient.
+
 Parameters in host memory come to the device layer by layer; their gradients are reduced layer by
 layer, once per microbatch, and leave for the host.
 """
@@ -43,7 +45,8 @@ def treatment(layout: Layout, path: str) -> str:
     """How the gradient of a parameter is computed and reduced."""
     if layout.gathered(path) is not None:
         return _GATHERED
-    if layout.stage == 2 and layout.zero_splits(path) and path not in layout.params_on_host:
+    elsewhere = path in layout.params_on_host or path in layout.frozen
+    if layout.stage == 2 and layout.zero_splits(path) and not elsewhere:
         return _SCATTERED
     return _LOCAL
 
@@ -72,6 +75,11 @@ class LocalParameters:
             _LOCAL: lambda p: self.whole(master, copies, p),
         }
         return {path: of_kind[self.how[path]](path) for path in paths if path not in self.streamed}
+
+    def trained(self, arrays: Arrays) -> Arrays:
+        """Those of some arrays by path whose parameters have gradients."""
+        frozen = self.layout.frozen
+        return {path: leaf for path, leaf in arrays.items() if path not in frozen}
 
     def _shard_shape(self, path: str, master: Arrays) -> tuple[int, ...]:
         """Of a gradient that leaves as a shard of what this device holds of the parameter."""

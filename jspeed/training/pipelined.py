@@ -49,7 +49,10 @@ def pipelined_sums(
         output=empty(table.slots.output, carry),
     )
     diff = parts.weights(list(shard.master))
-    zeros = {path: jnp.zeros(leaf.shape, accumulation_dtype) for path, leaf in diff.items()}
+    zeros = {
+        path: jnp.zeros(leaf.shape, accumulation_dtype)
+        for path, leaf in shard.local.trained(diff).items()
+    }
     sums = run_schedule(
         table, TrainingStage(parts, wire, traced, passes), wire, buffers, _no_loss(zeros)
     )

@@ -124,6 +124,8 @@ class Parts:
             return added(sums, gradients)
         new = dict(sums)
         for path, gradient in gradients.items():
+            if path not in sums:  # frozen
+                continue
             if path not in self.stacked:
                 new |= added(new, {path: gradient})
                 continue
@@ -176,8 +178,12 @@ class LayerInputs:
 
 
 def added(sums: Arrays, gradients: Arrays) -> Arrays:
-    """Sums with gradients added, in the dtype of the sums."""
-    new = {path: sums[path] + g.astype(sums[path].dtype) for path, g in gradients.items()}
+    """Sums with gradients added, in the dtype of the sums; of what is frozen there is none."""
+    new = {
+        path: sums[path] + g.astype(sums[path].dtype)
+        for path, g in gradients.items()
+        if path in sums
+    }
     return {**sums, **new}
 
 

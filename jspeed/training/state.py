@@ -87,7 +87,7 @@ def _build(
         updates=zero,
         master=master,
         copies=copies,
-        opt_state=optimizer.init(on_device(master, layout)),
+        opt_state=optimizer.init(updated_by_step(master, layout)),
         mutable=mutable,
         rng=rng,
         loss_scale=loss_scale() if loss_scale else None,
@@ -95,10 +95,19 @@ def _build(
 
 
 def on_device(tree: Any, layout: Layout) -> Any:
+    """The leaves whose whole state is on the devices; None in the place of the others."""
+    return _without(tree, layout.on_host)
+
+
+def updated_by_step(tree: Any, layout: Layout) -> Any:
     """The leaves that an optimizer on the devices updates; None in the place of the others."""
-    if not layout.on_host:
+    return _without(tree, layout.on_host | layout.frozen)
+
+
+def _without(tree: Any, paths: frozenset[str]) -> Any:
+    if not paths:
         return tree
-    return map_named(lambda path, leaf: None if path in layout.on_host else leaf, tree)
+    return map_named(lambda path, leaf: None if path in paths else leaf, tree)
 
 
 def on_host(tree: Any, layout: Layout) -> dict[str, Any]:
@@ -106,9 +115,9 @@ def on_host(tree: Any, layout: Layout) -> dict[str, Any]:
     return {path: leaf for path, leaf in named_leaves(tree) if path in layout.on_host}
 
 
-def with_host_leaves(tree: Any, whole: Any, layout: Layout) -> Any:
-    """The reverse of `on_device`: what it left out comes from a tree of all leaves."""
-    if not layout.on_host:
+def with_other_leaves(tree: Any, whole: Any, layout: Layout) -> Any:
+    """The reverse of `updated_by_step`: what it left out comes from a tree of all leaves."""
+    if not (layout.on_host or layout.frozen):
         return tree
     updated = dict(named_leaves(tree))
     return map_named(lambda path, leaf: updated.get(path, leaf), whole)

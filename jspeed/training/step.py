@@ -25,7 +25,7 @@ from jspeed.offload.chunks import CHUNK_ELEMENTS
 from jspeed.optim import LossScale
 from jspeed.training.gradients import GradientSettings, local_evaluation, local_gradients
 from jspeed.training.program import LossFn, Program
-from jspeed.training.state import TrainState, on_host, with_host_leaves
+from jspeed.training.state import TrainState, on_host, with_other_leaves
 from jspeed.training.update import keep_unless, make_update
 
 Metrics = dict[str, jax.Array]
@@ -151,7 +151,7 @@ def make_train_step(
         new = TrainState(
             step=state.step + 1,
             updates=updates,
-            master=with_host_leaves(master, state.master, layout),
+            master=with_other_leaves(master, state.master, layout),
             copies=copies,
             opt_state=updated.opt_state,
             mutable=mutable,

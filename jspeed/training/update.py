@@ -16,7 +16,7 @@ from jspeed.core.tree import map_named, named_leaves
 from jspeed.layout.zero import Layout, Role
 from jspeed.offload.chunks import CHUNK_ELEMENTS
 from jspeed.optim import GradientNorm, clipping_factor, gradient_norm
-from jspeed.training.state import TrainState, on_device, with_host_leaves
+from jspeed.training.state import TrainState, updated_by_step, with_other_leaves
 from jspeed.training.streaming import make_streamed_update
 from pallas_kernels.fused_adamw import InPlaceTransformation
 
@@ -88,7 +88,7 @@ def _streaming(
         updated = rest(state, reduced, unscale, sound)
         applied = updated.applied if skip_nonfinite or sound is not None else None
         params, streamed = stream(state, reduced, updated.factor, applied)
-        whole = with_host_leaves(updated.master, state.master, layout)
+        whole = with_other_leaves(updated.master, state.master, layout)
         master = map_named(lambda path, leaf: params.get(path, leaf), whole)
         return updated._replace(master=master, streamed=streamed)
 
@@ -110,11 +110,11 @@ def _on_devices(
     ) -> Updated:
         grads = jax.tree.map(lambda g: g * unscale, reduced)
         seen = gradient_norm(grads)
-        grads, factor = on_device(grads, layout), unscale
+        grads, factor = updated_by_step(grads, layout), unscale
         if gradient_clipping:
             clip = clipping_factor(seen.norm, gradient_clipping)
             grads, factor = jax.tree.map(lambda g: g * clip, grads), unscale * clip
-        old = constrain(on_device(state.master, layout), layout, Role.MOMENTS)
+        old = constrain(updated_by_step(state.master, layout), layout, Role.MOMENTS)
         updates, opt_state = supported.update(
             grads, state.opt_state, old, schedule_position=state.updates
         )
@@ -151,11 +151,11 @@ def _in_place(
         state: TrainState, reduced: Any, unscale: jax.Array, sound: jax.Array | None
     ) -> Updated:
         seen = gradient_norm(jax.tree.map(lambda g: g * unscale, reduced))
-        old = constrain(on_device(state.master, layout), layout, Role.MOMENTS)
+        old = constrain(updated_by_step(state.master, layout), layout, Role.MOMENTS)
         factor = unscale * clipping_factor(seen.norm, gradient_clipping)
         applied = _applied(seen, skip_nonfinite, sound)
         new, opt_state = optimizer.apply(
-            on_device(reduced, layout),
+            updated_by_step(reduced, layout),
             state.opt_state,
             old,
             gradient_factor=factor,
