@@ -8,7 +8,7 @@ TARGET := $(shell [ "$$(uname -s)" = Linux ] && echo ,gpu-target)
 
 # A file's tests stay in one process, since they share what they measured.
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations 30
 
 .PHONY: train test test-all check clean
 
