@@ -101,5 +101,5 @@ def _with_fitting_batch(config: Config, mesh: AnyMesh, remarks: list[str]) -> Co
         remarks.append(f"training would refuse these batch sizes: {error}")
         # As many microbatches as any schedule needs.
         batch = BatchConfig(None, config.batch.micro_batch_size or 1, mesh.shape["pipe"])
-        return dataclasses.replace(config, batch=batch)
+        return dataclasses.replace(config, batch=batch, elasticity=None)
     return config

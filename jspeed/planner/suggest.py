@@ -237,6 +237,7 @@ def _batch(rows: int, micro: int) -> dict[str, Any]:
         "train_batch_size": rows,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": None,
+        "elasticity.enabled": None,
     }
 
 
