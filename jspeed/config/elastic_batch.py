@@ -46,18 +46,19 @@ class ElasticBatch:
             data_parallel_size: devices over which the batch is split.
         """
         if data_parallel_size not in self.data_parallel_sizes:
-            return Problem(SECTION, self._unfit(data_parallel_size))
+            return self.unfit(data_parallel_size * self.model_parallel_size)
         share = self.train_batch_size // data_parallel_size
         return max(size for size in self.micro_batch_sizes if share % size == 0)
 
-    def _unfit(self, data_parallel_size: int) -> str:
-        copies = self.model_parallel_size
-        given = data_parallel_size * copies
-        each = f" ({copies} for each copy of the model)" if copies > 1 else ""
-        return (
-            f"{given} device{'' if given == 1 else 's'}{each} cannot share the batch of "
+    def unfit(self, gpus: int) -> Problem:
+        """The problem that so many devices in all do not share the batch evenly."""
+        copy = self.model_parallel_size
+        each = f" ({copy} for each copy of the model)" if copy > 1 else ""
+        return Problem(
+            SECTION,
+            f"{gpus} device{'' if gpus == 1 else 's'}{each} cannot share the batch of "
             f"{self.train_batch_size} rows that it chose. Start one of these numbers: "
-            f"{_listed(self.gpu_counts, given)}."
+            f"{_listed(self.gpu_counts, gpus)}.",
         )
 
 
