@@ -131,7 +131,7 @@ def elastic(
     ] = None,
     json: AsJson = False,
 ) -> None:
-    """Print the batch size that elasticity chooses, and the numbers of devices it holds on."""
+    """Print the batch that elasticity chooses, and where it holds."""
     from jspeed.cli.elastic import elastic_command
 
     elastic_command(run, set_ or [], world_size=world_size, as_json=json)

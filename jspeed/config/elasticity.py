@@ -1,4 +1,4 @@
-"""What `elasticity` chooses for a configuration, as DeepSpeed's `compute_elastic_config` tells it."""
+"""What `elasticity` chooses for a configuration: DeepSpeed's `compute_elastic_config`."""
 
 import os
 from collections.abc import Mapping
