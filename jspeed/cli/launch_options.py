@@ -65,13 +65,24 @@ def launch(
         ),
     ] = None,
     max_restarts: Annotated[
-        int, typer.Option("--max_restarts", min=0, help="How often to start anew after a crash.")
-    ] = 0,
-    min_elastic_nodes: Annotated[
         int | None,
         typer.Option(
-            "--min_elastic_nodes", min=1, help="Start anew with fewer hosts, but with so many."
+            "--max_restarts",
+            min=0,
+            help="How often to start anew after a crash; 0, or 100 elastic.",
         ),
+    ] = None,
+    elastic_training: Annotated[
+        bool,
+        typer.Option("--elastic_training", help="Go on without hosts that are gone."),
+    ] = False,
+    min_elastic_nodes: Annotated[
+        int | None,
+        typer.Option("--min_elastic_nodes", min=1, help="The same, with no fewer than so many."),
+    ] = None,
+    max_elastic_nodes: Annotated[
+        int | None,
+        typer.Option("--max_elastic_nodes", min=1, help="Use so many; the others stand by."),
     ] = None,
 ) -> None:
     """Start a script as several processes, on this host or others."""
@@ -96,6 +107,8 @@ def launch(
         ssh_port=ssh_port,
         log_dir=log_dir,
         max_restarts=max_restarts,
+        elastic_training=elastic_training,
         min_elastic_nodes=min_elastic_nodes,
+        max_elastic_nodes=max_elastic_nodes,
     )
     raise typer.Exit(launch_command(request))
