@@ -13,6 +13,7 @@ from pathlib import Path
 from jspeed.core.errors import LaunchError
 from jspeed.core.processes import LAUNCH, RESTARTS, find_wiring
 from jspeed.launch import Launch, first, local_gpus, read_hostfile, run_launch, select
+from jspeed.launch.cores import Binding, parse_core_list
 from jspeed.launch.elastic import Elastic, device_counts
 from jspeed.launch.hosts import LOCAL, Slots
 
@@ -47,6 +48,8 @@ class LaunchRequest:
     elastic_training: bool = False
     min_elastic_nodes: int | None = None
     max_elastic_nodes: int | None = None
+    bind_cores_to_rank: bool = False
+    bind_core_list: str | None = None
 
 
 def launch_command(request: LaunchRequest) -> int:
@@ -95,7 +98,21 @@ def make_launch(
         through=through,
         max_restarts=_max_restarts(request),
         elastic=_elastic(request, command, through is not None),
+        binding=_binding(request, through is not None),
     )
+
+
+def _binding(request: LaunchRequest, through: bool) -> Binding | None:
+    if not request.bind_cores_to_rank and request.bind_core_list is None:
+        return None
+    if through:
+        name = "--bind_cores_to_rank" if request.bind_cores_to_rank else "--bind_core_list"
+        raise LaunchError(
+            f"{name}: SLURM or MPI starts the processes; have it bind them, with --launcher_args "
+            '"--cpu-bind=cores" (SLURM) or "--bind-to core" (Open MPI).'
+        )
+    given = request.bind_core_list
+    return Binding(None if given is None else parse_core_list(given))
 
 
 def _max_restarts(request: LaunchRequest) -> int:

@@ -84,6 +84,14 @@ def launch(
         int | None,
         typer.Option("--max_elastic_nodes", min=1, help="Use so many; the others stand by."),
     ] = None,
+    bind_cores_to_rank: Annotated[
+        bool,
+        typer.Option("--bind_cores_to_rank", help="Share each host's cores out among processes."),
+    ] = False,
+    bind_core_list: Annotated[
+        str | None,
+        typer.Option("--bind_core_list", metavar="0-3,5", help="The same, with these only."),
+    ] = None,
 ) -> None:
     """Start a script as several processes, on this host or others."""
     from jspeed.cli.launch import LaunchRequest, launch_command
@@ -110,5 +118,7 @@ def launch(
         elastic_training=elastic_training,
         min_elastic_nodes=min_elastic_nodes,
         max_elastic_nodes=max_elastic_nodes,
+        bind_cores_to_rank=bind_cores_to_rank,
+        bind_core_list=bind_core_list,
     )
     raise typer.Exit(launch_command(request))

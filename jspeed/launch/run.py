@@ -14,6 +14,7 @@ from pathlib import Path
 
 from jspeed.core.processes import LAUNCH, RESTARTS, Failure
 from jspeed.launch.children import Child, Ended
+from jspeed.launch.cores import Binding
 from jspeed.launch.elastic import Elastic, Room, fit, without
 from jspeed.launch.group import Outcome, Signals, run_group
 from jspeed.launch.hosts import Slots
@@ -53,6 +54,7 @@ class Launch:
       through: another launcher's command, which starts all processes by itself; None to start them
         here.
       max_restarts: how often to start anew after a crash.
+      binding: cores of each host to share out among its processes; None for no matter which.
       elastic: within what it may go on with fewer hosts; None for always all.
     """
 
@@ -68,6 +70,7 @@ class Launch:
     through: Sequence[str] | None = None
     max_restarts: int = 0
     elastic: Elastic | None = None
+    binding: Binding | None = None
 
 
 def run_launch(launch: Launch) -> int:
@@ -126,7 +129,7 @@ def _run_once(launch: Launch, told: dict[str, str], signals: Signals, output: Ou
         hosts = [hosts[launch.only]]
     if launch.only is not None or (alone and is_local(hosts[0])):
         own = [member.environment for member in members if member.host == hosts[0]]
-        order = Order(launch.command, own)
+        order = Order(launch.command, own, binding=launch.binding)
         silent = len(members) == 1 and launch.log_dir is None
         return run_order(order, signals, output, alone=silent)
 
@@ -145,6 +148,7 @@ def _start_host(
         [forwarded | dict(member.environment) for member in members if member.host == host],
         None if launch.log_dir is None else str(launch.log_dir.resolve()),
         str(Path.cwd()),
+        launch.binding,
     )
     command = [sys.executable, "-m", NODE]
     if not is_local(host):
