@@ -298,7 +298,6 @@ def schedule(
 @app.command()
 def report(json: AsJson = False) -> None:
     """Print what this machine has for a run, and what is missing."""
-    prepare_jax_anywhere()
     from jspeed.cli.report import report_command
 
-    raise typer.Exit(report_command(as_json=json))
+    raise typer.Exit(report_command(prepare_jax_anywhere, as_json=json))
