@@ -29,6 +29,7 @@ from typing import Any
 from jspeed.launch.plan import free_port
 from tests.cli.processes import command, environment
 from tests.engine.runs import losses, tiny_run, write_run
+from tests.launch.chaos_page import chaos_page
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT, LOST = HOSTS = ("alpha", "beta")
@@ -55,14 +56,14 @@ class Kill:
 
     Attributes:
       after: seconds since the processes were last started.
-      rank: of the process; None for all of a host's at once.
+      whom: the process, as "rank 2", or the host whose processes were all killed.
       step: the last one whose metrics were written.
       doing: what the run was at.
       restart: the number of the restart that follows.
     """
 
     after: float
-    rank: int | None
+    whom: str
     step: int
     doing: str
     restart: int
@@ -230,7 +231,7 @@ class Killer:
         with suppress(ProcessLookupError):  # it failed by itself just now
             os.kill(members[rank], signal.SIGKILL)
             self._left -= 1
-            self._note(now, rank, step, doing)
+            self._note(now, f"rank {rank}", step, doing)
 
     def _take_a_host_away(self, members: dict[int, int], now: float) -> bool:
         """Once the run has gone on, and saved: all processes of one host at once, and the way to
@@ -243,12 +244,12 @@ class Killer:
         for pid in (_parent(pids[0]), *pids):  # what started them there first, so that it is silent
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self._note(now, None, step, "training")
+        self._note(now, f"host {LOST}", step, "training")
         return True
 
-    def _note(self, now: float, rank: int | None, step: int, doing: str) -> None:
+    def _note(self, now: float, whom: str, step: int, doing: str) -> None:
         number = len(self._run.restarts()) + 1
-        self._run.kills.append(Kill(round(now - self._since, 2), rank, step, doing, number))
+        self._run.kills.append(Kill(round(now - self._since, 2), whom, step, doing, number))
 
 
 def _parent(pid: int) -> int:
@@ -336,77 +337,6 @@ def compare(alone: Supervised, killed: Supervised) -> Comparison:
     )
 
 
-def _page(
-    options: argparse.Namespace, killed: Supervised, compared: Comparison, seconds: float
-) -> str:
-    single = killed.kills[:-1]
-    restarts = killed.restarts()
-    told = dict(enumerate(restarts, 1))
-    rows = [
-        f"| {kill.restart} | {kill.after:.2f} s | {_whom(kill)} | {kill.doing} | {kill.step} "
-        f"| {_said(told.pop(kill.restart, None))} |"
-        for kill in killed.kills
-    ]
-    rows += [f"| {number} | - | nobody | - | - | {_said(one)} |" for number, one in told.items()]
-    counts = ", ".join(
-        f"{sum(kill.doing == doing for kill in single)} while {doing}"
-        for doing in ("starting", "training", "saving")
-    )
-    half = options.processes // 2
-    return f"""# Killed at random moments
-
-```bash
-python -m tests.launch.chaos --kills {options.kills} --processes {options.processes} \\
-  --seed {options.seed} --steps {options.steps} --save_every {options.save_every} \\
-  --write docs/chaos.md
-```
-
-A run of {options.processes} processes on two hosts (ZeRO-3, {options.steps} steps, a checkpoint
-every {options.save_every}, [`elasticity`](elastic.md)) under `jspeed launch --elastic_training`;
-both hosts are this machine, and its CPU computes. After each start one process is killed with
-SIGKILL: which one, and when, is drawn at random over wall time, so that importing, compiling,
-training and saving are hit alike. At last one host is lost with all of its processes, and the
-others go on alone.
-{options.kills} kills: {counts}; {len(restarts)} restarts; {seconds:.0f} s in all on
-{os.cpu_count()} cores.
-
-**With {options.processes} processes, {len(compared.differing)} of {compared.since} losses differ
-from those of the run that was left alone**, compared to the last bit. **The other
-{options.steps - compared.since}, with {half}, differ by at most {compared.furthest:.1e}** of their
-value: the batch is the same, its microbatches are added up in another order. (The learning rate is
-3e-4. At 3e-3 this model amplifies rounding: 1e-7 becomes 1e-4 within a hundred steps.)
-
-| restart | after the start | killed | the run was | last step written | the launcher said |
-|---:|---:|---|---|---:|---|
-{chr(10).join(sorted(rows, key=_number))}
-{"".join(map(_in_full, told.items()))}"""
-
-
-def _number(row: str) -> int:
-    return int(row.split()[1])
-
-
-def _whom(kill: Kill) -> str:
-    return f"host {LOST}" if kill.rank is None else f"rank {kill.rank}"
-
-
-def _said(restart: Restart | None) -> str:
-    if restart is None:
-        return "(one restart for two failures)"
-    return f"{restart.name}: {restart.reason[:200]}".replace("|", "\\|")
-
-
-def _in_full(numbered: tuple[int, Restart]) -> str:
-    number, restart = numbered
-    return f"""
-## Restart {number}, which follows no kill
-
-```text
-{restart.lines.rstrip()}
-```
-"""
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--processes", type=int, default=4)
@@ -427,7 +357,7 @@ def main() -> None:
             save_every=options.save_every,
         )
         compared = compare(alone, killed)
-        page = _page(options, killed, compared, time.monotonic() - began)
+        page = chaos_page(options, killed, compared, time.monotonic() - began)
     print(page)
     if options.write:
         options.write.write_text(page)
