@@ -149,18 +149,19 @@ def _candidates(micro: Iterable[int], most: int) -> set[int]:
 def _divisors_in(size: int, micro: Iterable[int], allowed: range) -> set[int]:
     """The allowed counts that share a batch evenly, each in whole microbatches of one size."""
     return {
-        count
-        for rows in micro
-        if size % rows == 0
-        for count in _divisors(size // rows)
-        if count in allowed
+        count for rows in micro if size % rows == 0 for count in _divisors(size // rows, allowed)
     }
 
 
-def _divisors(number: int) -> Iterator[int]:
-    for low in range(1, math.isqrt(number) + 1):
+def _divisors(number: int, allowed: range) -> Iterator[int]:
+    """The divisors of a number that are allowed, by the shorter way to them."""
+    root = math.isqrt(number)
+    if root > len(allowed):
+        yield from (count for count in allowed if number % count == 0)
+        return
+    for low in range(1, root + 1):
         if number % low == 0:
-            yield from (low, number // low)
+            yield from (count for count in (low, number // low) if count in allowed)
 
 
 def highly_composite(limit: int) -> int:
@@ -179,8 +180,8 @@ def highly_composite(limit: int) -> int:
     return best
 
 
-_PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47)
-"""Their product is beyond 6e17, so no smaller limit needs another."""
+_PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53)
+"""Their product is beyond 2**63, so no limit that a file can hold needs another."""
 
 
 def _products(limit: int, primes: tuple[int, ...], exponent: int) -> Iterator[tuple[int, int]]:

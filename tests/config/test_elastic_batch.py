@@ -129,6 +129,12 @@ def test_of_very_many_counts_the_nearest_are_told():
     assert len(text) < 500
 
 
+def test_the_largest_batch_that_a_file_can_hold_is_chosen_at_once():
+    batch = chosen(max_train_batch_size=2**63 - 1, micro_batch_sizes=[1, 7], max_gpus=1000)
+    assert batch.train_batch_size > 2**61
+    assert set(range(1, 41)) <= set(batch.data_parallel_sizes)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
