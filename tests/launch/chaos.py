@@ -173,8 +173,10 @@ class Supervised:
         ]
 
     def resumed_from(self) -> int:
-        """The step of the checkpoint from which it last went on."""
-        return int(re.findall(r"resumed from \D*(\d+)", self.log.read_text())[-1])
+        """The step of the checkpoint from which it last went on; 0 if it began anew."""
+        last = self.log.read_text().rpartition(_AGAIN)[2]
+        found = re.search(r"resumed from \D*(\d+)", last)
+        return 0 if found is None else int(found[1])
 
     def step(self) -> int:
         """The last step whose metrics are written."""
@@ -183,6 +185,10 @@ class Supervised:
             return json.loads(lines[-1])["step"]
         except (OSError, IndexError, ValueError, KeyError):
             return 0
+
+    def has_saved(self) -> bool:
+        """Whether there is a whole checkpoint."""
+        return (self.directory / "checkpoints" / "latest").exists()
 
     def is_saving(self) -> bool:
         """Whether a checkpoint is being written, or was when its process was killed."""
@@ -237,7 +243,7 @@ class Killer:
         """Once the run has gone on, and saved: all processes of one host at once, and the way to
         it."""
         step = self._run.step()
-        if step <= self._first_step + self._run.changes["run"]["save_every"]:
+        if step <= self._first_step or not self._run.has_saved():
             return False
         (self._run.bin / f"gone-{LOST}").touch()
         pids = [members[rank] for rank in sorted(members)[len(members) // 2 :]]
