@@ -17,13 +17,14 @@ __all__ = [
     "PipelineModule",
     "TiedLayerSpec",
     "__version__",
+    "compute_elastic_config",
     "init_distributed",
     "initialize",
     "load_config",
 ]
 
 if TYPE_CHECKING:
-    from jspeed.config import load_config
+    from jspeed.config import compute_elastic_config, load_config
     from jspeed.core.loss import LossSum
     from jspeed.engine import Engine, init_distributed, initialize
     from jspeed.pipeline.module import LayerSpec, PipelineModule, TiedLayerSpec
@@ -36,6 +37,7 @@ _HOMES = {
     "PipelineModule": "jspeed.pipeline.module",
     "TiedLayerSpec": "jspeed.pipeline.module",
     "LossSum": "jspeed.core.loss",
+    "compute_elastic_config": "jspeed.config",
     "load_config": "jspeed.config",
 }
 

@@ -1,4 +1,5 @@
-"""The commands: train, explain, config, targets, plan, sweep, schedule, launch, report, convert.
+"""The commands: train, explain, config, elastic, targets, plan, sweep, schedule, launch, report,
+convert.
 
 Nothing here imports JAX before a command that needs it has prepared the environment, so that
 `jspeed config` stays quick and a machine without a GPU driver shows nothing of its plugins.
@@ -118,6 +119,22 @@ def config(run: RunFile, set_: Overrides = None, json: AsJson = False) -> None:
     from jspeed.cli.config import config_command
 
     config_command(run, set_ or [], as_json=json)
+
+
+@app.command()
+def elastic(
+    run: RunFile,
+    set_: Overrides = None,
+    world_size: Annotated[
+        int | None,
+        typer.Option("-w", "--world-size", min=1, help="Devices; prints what each then takes."),
+    ] = None,
+    json: AsJson = False,
+) -> None:
+    """Print the batch that elasticity chooses, and where it holds."""
+    from jspeed.cli.elastic import elastic_command
+
+    elastic_command(run, set_ or [], world_size=world_size, as_json=json)
 
 
 @app.command()
@@ -281,7 +298,6 @@ def schedule(
 @app.command()
 def report(json: AsJson = False) -> None:
     """Print what this machine has for a run, and what is missing."""
-    prepare_jax_anywhere()
     from jspeed.cli.report import report_command
 
-    raise typer.Exit(report_command(as_json=json))
+    raise typer.Exit(report_command(prepare_jax_anywhere, as_json=json))

@@ -13,9 +13,13 @@ from pathlib import Path
 from jspeed.core.errors import LaunchError
 from jspeed.core.processes import LAUNCH, RESTARTS, find_wiring
 from jspeed.launch import Launch, first, local_gpus, read_hostfile, run_launch, select
+from jspeed.launch.cores import Binding, parse_core_list
+from jspeed.launch.elastic import Elastic, device_counts
 from jspeed.launch.hosts import LOCAL, Slots
 
 LAUNCHERS = ("ssh", "slurm", "openmpi")
+ELASTIC_RESTARTS = 100
+"""DeepSpeed's, of elastic training."""
 _PLACED = ("SLURM", "Open MPI", "torchrun")
 
 
@@ -40,8 +44,12 @@ class LaunchRequest:
     launcher_args: str = ""
     ssh_port: int | None = None
     log_dir: Path | None = None
-    max_restarts: int = 0
+    max_restarts: int | None = None
+    elastic_training: bool = False
     min_elastic_nodes: int | None = None
+    max_elastic_nodes: int | None = None
+    bind_cores_to_rank: bool = False
+    bind_core_list: str | None = None
 
 
 def launch_command(request: LaunchRequest) -> int:
@@ -88,8 +96,49 @@ def make_launch(
         ssh=("ssh", "-o", "BatchMode=yes", *port),
         only=request.node_rank,
         through=through,
-        max_restarts=request.max_restarts,
-        min_hosts=request.min_elastic_nodes,
+        max_restarts=_max_restarts(request),
+        elastic=_elastic(request, command, through is not None),
+        binding=_binding(request, through is not None),
+    )
+
+
+def _binding(request: LaunchRequest, through: bool) -> Binding | None:
+    if not request.bind_cores_to_rank and request.bind_core_list is None:
+        return None
+    if through:
+        name = "--bind_cores_to_rank" if request.bind_cores_to_rank else "--bind_core_list"
+        raise LaunchError(
+            f"{name}: SLURM or MPI starts the processes; have it bind them, with --launcher_args "
+            '"--cpu-bind=cores" (SLURM) or "--bind-to core" (Open MPI).'
+        )
+    given = request.bind_core_list
+    return Binding(None if given is None else parse_core_list(given))
+
+
+def _max_restarts(request: LaunchRequest) -> int:
+    if request.max_restarts is not None:
+        return request.max_restarts
+    return ELASTIC_RESTARTS if request.elastic_training else 0
+
+
+def _elastic(request: LaunchRequest, command: Sequence[str], through: bool) -> Elastic | None:
+    """Within what a run may shrink, if it may."""
+    asked = {
+        "--elastic_training": request.elastic_training or None,
+        "--min_elastic_nodes": request.min_elastic_nodes,
+        "--max_elastic_nodes": request.max_elastic_nodes,
+    }
+    names = [name for name, value in asked.items() if value is not None]
+    if not names:
+        return None
+    if through or request.node_rank is not None:
+        who = "SLURM or MPI starts" if through else "--node_rank starts this host's"
+        raise LaunchError(
+            f"{names[0]}: {who} processes, and jspeed cannot leave hosts out. Use --hostfile and "
+            'ssh (--launcher "ssh").'
+        )
+    return Elastic(
+        request.min_elastic_nodes or 1, request.max_elastic_nodes, device_counts(command)
     )
 
 

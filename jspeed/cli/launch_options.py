@@ -65,13 +65,32 @@ def launch(
         ),
     ] = None,
     max_restarts: Annotated[
-        int, typer.Option("--max_restarts", min=0, help="How often to start anew after a crash.")
-    ] = 0,
-    min_elastic_nodes: Annotated[
         int | None,
         typer.Option(
-            "--min_elastic_nodes", min=1, help="Start anew with fewer hosts, but with so many."
+            "--max_restarts",
+            min=0,
+            help="How often to start anew after a crash; 0, or 100 elastic.",
         ),
+    ] = None,
+    elastic_training: Annotated[
+        bool,
+        typer.Option("--elastic_training", help="Go on without hosts that are gone."),
+    ] = False,
+    min_elastic_nodes: Annotated[
+        int | None,
+        typer.Option("--min_elastic_nodes", min=1, help="The same, with no fewer than so many."),
+    ] = None,
+    max_elastic_nodes: Annotated[
+        int | None,
+        typer.Option("--max_elastic_nodes", min=1, help="Use so many; the others stand by."),
+    ] = None,
+    bind_cores_to_rank: Annotated[
+        bool,
+        typer.Option("--bind_cores_to_rank", help="Share each host's cores out among processes."),
+    ] = False,
+    bind_core_list: Annotated[
+        str | None,
+        typer.Option("--bind_core_list", metavar="0-3,5", help="The same, with these only."),
     ] = None,
 ) -> None:
     """Start a script as several processes, on this host or others."""
@@ -96,6 +115,10 @@ def launch(
         ssh_port=ssh_port,
         log_dir=log_dir,
         max_restarts=max_restarts,
+        elastic_training=elastic_training,
         min_elastic_nodes=min_elastic_nodes,
+        max_elastic_nodes=max_elastic_nodes,
+        bind_cores_to_rank=bind_cores_to_rank,
+        bind_core_list=bind_core_list,
     )
     raise typer.Exit(launch_command(request))

@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,7 @@ from rich.text import Text
 
 from jspeed.cli.console import bytes_text, make_console
 from jspeed.cli.environment import has_accelerator, has_driver
+from jspeed.core.errors import ConfigError
 
 State = Literal["OK", "absent", "missing"]
 _STYLES = {"OK": "green", "absent": "dim", "missing": "bold red"}
@@ -58,9 +59,21 @@ class Check:
     advice: str = ""
 
 
-def report_command(*, as_json: bool) -> int:
-    """Prints the report and returns the exit code: 1 if something is missing."""
-    checks = [*_software(), *_devices(), *_gpus(), *_host(), *_extras()]
+def report_command(import_jax: Callable[[], None], *, as_json: bool) -> int:
+    """Prints the report and returns the exit code: 1 if something is missing.
+
+    Args:
+      import_jax: imports JAX and starts its devices; what it raises is part of the report.
+      as_json: whether to print JSON.
+    """
+    try:
+        import_jax()
+        devices = [*_devices()]
+        works = True
+    except Exception as error:  # a broken installation can raise anything
+        devices, works = [_broken(error)], False
+    host = _host() if works else _cores()
+    checks = [*_software(), *devices, *_gpus(), *host, *_tools(), *_extras()]
     if as_json:
         print(json.dumps([asdict(check) for check in checks], indent=2))
     else:
@@ -94,16 +107,22 @@ def _software() -> Iterator[Check]:
             yield Check("software", name, "OK", version)
 
 
+def _broken(error: Exception) -> Check:
+    """What keeps JAX from starting, in its own first words."""
+    lines = str(error).strip().splitlines() or [""]
+    if isinstance(error, (ConfigError, RuntimeError)):  # it was imported, and finds no devices
+        text, advice = lines[0], "Unset JAX_PLATFORMS, or install what it names."
+    else:
+        jax = " ".join(f"{name}=={_version(name)}" for name in ("jax", "jaxlib") if _version(name))
+        text = f"import jax: {type(error).__name__}: {lines[0]}"
+        advice = f"pip install --force-reinstall {jax or 'jax'}"
+    return Check("devices", "JAX", "missing", text, advice)
+
+
 def _devices() -> Iterator[Check]:
     import jax
 
-    try:
-        devices = jax.local_devices()
-    except RuntimeError as error:
-        text = str(error).splitlines()[0]
-        advice = "Unset JAX_PLATFORMS, or install what it names."
-        yield Check("devices", "JAX", "missing", text, advice)
-        return
+    devices = jax.local_devices()
     first = devices[0]
     stats = first.memory_stats() or {}
     memory = f", {bytes_text(stats['bytes_limit'])} each for XLA" if "bytes_limit" in stats else ""
@@ -160,8 +179,12 @@ def _topology(tool: str) -> Check:
     return Check("NVIDIA", "topology", "OK", found)
 
 
+def _cores() -> Iterator[Check]:
+    yield Check("host", "cores", "OK", f"{len(os.sched_getaffinity(0))} cores")
+
+
 def _host() -> Iterator[Check]:
-    from jspeed.engine.run import cache_directory
+    from jspeed.engine.run import cache_directory  # these import JAX
     from jspeed.offload.capacity import disk_space, host_memory
 
     cores = len(os.sched_getaffinity(0))
@@ -173,6 +196,9 @@ def _host() -> Iterator[Check]:
         yield Check("host", "/dev/shm", "OK", f"{bytes_text(disk_space(shared).free)} free")
     cache = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache_directory() / "xla")
     yield _compile_cache(cache)
+
+
+def _tools() -> Iterator[Check]:
     ssh = shutil.which("ssh")
     yield Check("host", "ssh", "OK" if ssh else "absent", ssh or "for jspeed launch on other hosts")
     for name in ("srun", "mpirun"):

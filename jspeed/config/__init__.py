@@ -4,6 +4,7 @@ from jspeed.config.auto import AutoFacts
 from jspeed.config.batch import Batch, resolve_batch
 from jspeed.config.config import Config
 from jspeed.config.dump import KeyReport
+from jspeed.config.elasticity import ElasticPlan, compute_elastic_config
 from jspeed.config.key import Auto, Key, Treatment
 from jspeed.config.keys import KEYS
 from jspeed.config.load import load_config, resolve_optimizer, resolve_scheduler
@@ -15,6 +16,7 @@ from jspeed.config.sections import (
     CheckpointConfig,
     ClusterConfig,
     DataConfig,
+    ElasticityConfig,
     LayerSpec,
     LossScaleConfig,
     MeshConfig,
@@ -49,6 +51,8 @@ __all__ = [
     "ClusterConfig",
     "Config",
     "DataConfig",
+    "ElasticPlan",
+    "ElasticityConfig",
     "Key",
     "KeyReport",
     "LayerRange",
@@ -74,6 +78,7 @@ __all__ = [
     "Treatment",
     "WatchdogConfig",
     "ZeroConfig",
+    "compute_elastic_config",
     "load_config",
     "resolve_batch",
     "resolve_optimizer",

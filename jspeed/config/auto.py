@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from jspeed.config import elastic_rules
 from jspeed.config.batch import ACCUMULATION, MICRO, TRAIN
 from jspeed.config.check import Entry
 from jspeed.config.keys_optimizer import OPTIMIZERS, find_family
@@ -130,7 +131,11 @@ def resolve(values: Values, facts: AutoFacts) -> tuple[Values, list[str]]:
     """Return `values` with "auto" resolved where it can be, and the paths where it cannot."""
     given: dict[str, Entry] = dict(values.given)
     open_paths: list[str] = []
-    for path, entry in values.given.items():
+    if elastic_rules.is_on(values):
+        for name in (TRAIN, MICRO, ACCUMULATION):
+            if name in given and given[name].pending:
+                given[name] = replace(given[name], value=None, pending=False)
+    for path, entry in list(given.items()):
         if not entry.pending:
             continue
         value = _fitting(entry, RESOLVERS[path][0](values, facts))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from jspeed.config.elastic_batch import ElasticBatch, choose
 from jspeed.config.problem import Problem, config_error
 from jspeed.config.sections import BatchConfig
 
@@ -35,7 +36,8 @@ def resolve_batch(config: "Config", data_parallel_size: int) -> Batch:
 
     Two sizes determine the third; `train_batch_size` alone means no accumulation, and so does
     the micro batch alone. With `train_batch_size` and the micro batch given, another number of
-    devices changes the accumulation and leaves the training as it is.
+    devices changes the accumulation and leaves the training as it is. Where `elasticity` is on, it
+    chooses the batch, and the largest of its microbatches that divides a device's share.
 
     Args:
         config: the configuration whose batch keys count.
@@ -45,7 +47,10 @@ def resolve_batch(config: "Config", data_parallel_size: int) -> Batch:
         ConfigError: the sizes do not hold together; the text shows the arithmetic and the
             nearest values that do.
     """
-    outcome = complete(config.batch, data_parallel_size)
+    if config.elasticity is None:
+        outcome = complete(config.batch, data_parallel_size)
+    else:
+        outcome = elastic(choose(config.elasticity), data_parallel_size)
     if isinstance(outcome, Problem):
         raise config_error([outcome])
     return outcome
@@ -71,6 +76,17 @@ def complete(batch: BatchConfig, devices: int) -> Batch | Problem:
     if micro is not None:
         return _divide(train, micro, MICRO, devices)
     return _divide(train, steps or 1, ACCUMULATION, devices)
+
+
+def elastic(chosen: ElasticBatch | Problem, devices: int) -> Batch | Problem:
+    """Return the sizes of an elastic batch on so many devices, or why it does not hold there."""
+    if isinstance(chosen, Problem):
+        return chosen
+    micro = chosen.micro_batch_size(devices)
+    if isinstance(micro, Problem):
+        return micro
+    train = chosen.train_batch_size
+    return Batch(train, micro, train // (micro * devices))
 
 
 def missing() -> Problem:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from jspeed.config import patterns, remat_rules
+from jspeed.config import elastic_rules, patterns, remat_rules
 from jspeed.config import sections as types
 from jspeed.config.batch import ACCUMULATION, MICRO, TRAIN
 from jspeed.config.check import Entry, Source
@@ -49,7 +49,7 @@ def derive(values: Values) -> Values:
         family = find_family(families, entry.value)
         if family is not None:
             given[f"{name}.type"] = replace(entry, value=family.name)
-    return replace(values, given=given)
+    return elastic_rules.derive(replace(values, given=given))
 
 
 def params_of(values: Values, name: str, family: Family) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from jspeed.config import build, patterns, remat_rules
+from jspeed.config import build, elastic_rules, patterns, remat_rules
 from jspeed.config.auto import AutoFacts, resolve, unresolved
 from jspeed.config.batch import resolve_batch
 from jspeed.config.dump import KeyReport, dump, key_reports
@@ -17,6 +17,7 @@ from jspeed.config.sections import (
     CheckpointConfig,
     ClusterConfig,
     DataConfig,
+    ElasticityConfig,
     MeshConfig,
     ModelConfig,
     MonitorConfig,
@@ -40,11 +41,12 @@ class Config:
     """A complete, validated configuration; `load_config` makes one.
 
     `optimizer`, `scheduler`, `model`, `data` and `run` are None where the file does not have the
-    section. `autos` names the keys whose "auto" still waits for facts; until `resolve_auto` the
-    typed fields hold the defaults in their place.
+    section, and `elasticity` where it is off. `autos` names the keys whose "auto" still waits for
+    facts; until `resolve_auto` the typed fields hold the defaults in their place.
     """
 
     batch: BatchConfig
+    elasticity: ElasticityConfig | None
     optimizer: OptimizerConfig | None
     scheduler: SchedulerConfig | None
     precision: PrecisionConfig
@@ -152,6 +154,7 @@ def from_values(values: Values, given: Values) -> Config:
     optimizer, scheduler = build.optimizer(values), build.scheduler(values)
     return Config(
         batch=build.batch(values),
+        elasticity=elastic_rules.of_section(values),
         optimizer=optimizer,
         scheduler=scheduler,
         precision=build.precision(values),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _OPTIONAL = (
     "optimizer",
     "scheduler",
+    "elasticity",
     patterns.SECTION,
     "model.rope_scaling",
     "model",

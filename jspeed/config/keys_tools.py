@@ -11,7 +11,6 @@ _IN_FLIGHT = (
     'as many requests and threads as buffers: "zero_optimization.offload_optimizer.buffer_count"'
 )
 _WRITER = "Orbax writes checkpoints asynchronously and in parallel by itself"
-_ELASTIC = "elastic batch sizes are not built yet; checkpoints resume on any device count"
 _NEBULA = "Nebula is a service of Azure for PyTorch; jspeed's checkpoints are asynchronous already"
 _COUNT = Int(0)
 _JOB = mapped("job_name", Text(filled=True), "DeepSpeedJobName", "the folder in output_path")
@@ -167,21 +166,26 @@ AIO_KEYS = section(
 
 ELASTICITY_KEYS = section(
     "elasticity",
-    later("enabled", Bool(), False, _ELASTIC),
-    passive(
-        later("max_train_batch_size", Int(1), 2000, _ELASTIC),
-        later("micro_batch_sizes", ListOf(Int(1)), [2, 4, 6], _ELASTIC),
-        later("min_gpus", Int(1), 1, _ELASTIC),
-        later("max_gpus", Int(1), 10_000, _ELASTIC),
-        later("num_gpus_per_node", Int(1), 1, _ELASTIC),
-        later("model_parallel_size", Int(1), 1, _ELASTIC),
-        later("min_time", _COUNT, 0, _ELASTIC),
-        later("prefer_larger_batch", Bool(), True, _ELASTIC),
-        later("prefer_large_batch", Bool(), None, "its name in the documentation",
-              alias_of="elasticity.prefer_larger_batch"),
-        later("ignore_non_elastic_batch_info", Bool(), False, _ELASTIC),
-        later("version", Number(0), 0.2, _ELASTIC),
-    ),
+    mapped("enabled", Bool(), False,
+           "a batch size is chosen that the most numbers of devices share evenly; the "
+           "accumulation follows the devices, so the loss curve stays"),
+    mapped("max_train_batch_size", Int(1), 2000, "no larger one is chosen"),
+    mapped("micro_batch_sizes", ListOf(Int(1)), [2, 4, 6],
+           "rows of one device at a time; the largest that divides its share is used"),
+    mapped("min_gpus", Int(1), 1, "the fewest devices that count"),
+    mapped("max_gpus", Int(1), 10_000, "the most devices that count"),
+    mapped("num_gpus_per_node", Int(1), 1, "version 0.2 counts whole nodes of so many devices"),
+    mapped("model_parallel_size", Int(1), 1,
+           "devices that hold one copy of the model: pipe x seq x tensor of the mesh"),
+    automatic("min_time", _COUNT, 0,
+              "for schedulers that read this file; DeepSpeed does not use it either"),
+    mapped("prefer_larger_batch", Bool(), True,
+           "of two batch sizes that as many numbers of devices share, the larger or the smaller"),
+    mapped("prefer_large_batch", Bool(), None, "its name in the documentation",
+           alias_of="elasticity.prefer_larger_batch"),
+    mapped("ignore_non_elastic_batch_info", Bool(), False,
+           "batch sizes given beside are ignored instead of refused"),
+    mapped("version", Number(0), 0.2, "0.1 counts devices, 0.2 whole nodes"),
 )  # fmt: skip
 
 TOOL_KEYS = (

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from jspeed.config import patterns, remat_rules
+from jspeed.config import elastic_rules, patterns, remat_rules
 from jspeed.config.batch import ACCUMULATION, MICRO, TRAIN, check
 from jspeed.config.build import BYTE_VOCABULARY
 from jspeed.config.key import REFUSED
@@ -193,8 +193,8 @@ def data_parallel_size(values: Values) -> int | None:
 
 def batch_triangle(values: Values) -> Iterator[Problem]:
     """The batch sizes hold together, as far as that can be known without devices."""
-    if values.get("elasticity.enabled"):
-        return  # elasticity chooses the batch sizes
+    if elastic_rules.is_on(values):
+        return
     names = (TRAIN, MICRO, ACCUMULATION)
     entries = (values.given.get(name) for name in names)
     if any(entry is not None and entry.pending for entry in entries):
@@ -329,6 +329,7 @@ RULES: tuple[Rule, ...] = (
     mesh,
     pipeline,
     tensor_sizes,
+    elastic_rules.rules,
     batch_triangle,
     model,
     patterns.rules,

@@ -21,6 +21,20 @@ class BatchConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ElasticityConfig:
+    """What `elasticity` may choose a batch size from; the keys of the section, as written."""
+
+    max_train_batch_size: int
+    micro_batch_sizes: tuple[int, ...]
+    min_gpus: int
+    max_gpus: int
+    num_gpus_per_node: int
+    model_parallel_size: int
+    prefer_larger_batch: bool
+    version: float
+
+
+@dataclass(frozen=True, slots=True)
 class OptimizerConfig:
     """The optimizer: DeepSpeed's `type` and `params`, with all defaults filled in."""
 

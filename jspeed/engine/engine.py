@@ -298,6 +298,7 @@ class Engine(Checkpointing, Parking):
         counted = self.counters()
         keys = self.config.to_dict()
         keys.pop("gradient_accumulation_steps", None)  # follows from the two others
+        keys.pop("elasticity", None)  # the program says its own sizes
         keys["train_batch_size"] = train_batch_size
         keys["train_micro_batch_size_per_gpu"] = micro_batch_size
         before = self.config

@@ -11,6 +11,7 @@ from jspeed.config import (
     AttentionConfig,
     BatchConfig,
     Config,
+    compute_elastic_config,
     resolve_batch,
 )
 from jspeed.core.errors import ConfigError
@@ -96,10 +97,17 @@ def _with_fitting_batch(config: Config, mesh: AnyMesh, remarks: list[str]) -> Co
     """Batch sizes move no state: what does not hold on these devices becomes a remark."""
     shards = math.prod(mesh.shape[axis] for axis in ("replica", "data", "expert"))
     try:
-        resolve_batch(config, shards)
+        chosen = resolve_batch(config, shards)
     except ConfigError as error:
         remarks.append(f"training would refuse these batch sizes: {error}")
         # As many microbatches as any schedule needs.
         batch = BatchConfig(None, config.batch.micro_batch_size or 1, mesh.shape["pipe"])
-        return dataclasses.replace(config, batch=batch)
+        return dataclasses.replace(config, batch=batch, elasticity=None)
+    if config.elasticity is not None:
+        counts = compute_elastic_config(config).gpu_counts
+        remarks.append(
+            f'"elasticity" chose a batch of {chosen.train_batch_size} rows, here '
+            f"{chosen.micro_batch_size} per device x {chosen.accumulation} microbatch(es) x "
+            f"{shards} shard(s); it holds on {', '.join(map(str, counts))} devices"
+        )
     return config

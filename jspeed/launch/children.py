@@ -58,6 +58,7 @@ class Child:
       folder: the working directory.
       said: written to its input, which stays open: what later stops it goes there too, and it is to
         end when that closes. None for a child that is stopped by signals and reads nothing.
+      cores: the only ones it may run on; None for those of its launcher.
 
     Raises:
       LaunchError: the command cannot be run.
@@ -73,6 +74,7 @@ class Child:
         ended: queue.Queue[Ended],
         folder: str | None = None,
         said: str | None = None,
+        cores: Sequence[int] | None = None,
     ) -> None:
         self.name = name
         self.lines = kept_lines()
@@ -97,7 +99,7 @@ class Child:
                 text=True,
                 errors="replace",
                 start_new_session=show is not None,
-                preexec_fn=_end_with_parent,
+                preexec_fn=lambda: _before_it_runs(cores),
             )
         except OSError as error:
             self._notes.cleanup()
@@ -192,6 +194,8 @@ def _terminal_sends() -> bool:
         return False
 
 
-def _end_with_parent() -> None:
+def _before_it_runs(cores: Sequence[int] | None) -> None:
     # Runs between fork and exec: nothing here may take a lock.
     _LIBC.prctl(_DEATH_SIGNAL, int(signal.SIGTERM))
+    if cores is not None:
+        os.sched_setaffinity(0, cores)

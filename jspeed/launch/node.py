@@ -14,12 +14,13 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from jspeed.core.errors import LaunchError
 from jspeed.core.processes import PROCESS, Failure
 from jspeed.launch.children import REPORT, Child, Ended, write_line
+from jspeed.launch.cores import THREADS, Binding, shares, usable_cores
 from jspeed.launch.group import Outcome, Signals, run_group
 from jspeed.launch.output import Output
 
@@ -38,12 +39,14 @@ class Order:
       environments: of each process, beside that of the host.
       log_dir: where ranks have files of their own; None to show all.
       folder: the working directory; None for the present one.
+      binding: cores to share out among the processes; None to leave them to the system.
     """
 
     command: Sequence[str]
     environments: Sequence[Mapping[str, str]]
     log_dir: str | None = None
     folder: str | None = None
+    binding: Binding | None = None
 
     def to_json(self) -> str:
         """One line."""
@@ -53,13 +56,19 @@ class Order:
                 "environments": [dict(environment) for environment in self.environments],
                 "log_dir": self.log_dir,
                 "folder": self.folder,
+                "binding": None if self.binding is None else asdict(self.binding),
             }
         )
 
     @classmethod
     def from_json(cls, text: str) -> Order:
         found = json.loads(text)
-        return cls(found["command"], found["environments"], found["log_dir"], found["folder"])
+        given = found["binding"]
+        cores = None if given is None or given["cores"] is None else tuple(given["cores"])
+        binding = None if given is None else Binding(cores)
+        return cls(
+            found["command"], found["environments"], found["log_dir"], found["folder"], binding
+        )
 
 
 def run_order(order: Order, signals: Signals, output: Output, *, alone: bool = False) -> Outcome:
@@ -72,19 +81,25 @@ def run_order(order: Order, signals: Signals, output: Output, *, alone: bool = F
       alone: the one process there is keeps this one's input and output.
     """
 
+    count = len(order.environments)
+    cores: list[tuple[int, ...] | None] = [None] * count
+    if order.binding is not None:
+        cores = [*shares(order.binding, count, usable=usable_cores())]
+
     def start(ended: queue.Queue[Ended]) -> list[Child]:
         children: list[Child] = []
         try:
-            for environment in order.environments:
+            for environment, own in zip(order.environments, cores, strict=True):
                 rank = int(environment[PROCESS])
                 children.append(
                     Child(
                         f"rank {rank}",
                         order.command,
-                        {**os.environ, **environment},
+                        {**_threads(own), **os.environ, **environment},
                         show=None if alone else write_line(output, rank),
                         ended=ended,
                         folder=order.folder,
+                        cores=own,
                     )
                 )
         except LaunchError:
@@ -94,6 +109,11 @@ def run_order(order: Order, signals: Signals, output: Output, *, alone: bool = F
         return children
 
     return run_group(start, signals)
+
+
+def _threads(cores: Sequence[int] | None) -> dict[str, str]:
+    """What libraries that count cores for themselves are told."""
+    return {} if cores is None else {THREADS: str(len(cores))}
 
 
 def main() -> None:

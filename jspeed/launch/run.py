@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from jspeed.core.errors import LaunchError
 from jspeed.core.processes import LAUNCH, RESTARTS, Failure
 from jspeed.launch.children import Child, Ended
+from jspeed.launch.cores import Binding
+from jspeed.launch.elastic import Elastic, Room, fit, without
 from jspeed.launch.group import Outcome, Signals, run_group
 from jspeed.launch.hosts import Slots
 from jspeed.launch.node import NODE, Order, run_order
@@ -26,6 +27,7 @@ from jspeed.launch.plan import (
     forwarded_environment,
     free_port,
     is_local,
+    local_gpus,
     plan_members,
 )
 
@@ -52,7 +54,8 @@ class Launch:
       through: another launcher's command, which starts all processes by itself; None to start them
         here.
       max_restarts: how often to start anew after a crash.
-      min_hosts: how many hosts that can be reached suffice to start anew; None for all.
+      binding: cores of each host to share out among its processes; None for no matter which.
+      elastic: within what it may go on with fewer hosts; None for always all.
     """
 
     command: Sequence[str]
@@ -66,7 +69,8 @@ class Launch:
     only: int | None = None
     through: Sequence[str] | None = None
     max_restarts: int = 0
-    min_hosts: int | None = None
+    elastic: Elastic | None = None
+    binding: Binding | None = None
 
 
 def run_launch(launch: Launch) -> int:
@@ -82,9 +86,14 @@ def run_launch(launch: Launch) -> int:
     output = Output(launch.log_dir)
     with Signals() as signals:
         restarts = 0
+        before = None
         while True:
             told = {RESTARTS: str(restarts), LAUNCH: identity}
-            outcome = _run_once(launch, told, signals, output)
+            fitting = _fitting(launch)
+            if fitting.hosts != before and launch.elastic is not None:
+                output.say(_in_words(fitting))
+            before = fitting.hosts
+            outcome = _run_once(fitting, told, signals, output)
             if outcome.first is None or outcome.asked is not None:
                 break
             _explain(outcome.first, output)
@@ -120,7 +129,7 @@ def _run_once(launch: Launch, told: dict[str, str], signals: Signals, output: Ou
         hosts = [hosts[launch.only]]
     if launch.only is not None or (alone and is_local(hosts[0])):
         own = [member.environment for member in members if member.host == hosts[0]]
-        order = Order(launch.command, own)
+        order = Order(launch.command, own, binding=launch.binding)
         silent = len(members) == 1 and launch.log_dir is None
         return run_order(order, signals, output, alone=silent)
 
@@ -139,6 +148,7 @@ def _start_host(
         [forwarded | dict(member.environment) for member in members if member.host == host],
         None if launch.log_dir is None else str(launch.log_dir.resolve()),
         str(Path.cwd()),
+        launch.binding,
     )
     command = [sys.executable, "-m", NODE]
     if not is_local(host):
@@ -173,25 +183,52 @@ def _explain(end: Ended, output: Output) -> None:
     output.say("\n".join(lines))
 
 
+def _fitting(launch: Launch) -> Launch:
+    """The launch on the part of its hosts that it can use now."""
+    if launch.elastic is None:
+        return launch
+    room = fit(Room(launch.hosts, launch.per_host, launch.with_devices), launch.elastic)
+    return replace(launch, hosts=room.hosts, per_host=room.per_host)
+
+
+def _in_words(launch: Launch) -> str:
+    counts = {
+        host: len(slots) if launch.per_host is None else launch.per_host
+        for host, slots in launch.hosts.items()
+    }
+    total = sum(counts.values())
+    each = ", ".join(f"{count} on {host}" for host, count in counts.items())
+    return f"{total} process{'' if total == 1 else 'es'}: {each}"
+
+
 def _without_lost_hosts(launch: Launch, outcome: Outcome, output: Output) -> Launch:
     """The launch on the hosts that are left, if fewer will do.
 
     Raises:
       LaunchError: too few are left.
     """
-    if launch.min_hosts is None:
+    if launch.elastic is None:
         return launch
     lost = {
         end.child.name.removeprefix("host ")
         for end in outcome.ends
         if end.code == _UNREACHABLE and end.child.reported is None
     }
-    hosts = {host: slots for host, slots in launch.hosts.items() if host not in lost}
-    if len(hosts) < launch.min_hosts:
-        raise LaunchError(
-            f"--min_elastic_nodes {launch.min_hosts}: {len(hosts)} of {len(launch.hosts)} hosts "
-            f"are left; lost: {', '.join(sorted(lost))}."
-        )
+    hosts = without(launch.hosts, lost, launch.elastic)
     if lost:
         output.say(f"going on without {', '.join(sorted(lost))}")
-    return replace(launch, hosts=hosts)
+    hosts = _with_gpus_that_are_left(hosts, output) if launch.with_devices else hosts
+    address = None if launch.address in lost else launch.address
+    return replace(launch, hosts=hosts, address=address)
+
+
+def _with_gpus_that_are_left(hosts: Slots, output: Output) -> Slots:
+    """A single host's slots, less than before where its driver shows fewer GPUs."""
+    if len(hosts) > 1 or not is_local(next(iter(hosts))):
+        return hosts
+    ((host, slots),) = hosts.items()
+    shown = local_gpus()
+    if not 0 < shown < len(slots):
+        return hosts
+    output.say(f"going on with {shown} of {len(slots)} GPUs")
+    return {host: slots[:shown]}  # the driver numbers those that are left anew

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jspeed.layout.logical import undividable
@@ -77,7 +77,15 @@ def single_changes(run: RunFile, plan: Mapping[str, Any]) -> list[Change]:
     changes = [*_smaller_microbatches(plan), *_higher_stages(run, plan)]
     if run.config.model is not None and run.config.model.remat == "none":
         changes.append(Change("remat", "model.remat: full", {"model.remat": "full"}))
-    return [*changes, *_other_schedules(run, plan), *_other_meshes(run, plan)]
+    changes += [*_other_schedules(run, plan), *_other_meshes(run, plan)]
+    return changes if run.config.elasticity is None else [*map(_inelastic, changes)]
+
+
+def _inelastic(change: Change) -> Change:
+    """A change whose batch or mesh is its own, for a run that `elasticity` gives its batch."""
+    if not {"train_batch_size", "mesh.data"} & set(change.keys):
+        return change
+    return replace(change, keys={**change.keys, "elasticity.enabled": None})
 
 
 def together(run: RunFile, plan: Mapping[str, Any]) -> Change | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 
 import jax
 import pytest
@@ -48,6 +49,26 @@ def test_what_is_missing_says_what_to_do(monkeypatch):
     extras = checks(report._extras())
     assert extras["offload"].state == "absent"
     assert extras["offload"].advice == 'pip install "jspeed[offload]"'
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('raise ImportError("libfoo.so.1: no such file")',
+         "import jax: ImportError: libfoo.so.1: no such file"),
+        ("1 / 0", "import jax: ZeroDivisionError: division by zero"),
+        ("def devices(): raise RuntimeError('no devices here')", "no devices here"),
+    ],
+)  # fmt: skip
+def test_a_jax_that_is_broken_is_a_line_of_the_report(tmp_path, text, found):
+    (tmp_path / "jax.py").write_text(text)
+    ran = jspeed("report", "--json", PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    assert ran.code == 1, ran.err
+    lines = {check["name"]: check for check in json.loads(ran.out)}
+    assert lines["JAX"]["state"] == "missing"
+    assert found in lines["JAX"]["found"]
+    assert lines["JAX"]["advice"]
+    assert lines["Python"]["state"] == lines["cores"]["state"] == "OK"
 
 
 def test_an_accelerator_that_jax_does_not_use(monkeypatch):

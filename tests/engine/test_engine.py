@@ -87,6 +87,18 @@ def test_set_train_batch_size():
     assert engine.train_batch_size() == 4
 
 
+def test_an_elastic_batch_holds_until_the_program_says_another():
+    config = ds_config(stage=1, micro=4)
+    for name in ("train_batch_size", "train_micro_batch_size_per_gpu"):
+        config.pop(name, None)
+    section = {"enabled": True, "max_train_batch_size": 16, "micro_batch_sizes": [2]}
+    engine = make_engine({**config, "elasticity": section})
+    assert engine.train_batch_size() == 12
+    assert engine.train_micro_batch_size_per_gpu() == 2
+    engine.set_train_batch_size(8)
+    assert engine.train_batch_size() == 8
+
+
 def test_own_loop_on_the_pure_step():
     """`train_step` does what `train_batch` does, on a state of one's own."""
     ours, theirs = make_engine(), make_engine()

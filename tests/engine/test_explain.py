@@ -162,6 +162,21 @@ def test_batch_sizes_that_do_not_hold_are_a_remark() -> None:
     )
 
 
+def test_the_batch_that_elasticity_chose_is_a_remark() -> None:
+    section = {"enabled": True, "max_train_batch_size": 8, "micro_batch_sizes": [1, 2]}
+    source = run_file(elasticity=section, zero_optimization=zero(1))
+    source.pop("train_micro_batch_size_per_gpu")
+    explanation = explain_run(load_config(source), devices=2)
+    assert explanation.remarks == (
+        '"elasticity" chose a batch of 8 rows, here 2 per device x 2 microbatch(es) x 2 shard(s); '
+        "it holds on 1, 2, 4, 8 devices",
+    )
+    explanation = explain_run(load_config(source), devices=3)
+    assert [text[:42] for text in explanation.remarks] == [
+        'training would refuse these batch sizes: "',
+    ]
+
+
 def test_an_axis_that_splits_nothing_is_a_remark() -> None:
     rules = [
         ["blocks/attn/qkv/kernel", [None] * 4],

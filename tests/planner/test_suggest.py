@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from jspeed.config import load_config
 from jspeed.planner.pool import Ending, Job, Outcome
 from jspeed.planner.run_file import RunFile
 from jspeed.planner.suggest import Where, single_changes, suggest, together
@@ -47,6 +48,17 @@ def test_microbatch_stage_remat_and_mesh():
         "mesh.pipe: 2 with mesh.data 4",
         "16 GPUs: mesh.data 16",
     ]
+
+
+def test_a_batch_that_elasticity_chose_is_given_up_where_a_change_says_its_own():
+    section = {"enabled": True, "max_train_batch_size": 64, "micro_batch_sizes": [4]}
+    batch = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    run = RunFile.read({**RUN, **dict.fromkeys(batch), "elasticity": section, "mesh": {}})
+    changes = single_changes(run, PLAN)
+    assert {change.kind for change in changes} >= {"microbatch", "stage", "mesh"}
+    for change in changes:
+        config = load_config(run.changed(change.keys))
+        assert (config.elasticity is None) == (change.kind in ("microbatch", "mesh"))
 
 
 def test_what_cannot_be_changed_is_not_proposed():

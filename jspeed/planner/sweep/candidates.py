@@ -85,6 +85,7 @@ class Candidate:
             * self.accumulation,
             "train_micro_batch_size_per_gpu": self.micro_batch_size,
             "gradient_accumulation_steps": None,
+            "elasticity.enabled": None,  # it says its own sizes
             "zero_optimization.stage": self.stage,
             "zero_optimization.mics_shard_size": None,
             "mesh.pipe": self.pipe if pipelined else None,

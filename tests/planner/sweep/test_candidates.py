@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from jspeed.config import resolve_batch
+from jspeed.config import load_config, resolve_batch
 from jspeed.core.errors import ConfigError
 from jspeed.planner.sweep import enumerate_candidates
 from jspeed.planner.sweep.candidates import Enumeration
@@ -70,6 +70,17 @@ def test_the_batch_stays_and_what_does_not_divide_is_discarded() -> None:
     assert reasons(uneven) == {
         "data 5, stage 3": '"train_batch_size" 32 is not divisible by 5 data-parallel shards'
     }
+
+
+def test_an_elastic_batch_stays_and_each_candidate_says_its_own_sizes() -> None:
+    section = {"enabled": True, "max_train_batch_size": 64, "micro_batch_sizes": [2]}
+    run = run_file(elasticity=section, train_batch_size=None)
+    enumeration = enumerate_candidates(run, gpus=8, gpus_per_host=8)
+    assert values(enumeration, "micro_batch_size") == [1, 2]
+    for candidate, _ in enumeration.candidates:
+        config = load_config(run.changed(candidate.changes()))
+        assert config.elasticity is None
+        assert resolve_batch(config, 8).train_batch_size == 48
 
 
 def test_axes_that_do_not_divide_the_devices_are_discarded() -> None:
