@@ -14,8 +14,8 @@ from jspeed.layout.mesh import ZERO_AXES
 from jspeed.layout.rules import axes_of
 from jspeed.layout.zero import Role
 from jspeed.pipeline.executor import SCOPE
-from jspeed.planner.costs import is_library_product
 from jspeed.profile.compiled import Compiled
+from jspeed.profile.costs import is_library_product
 from jspeed.profile.hlo import ArrayType, Instruction, array_types
 from jspeed.profile.origins import Origins
 from jspeed.profile.sources import Sources
