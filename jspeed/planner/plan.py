@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -37,12 +38,13 @@ from jspeed.pipeline.branches import check_branches
 from jspeed.pipeline.program import make_turns
 from jspeed.planner.cluster import Cluster
 from jspeed.planner.host_link import HOST_LINK, fetching_seconds, host_link_seconds
-from jspeed.planner.memory import account
 from jspeed.planner.report import Plan, summarise
 from jspeed.planner.timeline import time_step
 from jspeed.planner.volume import volume
 from jspeed.profile.collectives import collectives
 from jspeed.profile.compiled import Compiled, compile_lowered
+from jspeed.profile.live_bytes import live_bytes
+from jspeed.profile.memory import account
 from jspeed.profile.origins import Origins, module_classes
 from jspeed.profile.turns import TurnLoop, find_turns
 from jspeed.training.contracts import check_callable
@@ -209,21 +211,23 @@ def _plan(step: _Step, cluster: Cluster, remarks: list[str]) -> Plan:
     traffic = compiled.collectives
     if turns is not None:
         traffic = collectives(compiled.module, layout.sizes, turns.taken(time.stage))
+    memory = account(
+        compiled,
+        state,
+        batch_bytes=batch_bytes,
+        limit=cluster.limit_bytes,
+        origins=origins,
+        host=_beside_the_step(state, layout),
+        leaving=0 if layout.streamed else _leaving(layout),
+    )
     return Plan(
         cluster=cluster,
         model=step.name,
         state=state,
         run=run,
         tokens=step.tokens,
-        memory=account(
-            compiled,
-            state,
-            batch_bytes=batch_bytes,
-            limit=cluster.limit_bytes,
-            origins=origins,
-            host=_beside_the_step(state, layout),
-            leaving=0 if layout.streamed else _leaving(layout),
-        ),
+        memory=memory,
+        live=functools.partial(live_bytes, compiled, state, memory, origins),
         traffic=summarise(traffic),
         volume=volume(
             traffic,
