@@ -12,8 +12,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from jspeed.cli.console import bytes_text, live_text
+from jspeed.cli.console import live_text
 from jspeed.cli.memory_picture import rows
+from jspeed.core.units import bytes_text
 
 Plan = Mapping[str, Any]
 

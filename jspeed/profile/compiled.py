@@ -76,20 +76,23 @@ class Compiled:
         return overlaps(self.text)
 
 
-def compile_lowered(lowered: Any, sizes: Mapping[str, int]) -> Compiled:
+def compile_lowered(
+    lowered: Any, sizes: Mapping[str, int], options: Mapping[str, Any] | None = None
+) -> Compiled:
     """Compiles what `jax.jit(...).lower(...)` gave.
 
     Args:
       lowered: for described or real devices.
       sizes: of the mesh axes.
+      options: for the compiler, beside those of the jit.
 
     Raises:
       CompileError: XLA refuses the program, with its reason.
     """
     with tempfile.TemporaryDirectory(prefix="jspeed-xla-") as folder:
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": False}
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": False}
         try:
-            compiled = compile_uncached(lowered, options)
+            compiled = compile_uncached(lowered, {**(options or {}), **dump})
         except jax.errors.JaxRuntimeError as error:
             raise CompileError(_refusal(str(error))) from error
         temporaries = read_temporaries(Path(folder))

@@ -84,7 +84,7 @@ def test_the_fullest_point_is_the_plans_peak(target, changes):
     assert 0 < peak.time < live.length
     # Role by role, with the plan's own attribution; what is left of temporaries are gaps.
     for role in (*memory.at_peak, *STATE_ROLES.values()):
-        expected = memory.at_peak | {
+        expected = dict(memory.at_peak) | {
             STATE_ROLES[Role.PARAM]: memory.parameters,
             STATE_ROLES[Role.MASTER]: memory.master,
             STATE_ROLES[Role.MOMENTS]: memory.moments,
