@@ -22,6 +22,7 @@ from jspeed.engine.checkpointing import Checkpointing
 from jspeed.engine.checkpoints import EngineCheckpoints
 from jspeed.engine.counters import Counters
 from jspeed.engine.distributed import init_distributed
+from jspeed.engine.memory_errors import EVALUATING, RUNNING, MemoryErrors
 from jspeed.engine.not_in_jspeed import (
     EVAL_BATCH,
     INITIALIZE,
@@ -92,6 +93,7 @@ def initialize(
     Raises:
       ConfigError, LayoutError, ModelError: what cannot be, and what would.
       CheckpointError: the folder of a `model_from_hf` does not hold the model's weights.
+      OutOfMemoryError: the devices cannot hold the training state.
     """
     init_distributed()
     loaded = config if isinstance(config, Config) else load_config(config)
@@ -125,7 +127,8 @@ def initialize(
         )
         engine.model_factory = factory
         if weights is not None:
-            load_weights(engine, weights)
+            with engine.out_of_memory_explained("loading the model's weights"):
+                load_weights(engine, weights)
     return engine
 
 
@@ -133,7 +136,7 @@ def _seed(config: Config) -> int:
     return config.run.seed if config.run else 0
 
 
-class Engine(Checkpointing, Parking):
+class Engine(Checkpointing, Parking, MemoryErrors):
     """Trains one model on one mesh. Made by `initialize`.
 
     Attributes:
@@ -166,13 +169,18 @@ class Engine(Checkpointing, Parking):
             program, eval_fn, self.plan.layout, self.plan.step.gradients
         )
         self._eval_jit: Callable[..., Any] = self._checked(jax.jit(self._eval_step))
-        self._state: TrainState = create_state(
-            program, self.plan.optimizer, self.layout, seed=seed, loss_scale=self.plan.loss_scale
-        )
-        self._offloading = make_host_state(config, program, self.plan)
-        if self._offloading is not None:
-            self._state = self._offloading.start(self._state, seed)
-            self._eval_jit = self._offloading.evaluation(self._eval_jit)
+        with self.out_of_memory_explained("creating the training state"):
+            self._state: TrainState = create_state(
+                program,
+                self.plan.optimizer,
+                self.layout,
+                seed=seed,
+                loss_scale=self.plan.loss_scale,
+            )
+            self._offloading = make_host_state(config, program, self.plan)
+            if self._offloading is not None:
+                self._state = self._offloading.start(self._state, seed)
+                self._eval_jit = self._offloading.evaluation(self._eval_jit)
         self._steps: int | None = 0
         self._counters = Counters()
         self._one_at_a_time = one_at_a_time(mesh)
@@ -224,12 +232,15 @@ class Engine(Checkpointing, Parking):
 
         Raises:
           DataError: the batch has another number of rows.
+          OutOfMemoryError: a device cannot hold the step; who holds what, and what would help.
         """
         self.check_reloaded()
-        placed, steps = self.place_batch(batch), self.global_steps
-        self._state, metrics = self.train_step(self._state, placed)
-        if self._one_at_a_time:
-            jax.block_until_ready(metrics["loss"])
+        steps = self.global_steps
+        with self.out_of_memory_explained(RUNNING, batch):
+            placed = self.place_batch(batch)
+            self._state, metrics = self.train_step(self._state, placed)
+            if self._one_at_a_time:
+                jax.block_until_ready(metrics["loss"])
         self._metrics = metrics
         self._steps = steps + 1
         if self._reporter is not None:
@@ -249,13 +260,15 @@ class Engine(Checkpointing, Parking):
 
         Raises:
           DataError: the batch is empty, or its rows do not divide.
+          OutOfMemoryError: as `train_batch`.
         """
         self.check_reloaded()
         rows = rows_to_evaluate(batch, self.layout)
-        placed = BatchPlacer(self.layout, rows=rows, accumulation=None)(batch)
-        total, weight = self._eval_jit(self.state, placed)
-        if self._one_at_a_time:
-            jax.block_until_ready(weight)
+        with self.out_of_memory_explained(EVALUATING, batch):
+            placed = BatchPlacer(self.layout, rows=rows, accumulation=None)(batch)
+            total, weight = self._eval_jit(self.state, placed)
+            if self._one_at_a_time:
+                jax.block_until_ready(weight)
         return {"loss": total / weight, "total": total, "weight": weight}
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
