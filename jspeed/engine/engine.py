@@ -22,7 +22,7 @@ from jspeed.engine.checkpointing import Checkpointing
 from jspeed.engine.checkpoints import EngineCheckpoints
 from jspeed.engine.counters import Counters
 from jspeed.engine.distributed import init_distributed
-from jspeed.engine.memory_errors import EVALUATING, RUNNING, MemoryErrors
+from jspeed.engine.memory_errors import EVALUATING, RUNNING
 from jspeed.engine.not_in_jspeed import (
     EVAL_BATCH,
     INITIALIZE,
@@ -136,7 +136,7 @@ def _seed(config: Config) -> int:
     return config.run.seed if config.run else 0
 
 
-class Engine(Checkpointing, Parking, MemoryErrors):
+class Engine(Checkpointing, Parking):
     """Trains one model on one mesh. Made by `initialize`.
 
     Attributes:
@@ -239,8 +239,7 @@ class Engine(Checkpointing, Parking, MemoryErrors):
         with self.out_of_memory_explained(RUNNING, batch):
             placed = self.place_batch(batch)
             self._state, metrics = self.train_step(self._state, placed)
-            if self._one_at_a_time:
-                jax.block_until_ready(metrics["loss"])
+            self.wait_at_first(self.train_step, placed, metrics["loss"])
         self._metrics = metrics
         self._steps = steps + 1
         if self._reporter is not None:
@@ -267,8 +266,7 @@ class Engine(Checkpointing, Parking, MemoryErrors):
         with self.out_of_memory_explained(EVALUATING, batch):
             placed = BatchPlacer(self.layout, rows=rows, accumulation=None)(batch)
             total, weight = self._eval_jit(self.state, placed)
-            if self._one_at_a_time:
-                jax.block_until_ready(weight)
+            self.wait_at_first(self._eval_jit, placed, weight)
         return {"loss": total / weight, "total": total, "weight": weight}
 
     def set_train_batch_size(self, train_batch_size: int) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jspeed.engine.accessors import Accessors
 from jspeed.engine.batches import own_share
 from jspeed.engine.out_of_memory import WITHOUT_DEVICE, Work, out_of_memory_explained
 from jspeed.engine.relief import Given
@@ -18,24 +19,29 @@ from jspeed.engine.step_memory import compile_step
 from jspeed.profile.compiled import Compiled, compile_lowered
 from jspeed.training.state import abstract_state
 
-if TYPE_CHECKING:
-    from jspeed.config import Config
-    from jspeed.engine.build import RunPlan
-    from jspeed.training.program import LossFn, Program
-
+_REMEMBERED = 8
 RUNNING, EVALUATING = "running the training step", "running an evaluation step"
 
 
-class MemoryErrors:
+class MemoryErrors(Accessors):
     """What `Engine` has for it."""
 
-    config: Config
-    plan: RunPlan
-    _program: Program
-    _loss_fn: LossFn
-    _given: tuple[Any, Any, Any]
     _eval_step: Any
+    _one_at_a_time: bool
     _seen: Any = None
+    _ran: tuple[Any, ...] = ()
+
+    def wait_at_first(self, program: Any, batch: Any, result: Any) -> None:
+        """Waits for a program's first run with batches of these shapes, and for each where programs
+        must follow one another.
+
+        Whether its memory can be had is known then; without waiting whoever reads the result would
+        be told, and not in the words of `OutOfMemoryError`.
+        """
+        shapes = (program, *(leaf.shape for leaf in jax.tree.leaves(batch)))
+        if self._one_at_a_time or shapes not in self._ran:
+            jax.block_until_ready(result)
+            self._ran = (*self._ran[-_REMEMBERED:], shapes)
 
     def out_of_memory_explained(
         self, doing: str, batch: Any = None
@@ -55,14 +61,14 @@ class MemoryErrors:
         return Given(self.config, self._program, self.plan, *self._given)
 
     def _work(self, doing: str, batch: Any) -> Work:
-        if doing == RUNNING:
-            batch, compiled = self._seen, self._compiled_step
-        else:
-            batch, compiled = jax.tree.map(_shape, batch), self._compiled_evaluation
-        if doing not in (RUNNING, EVALUATING) or batch is None:
-            return Work(doing)
-        lengths = [leaf.shape[1] for leaf in jax.tree.leaves(batch) if leaf.ndim > 1]
-        return Work(doing, lambda: compiled(batch), max(lengths, default=None))
+        if doing == RUNNING and self._seen is not None:
+            step = self._seen
+            return Work(doing, lambda: self._compiled_step(step), _length(step))
+        if doing == EVALUATING:
+            shapes = jax.tree.map(_shape, batch)
+            rows = jax.tree.leaves(shapes)[0].shape[0] * own_share(self.plan.layout).count
+            return Work(doing, lambda: self._compiled_evaluation(shapes), _length(shapes), rows)
+        return Work(doing)
 
     def _compiled_step(self, batch: Any) -> Compiled:
         shapes = microbatch_shapes(batch, self.plan)
@@ -93,3 +99,8 @@ class MemoryErrors:
 def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
     dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
     return jax.ShapeDtypeStruct(np.shape(leaf), dtype)
+
+
+def _length(batch: Any) -> int | None:
+    """Of the sequences."""
+    return max((leaf.shape[1] for leaf in jax.tree.leaves(batch) if leaf.ndim > 1), default=None)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -21,7 +21,14 @@ from jspeed.offload.capacity import host_memory
 from jspeed.profile.compiled import Compiled
 from jspeed.profile.exhausted import Shortage, read_shortage
 from jspeed.profile.live_bytes import OTHER_STATE, STATE_ROLES
-from jspeed.profile.memory import Attribution, Buffer, gradient_shapes
+from jspeed.profile.memory import (
+    ACTIVATIONS,
+    OTHER,
+    WORKSPACE,
+    Attribution,
+    Buffer,
+    gradient_shapes,
+)
 from jspeed.profile.origins import Origins, module_classes
 
 LOGGER = logging.getLogger("jspeed")
@@ -42,11 +49,13 @@ class Work:
       name: as `running the training step`.
       compile: compiles its program once more, with reports; None for what has no single program.
       sequence: length of the sequences of its batch, where the model reads any.
+      rows: of the batch of an evaluation, which differentiates nothing; None for the step.
     """
 
     name: str
     compile: Compile | None = None
     sequence: int | None = None
+    rows: int | None = None
 
 
 @contextmanager
@@ -76,13 +85,15 @@ def describe(shortage: Shortage, given: Given, work: Work) -> str:
     assert isinstance(mesh, Mesh), "out of memory on devices that are not there"
     device = mesh.local_mesh.devices.flat[0]
     state = explain_plan(given.program, given.plan)
-    compiled = _compiled(work)
-    buffers = [] if compiled is None else _buffers(compiled, state, given)
+    # What a compiler has refused it would refuse again.
+    compiled = None if shortage.in_compiler else _compiled(work)
+    buffers = [] if compiled is None else _buffers(compiled, state, given, work)
     changes = reliefs(
         given,
-        buffers,
+        buffers if compiled is not None else _guessed(shortage, state, work),
         platform=device.platform,
         sequence=work.sequence,
+        rows=work.rows,
         missing=_missing(shortage, device),
     )
     lines = [
@@ -100,10 +111,7 @@ def _doing(shortage: Shortage, work: Work) -> str:
 
 def _asked(shortage: Shortage) -> str:
     if shortage.needed is not None:
-        return (
-            f"XLA counts {bytes_text(shortage.needed)} and has {bytes_text(shortage.limit or 0)} "
-            "for them"
-        )
+        return f"XLA counts {bytes_text(shortage.needed)} and has {bytes_text(shortage.limit or 0)}"
     if shortage.asked is not None:
         return f"{bytes_text(shortage.asked)} in one piece could not be had"
     return "a piece could not be had"
@@ -156,9 +164,27 @@ def _compiled(work: Work) -> Compiled | None:
         return None
 
 
-def _buffers(compiled: Compiled, state: Explanation, given: Given) -> list[Buffer]:
+def _buffers(compiled: Compiled, state: Explanation, given: Given, work: Work) -> list[Buffer]:
     origins = Origins(compiled.text, module_classes(given.program.blueprint))
-    return Attribution(compiled, origins, gradient_shapes(state)).of(compiled.live)
+    if work.rows is None:
+        return Attribution(compiled, origins, gradient_shapes(state)).of(compiled.live)
+    found = Attribution(compiled, origins).of(compiled.live)
+    return [
+        replace(one, role=ACTIVATIONS) if one.role == OTHER and one.origin != WORKSPACE else one
+        for one in found
+    ]
+
+
+def _guessed(shortage: Shortage, state: Explanation, work: Work) -> list[Buffer]:
+    """What a program that was not compiled here holds beside the state, as one buffer: XLA asks for
+    its temporaries in one piece."""
+    if work.compile is None:
+        return []
+    if shortage.needed is None:
+        size = shortage.asked or 0
+    else:
+        size = max(0, shortage.needed - state.total_bytes)
+    return [Buffer(size, ACTIVATIONS, "", "")]
 
 
 def _holders(
@@ -194,6 +220,6 @@ def _advice(changes: Sequence[Relief], missing: int | None) -> Iterator[str]:
     lack = f"; {bytes_text(missing)} are missing" if missing else ""
     yield f"What would take less of each device, each alone and estimated{lack}:"
     for change in changes[:CHANGES]:
-        yield f"  {bytes_text(change.saves):>10} less  {change.text}"
+        yield f"  {bytes_text(change.saves):>10} less  {change}"
     if missing and changes[0].saves < missing:
         yield "None of these is enough alone: take several, or more devices."

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,12 +36,18 @@ class Relief:
     """One change of a configuration.
 
     Attributes:
-      text: as a run file has it.
+      keys: path -> value.
       saves: bytes on one device, about.
+      instead: of what, for people; empty where that says nothing.
     """
 
-    text: str
+    keys: Mapping[str, Any]
     saves: int
+    instead: str = ""
+
+    def __str__(self) -> str:
+        changed = (f'"{path}": {json.dumps(value)}' for path, value in self.keys.items())
+        return " and ".join(changed) + (f" instead of {self.instead}" if self.instead else "")
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,7 @@ def reliefs(
     *,
     platform: str,
     sequence: int | None = None,
+    rows: int | None = None,
     missing: int | None = None,
 ) -> list[Relief]:
     """The changes that take noticeably less, those that take least first.
@@ -102,10 +109,12 @@ def reliefs(
       buffers: of the compiled step at its peak, beside the state; none where it is not known.
       platform: of the devices.
       sequence: length of the sequences, where the model reads any.
+      rows: of the batch that all devices compute at once, where the microbatch does not say.
       missing: bytes that a device lacks, where that is known: the microbatch is then lowered no
         further than that takes.
     """
-    return _Search(given, buffers, platform, sequence, missing).found()
+    search = _Search(given, buffers, platform, sequence, missing)
+    return search.found(by_rows=rows is None or rows == search.rows)
 
 
 class _Search:
@@ -123,31 +132,35 @@ class _Search:
         self._on_gpu = platform in ("gpu", "cuda")
         self._state = _device_bytes(given.explain())
 
-    def found(self) -> list[Relief]:
-        """All of them, sorted."""
+    @property
+    def rows(self) -> int:
+        """That all devices compute at once in training."""
+        return self._plan.batch.micro_batch_size * self._layout.batch_shards
+
+    def found(self, *, by_rows: bool) -> list[Relief]:
+        """All of them, sorted; the microbatch if it says how many rows there are."""
         enough = _WORTH * (self._state + sum(buffer.bytes for buffer in self._buffers))
         every = (
             self._stage(),
             self._offload("offload_optimizer"),
             self._offload("offload_param"),
             self._remat(),
-            self._microbatch(),
+            self._microbatch() if by_rows else None,
             self._half_precision(),
             self._sequence_parallel(),
         )
         reliefs = [relief for relief in every if relief is not None and relief.saves > enough]
         return sorted(reliefs, key=lambda relief: -relief.saves)
 
-    def _change(self, saves: float, **keys: Any) -> Relief | None:
-        """The change of some keys (`__` for a dot), with what else than state it saves; None where
-        the run cannot be so."""
-        paths = {name.replace("__", "."): json.dumps(value) for name, value in keys.items()}
+    def _change(self, keys: Mapping[str, Any], saves: float = 0) -> Relief | None:
+        """The change of some keys, with what else than state it saves; None where the run cannot be
+        so."""
+        overrides = [f"{path}={json.dumps(value)}" for path, value in keys.items()]
         try:
-            state = self._given.explain(f"{path}={value}" for path, value in paths.items())
+            state = self._given.explain(overrides)
         except JspeedError:
             return None
-        text = " and ".join(f'"{path}": {value}' for path, value in paths.items())
-        return Relief(text, round(saves) + self._state - _device_bytes(state))
+        return Relief(keys, round(saves) + self._state - _device_bytes(state))
 
     def _held(self, *roles: str) -> int:
         return sum(buffer.bytes for buffer in self._buffers if buffer.role in roles)
@@ -169,7 +182,7 @@ class _Search:
                 saves += self._held(GRADIENTS) * (1 - 1 / ways)
             if stage == 3:
                 saves -= self._gathered()
-            relief = self._change(saves, zero_optimization__stage=stage)
+            relief = self._change({"zero_optimization.stage": stage}, saves)
             if relief is not None and (best is None or relief.saves > 1.05 * best.saves):
                 best = relief
         return best
@@ -188,7 +201,7 @@ class _Search:
         """State in host memory; on a CPU that is the device's own."""
         if not self._on_gpu or getattr(self._config.zero, key) is not None:
             return None
-        return self._change(0, **{f"zero_optimization__{key}": {"device": "cpu"}})
+        return self._change({f"zero_optimization.{key}": {"device": "cpu"}})
 
     def _remat(self) -> Relief | None:
         """Layers keep what enters them, and compute the rest again, one at a time."""
@@ -199,12 +212,12 @@ class _Search:
         kept = sum(
             buffer.bytes
             for buffer in self._buffers
-            if buffer.role == ACTIVATIONS and f"[{layers}," in buffer.type
+            if buffer.role in (ACTIVATIONS, OTHER) and f"[{layers}," in buffer.type
         )
         rows = self._plan.batch.micro_batch_size * self._sequence // self._layout.sizes["seq"]
         width = model.hidden_size * jnp.dtype(self._layout.compute_dtype).itemsize
         saves = kept * (1 - 1 / layers) - layers * rows * width
-        return Relief('"model.remat": "full"', round(saves))
+        return Relief({"model.remat": "full"}, round(saves))
 
     def _microbatch(self) -> Relief | None:
         """Fewer rows at once and more microbatches; as few fewer as does."""
@@ -212,14 +225,14 @@ class _Search:
         for smaller in _smaller(micro, micro * batch.accumulation):
             saves = self._of_examples * (1 - smaller / micro)
             if self._missing is None or saves > self._missing or smaller == 1:
-                text = f'"train_micro_batch_size_per_gpu": {smaller} instead of {micro}'
-                return Relief(text, round(saves))
+                keys = {"train_micro_batch_size_per_gpu": smaller}
+                return Relief(keys, round(saves), instead=str(micro))
         return None
 
     def _half_precision(self) -> Relief | None:
         if self._layout.compute_dtype != "float32":
             return None
-        return self._change(self._of_examples / 2, bf16__enabled=True)
+        return self._change({"bf16.enabled": True}, self._of_examples / 2)
 
     def _sequence_parallel(self) -> Relief | None:
         """Half a sequence on each of twice as many devices, once there is one row left."""
@@ -229,8 +242,8 @@ class _Search:
             return None
         if sizes["data"] % 2 or self._sequence % (2 * sizes["seq"]):
             return None
-        halves = {"mesh__seq": 2 * sizes["seq"], "mesh__data": sizes["data"] // 2}
-        return self._change(self._of_examples / 2, **halves)
+        halves = {"mesh.seq": 2 * sizes["seq"], "mesh.data": sizes["data"] // 2}
+        return self._change(halves, self._of_examples / 2)
 
 
 def _smaller(micro: int, rows: int) -> Iterator[int]:

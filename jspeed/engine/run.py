@@ -218,8 +218,7 @@ def _resume(parts: _Parts, display: Display) -> None:
     store = CheckpointStore(folder)
     if of_first_process("empty" if store.is_empty() else ""):
         return
-    with parts.engine.out_of_memory_explained("loading a checkpoint"):
-        tag, client = parts.engine.load_checkpoint(folder)
+    tag, client = parts.engine.load_checkpoint(folder)
     store.make_latest(tag)
     if "data" not in client:
         raise CheckpointError(

@@ -52,8 +52,8 @@ def zero(stage: int, **more: Any) -> dict[str, Any]:
     ("target", "changes"),
     [
         pytest.param(CPU, {}, id="cpu"),
-        pytest.param(CPU, {"zero_optimization": zero(0)}, id="cpu-0"),
-        pytest.param(H200, {}, id="stage-3", marks=GPU_MARKS),
+        pytest.param(CPU, {"zero_optimization": zero(0)}, id="cpu-0", marks=pytest.mark.slow),
+        pytest.param(H200, {}, id="stage-3", marks=(*GPU_MARKS, pytest.mark.slow)),
         pytest.param(
             H200,
             {"zero_optimization": zero(2, offload_optimizer={"device": "cpu"})},

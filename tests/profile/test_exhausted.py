@@ -37,8 +37,8 @@ def shortage(text: str) -> Shortage | None:
             6727663616,
         ),
         (
-            "Resource exhausted: Out of memory while trying to allocate 4398046511104 bytes.: while "
-            "running replica 0 and partition 0 of a replicated computation",
+            "Resource exhausted: Out of memory while trying to allocate 4398046511104 bytes.: "
+            "while running replica 0 and partition 0 of a replicated computation",
             4398046511104,
         ),
         ("RESOURCE_EXHAUSTED: Out of memory allocating 3200000000 bytes.", 3200000000),
