@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from jspeed.engine.checkpointing import Checkpointing
 from jspeed.engine.checkpoints import EngineCheckpoints
 from jspeed.engine.counters import Counters
 from jspeed.engine.distributed import init_distributed
+from jspeed.engine.memory_breakdown import log_memory, memory_around
 from jspeed.engine.memory_errors import EVALUATING, RUNNING
 from jspeed.engine.not_in_jspeed import (
     EVAL_BATCH,
@@ -36,7 +38,7 @@ from jspeed.engine.not_in_jspeed import (
 from jspeed.engine.offloading import make_host_state
 from jspeed.engine.parking import Parking
 from jspeed.engine.pretrained import load_weights, pretrained_weights
-from jspeed.engine.reporting import Reporter
+from jspeed.engine.reporting import Reporter, heed_log_level
 from jspeed.engine.sparse_attention import sets_pattern
 from jspeed.layout.mesh import one_at_a_time
 from jspeed.layout.rules import Rule
@@ -187,9 +189,18 @@ class Engine(Checkpointing, Parking):
         self._metrics: Metrics | None = None
         self._store: EngineCheckpoints | None = None
         self._compile_step()
+        if config.memory_breakdown:
+            heed_log_level(config, prints=True)
+            log_memory("with the engine made", jax.block_until_ready(self._state), self.layout)
         self._reporter: Reporter | None = None
         if report:
             self._reporter = Reporter(config, parameters=tuple(self.layout.leaves))
+
+    def _watched(self, what: str) -> AbstractContextManager[None]:
+        """Around what `memory_breakdown` looks at."""
+        if not self.config.memory_breakdown:
+            return nullcontext()
+        return memory_around(what, lambda: self._state, self.layout)
 
     def _plan(self, mesh: Mesh) -> RunPlan:
         optimizer, schedule, rules = self._given
@@ -236,7 +247,7 @@ class Engine(Checkpointing, Parking):
         """
         self.check_reloaded()
         steps = self.global_steps
-        with self.out_of_memory_explained(RUNNING, batch):
+        with self._watched(f"step {steps + 1}"), self.out_of_memory_explained(RUNNING, batch):
             placed = self.place_batch(batch)
             self._state, metrics = self.train_step(self._state, placed)
             self.wait_at_first(self.train_step, placed, metrics["loss"])
@@ -263,7 +274,8 @@ class Engine(Checkpointing, Parking):
         """
         self.check_reloaded()
         rows = rows_to_evaluate(batch, self.layout)
-        with self.out_of_memory_explained(EVALUATING, batch):
+        watched = self._watched(f"an evaluation after step {self.global_steps}")
+        with watched, self.out_of_memory_explained(EVALUATING, batch):
             placed = BatchPlacer(self.layout, rows=rows, accumulation=None)(batch)
             total, weight = self._eval_jit(self.state, placed)
             self.wait_at_first(self._eval_jit, placed, weight)
