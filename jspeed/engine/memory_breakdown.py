@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jspeed.core.tree import named_leaves
@@ -97,18 +98,20 @@ def state_on(device: Any, state: TrainState, layout: Layout) -> dict[str, int]:
 
 
 def _bytes_on(device: Any, arrays: Iterable[jax.Array]) -> int:
-    """Bytes of arrays in a device's own memory, of those that are still alive."""
+    """Bytes of arrays in a device's own memory, of those that are still alive; arrays that share
+    their memory, as a shard does with the whole, count once."""
     own = device.default_memory().kind
-    return sum(
-        shard.data.nbytes
+    buffers = {
+        shard.data.unsafe_buffer_pointer(): shard.data.nbytes
         for array in arrays
         if not array.is_deleted() and array.sharding.memory_kind in (None, own)
         for shard in _whole(array).addressable_shards
-        if shard.device == device
-    )
+        if shard.device == device and shard.data.nbytes
+    }
+    return sum(buffers.values())
 
 
 def _whole(array: jax.Array) -> jax.Array:
-    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         return jax.random.key_data(array)
     return array

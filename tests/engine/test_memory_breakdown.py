@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jspeed.core.units import bytes_text
-from jspeed.engine.memory_breakdown import state_on
+from jspeed.engine.memory_breakdown import _bytes_on, state_on
 from tests.engine.engines import make_engine
 from tests.training.curves import TINY, ds_config
 
@@ -33,6 +33,7 @@ def test_the_state_by_role_around_each_step(caplog: pytest.LogCaptureFixture) ->
         "memory before an evaluation after step 1",
         "memory after an evaluation after step 1",
     ]
+    held = state_on(jax.devices()[0], engine.state, engine.layout)
     count = sum(leaf.size for leaf in jax.tree.leaves(engine.state.master))
     assert TINY.layers == 2
     for line in lines:
@@ -41,6 +42,11 @@ def test_the_state_by_role_around_each_step(caplog: pytest.LogCaptureFixture) ->
         assert f"master weights {bytes_text(count)}" in line
         assert f"optimizer moments {bytes_text(2 * count)}" in line
         assert re.search(r"all arrays [\d.]+ (Ki|Mi)B; .*process [\d.]+ [MG]iB of the host", line)
+        assert f"state {bytes_text(sum(held.values()))} (" in line
+    # Shards share the array's memory.
+    masters = jax.tree.leaves(engine.state.master)
+    twice = [*masters, *(shard.data for leaf in masters for shard in leaf.addressable_shards)]
+    assert _bytes_on(jax.devices()[0], twice) == held["master weights"]
 
 
 def test_what_is_parked_counts_for_nothing() -> None:
