@@ -30,10 +30,10 @@ from jspeed.models.llama.config import LlamaConfig
 from jspeed.models.llama.model import Llama
 from jspeed.nn import language_model_loss
 from jspeed.optim.adam import Applied, adam
-from jspeed.planner.costs import Costs
 from jspeed.planner.targets import described_devices
 from jspeed.planner.testing import compile_step
 from jspeed.profile.compiled import compile_lowered
+from jspeed.profile.costs import Costs
 from jspeed.profile.hlo import Computation, Instruction, Module, parse_module
 from jspeed.profile.trips import executions
 from jspeed.training.program import make_program

@@ -180,6 +180,12 @@ def plan(
     gpu: Gpu = None,
     gpus: Gpus = None,
     gpus_per_host: GpusPerHost = None,
+    memory_picture: Annotated[
+        Path | None,
+        typer.Option(
+            "--memory-picture", metavar="FILE", help="Draw what a device holds over the step (PNG)."
+        ),
+    ] = None,
     set_: Overrides = None,
     json: AsJson = False,
 ) -> None:
@@ -189,7 +195,7 @@ def plan(
     prepare_jax_on_cpu()
     from jspeed.cli.plan import PlanRequest, plan_command
 
-    plan_command(PlanRequest(run, set_ or [], *asked, as_json=json))
+    plan_command(PlanRequest(run, set_ or [], *asked, as_json=json, memory_picture=memory_picture))
 
 
 @app.command()

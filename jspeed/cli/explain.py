@@ -11,8 +11,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from jspeed.cli.console import bytes_text, live_text, make_console
+from jspeed.cli.console import live_text, make_console
 from jspeed.config import load_config
+from jspeed.core.units import bytes_text
 from jspeed.engine.explain import RunExplanation, explain_run
 from jspeed.layout.explain import STATE_ROLES, Explanation, LeafExplanation, Share
 from jspeed.layout.rules import spec_text

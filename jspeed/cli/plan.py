@@ -6,13 +6,15 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from jspeed.cli.console import make_console
-from jspeed.cli.plan_page import render
+from jspeed.cli.memory_picture import check_drawable, draw
+from jspeed.cli.plan_page import heading, render
 from jspeed.config import Budget
 from jspeed.core.errors import JspeedError
 from jspeed.planner.cluster import Cluster
@@ -36,6 +38,7 @@ class PlanRequest:
     gpus: int
     gpus_per_host: int
     as_json: bool
+    memory_picture: Path | None = None
 
 
 def plan_command(request: PlanRequest) -> None:
@@ -54,6 +57,8 @@ def plan_command(request: PlanRequest) -> None:
         request.gpus_per_host,
         on_cpu=target.platform == "cpu",
     )
+    if request.memory_picture is not None:
+        check_drawable()  # now rather than after a compile that takes minutes
     waiting = Console(stderr=True)
     # The compiler may end the process it runs in, so it gets one of its own.
     jobs = functools.partial(
@@ -69,7 +74,12 @@ def plan_command(request: PlanRequest) -> None:
         run = RunFile.read(run.changed({"model.remat": chosen.policy}))
     else:
         with waiting.status(f"Compiling for {cluster.gpus} x {target.description}"):
-            plan = _compiled(where.job("plan", run.changed({})))
+            plan = _compiled(_job(request, where, run))
+    if request.memory_picture is not None:
+        if "live_bytes" not in plan:
+            with waiting.status("Compiling what was chosen, for its memory"):
+                plan["live_bytes"] = _compiled(_job(request, where, run))["live_bytes"]
+        _draw(plan, request.memory_picture)
     if not plan["fits"]:
         with waiting.status("It does not fit: compiling what could be changed"):
             plan["suggestions"] = suggest(run, where, plan, jobs)
@@ -77,6 +87,27 @@ def plan_command(request: PlanRequest) -> None:
         print(json.dumps(plan, indent=2))
     else:
         render(plan, make_console())
+
+
+def _job(request: PlanRequest, where: Where, run: RunFile) -> Job:
+    job = where.job("plan", run.changed({}))
+    if request.memory_picture is None:
+        return job
+    return replace(job, request={**job.request, "live_bytes": True})
+
+
+def _draw(plan: dict[str, Any], png: Path) -> None:
+    """Draws the memory of the step, and says in the plan where the picture is."""
+    live = plan["live_bytes"]
+    if not live["points"]:
+        raise JspeedError(
+            f"--memory-picture {png}: this compiler does not tell when its buffers are alive, so "
+            "there is nothing to draw. Leave the option out, or plan for a GPU with --gpu."
+        )
+    draw(
+        live, png, title=heading(plan).partition("; batch")[0], limit=plan["memory"]["limit_bytes"]
+    )
+    plan["memory_picture"] = str(png)
 
 
 def _compiled(job: Job) -> dict[str, Any]:

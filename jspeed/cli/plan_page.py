@@ -12,7 +12,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from jspeed.cli.console import bytes_text, live_text
+from jspeed.cli.console import live_text
+from jspeed.cli.memory_picture import rows
+from jspeed.core.units import bytes_text
 
 Plan = Mapping[str, Any]
 
@@ -39,7 +41,11 @@ def render(plan: Plan, console: Console) -> None:
     if plan.get("remat") is not None:
         _rematerialisation(console, plan["remat"])
     _table(console, "Memory of one device", _memory_rows(plan["memory"]), right=(1,))
-    _table(console, "Largest temporaries at the peak", _buffer_rows(plan["memory"]), right=(0,))
+    if "live_bytes" in plan:
+        _live(console, plan)
+    else:
+        title = "Largest temporaries at the peak"
+        _table(console, title, _buffer_rows(plan["memory"]["largest"]), right=(0,))
     head = ("collective", "axis", "dtype", "count", "bytes")
     rows = [
         (
@@ -158,10 +164,25 @@ def _memory_rows(memory: Plan) -> Iterator[tuple[str, ...]]:
         yield "on the host, for each device", bytes_text(memory["host_bytes"])
 
 
-def _buffer_rows(memory: Plan) -> Iterator[tuple[str, ...]]:
+def _live(console: Console, plan: Plan) -> None:
+    """What is held as the step goes, and at the peak."""
+    live = plan["live_bytes"]
+    lines = [
+        (f"{100 * number // len(found)}%", bytes_text(row[0]), *row[1:])
+        for found in [list(rows(live))]
+        for number, row in enumerate(found)
+    ]
+    head = ("step", "held", "", "most of it", "at its fullest in")
+    _table(console, "Held by one device as the step goes", lines, head=head, right=(0, 1))
+    line = f"drawn in {plan['memory_picture']}"
+    console.print(Padding(Text(line), _INDENT, expand=False))
+    _table(console, "Largest held at the peak", _buffer_rows(live["holders"]), right=(0,))
+
+
+def _buffer_rows(buffers: Sequence[Plan]) -> Iterator[tuple[str, ...]]:
     """Equal buffers, those of a layer's parts, in one line."""
     counts: dict[tuple[str, ...], list[int]] = {}
-    for buffer in memory["largest"]:
+    for buffer in buffers:
         key = (buffer["type"], buffer["role"], buffer["origin"])
         counts.setdefault(key, []).append(buffer["bytes"])
     for (kind, role, origin), sizes in counts.items():

@@ -18,9 +18,10 @@ from typing import Literal
 from rich.table import Table
 from rich.text import Text
 
-from jspeed.cli.console import bytes_text, make_console
+from jspeed.cli.console import make_console
 from jspeed.cli.environment import has_accelerator, has_driver
 from jspeed.core.errors import ConfigError
+from jspeed.core.units import bytes_text
 
 State = Literal["OK", "absent", "missing"]
 _STYLES = {"OK": "green", "absent": "dim", "missing": "bold red"}

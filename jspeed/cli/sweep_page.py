@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jspeed.cli.console import bytes_text
+from jspeed.core.units import bytes_text
 from jspeed.planner.sweep import Row, SweepResult
 from jspeed.planner.sweep.measure import Measured
 

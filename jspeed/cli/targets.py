@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jspeed.cli.console import bytes_text, make_console
+from jspeed.cli.console import make_console
 from jspeed.core.errors import ConfigError
+from jspeed.core.units import bytes_text
 from jspeed.planner.targets import TARGETS, Target, load_target, target_data
 from jspeed.planner.targets.load import ALIASES, CPU, measured_path
 

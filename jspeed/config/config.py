@@ -70,6 +70,7 @@ class Config:
     wandb: MonitorConfig
     steps_per_print: int | None
     wall_clock_breakdown: bool
+    memory_breakdown: bool
     dump_state: bool
     log_level: Literal["debug", "info", "warning", "error", "critical"] | None
     throughput_timer: bool
@@ -178,6 +179,7 @@ def from_values(values: Values, given: Values) -> Config:
         wandb=build.monitor(values, "wandb"),
         steps_per_print=values.get("steps_per_print"),
         wall_clock_breakdown=values.get("wall_clock_breakdown"),
+        memory_breakdown=values.get("memory_breakdown"),
         dump_state=values.get("dump_state"),
         log_level=values.get("log_level"),
         throughput_timer=values.get("timers.throughput.enabled"),

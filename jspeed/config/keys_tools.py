@@ -68,7 +68,14 @@ LOG_KEYS = (
         "step_seconds, and wait_seconds for the device); forward, backward and update are one XLA "
         "program, into which jax.profiler looks",
     ),
-    later("memory_breakdown", Bool(), False, "memory per phase is not reported yet"),
+    mapped(
+        "memory_breakdown",
+        Bool(),
+        False,
+        "logs the state's bytes by role, all live arrays and the device's own figures when the "
+        "engine is made, and before and after each step and evaluation, for which it waits; within "
+        "a step, jspeed plan --memory-picture",
+    ),
     mapped("dump_state", Bool(), False, "prints the resolved configuration at the start"),
     mapped(
         "log_level",

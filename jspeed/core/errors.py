@@ -47,6 +47,10 @@ class OffloadError(JspeedError):
     """State beyond the device (in host memory or on disk) that cannot be kept, read or trusted."""
 
 
+class OutOfMemoryError(JspeedError):
+    """A device that cannot hold what a run needs; the text says who holds what, and what helps."""
+
+
 class LaunchError(JspeedError):
     """Processes that cannot be started, wired together or kept running."""
 

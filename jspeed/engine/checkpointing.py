@@ -6,14 +6,14 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from jspeed.engine.accessors import Accessors
 from jspeed.engine.arguments import check_directory
 from jspeed.engine.checkpoints import EngineCheckpoints, save_16bit
 from jspeed.engine.hf_export import MAX_SHARD_SIZE, ExportDType, export_engine
+from jspeed.engine.memory_errors import MemoryErrors
 from jspeed.engine.not_in_jspeed import LOAD_CHECKPOINT, SAVE, refuses
 
 
-class Checkpointing(Accessors):
+class Checkpointing(MemoryErrors):
     """Saves an engine's state and restores it."""
 
     _store: EngineCheckpoints | None
@@ -75,16 +75,18 @@ class Checkpointing(Accessors):
         Raises:
           CheckpointError: missing, incomplete, damaged, foreign, or of another model; names what is
             wrong.
+          OutOfMemoryError: the devices cannot hold it.
         """
         check_directory(load_dir, "load_dir")
-        loaded = self._checkpoints(load_dir).load(
-            self,
-            tag,
-            optimizer=load_optimizer_states and not load_module_only,
-            schedule=load_lr_scheduler_states and not load_module_only,
-            counters=not load_module_only,
-        )
-        self.take_state(loaded.state)
+        with self.out_of_memory_explained("loading a checkpoint"):
+            loaded = self._checkpoints(load_dir).load(
+                self,
+                tag,
+                optimizer=load_optimizer_states and not load_module_only,
+                schedule=load_lr_scheduler_states and not load_module_only,
+                counters=not load_module_only,
+            )
+            self.take_state(loaded.state)
         self._counters = loaded.counters
         return loaded.tag, loaded.client_state
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,8 @@ from jspeed.engine.checkpointing import Checkpointing
 from jspeed.engine.checkpoints import EngineCheckpoints
 from jspeed.engine.counters import Counters
 from jspeed.engine.distributed import init_distributed
+from jspeed.engine.memory_breakdown import log_memory, memory_around
+from jspeed.engine.memory_errors import EVALUATING, RUNNING
 from jspeed.engine.not_in_jspeed import (
     EVAL_BATCH,
     INITIALIZE,
@@ -36,7 +39,7 @@ from jspeed.engine.not_in_jspeed import (
 from jspeed.engine.offloading import make_host_state
 from jspeed.engine.parking import Parking
 from jspeed.engine.pretrained import load_weights, pretrained_weights
-from jspeed.engine.reporting import Reporter
+from jspeed.engine.reporting import Reporter, heed_log_level
 from jspeed.engine.sparse_attention import sets_pattern
 from jspeed.layout.mesh import one_at_a_time
 from jspeed.layout.rules import Rule
@@ -93,6 +96,7 @@ def initialize(
     Raises:
       ConfigError, LayoutError, ModelError: what cannot be, and what would.
       CheckpointError: the folder of a `model_from_hf` does not hold the model's weights.
+      OutOfMemoryError: the devices cannot hold the training state.
     """
     init_distributed()
     loaded = config if isinstance(config, Config) else load_config(config)
@@ -126,7 +130,8 @@ def initialize(
         )
         engine.model_factory = factory
         if weights is not None:
-            load_weights(engine, weights)
+            with engine.out_of_memory_explained("loading the model's weights"):
+                load_weights(engine, weights)
     return engine
 
 
@@ -171,22 +176,36 @@ class Engine(Checkpointing, Parking):
             program, eval_fn, self.plan.layout, self.plan.step.gradients
         )
         self._eval_jit: Callable[..., Any] = self._checked(jax.jit(self._eval_step))
-        self._state: TrainState = create_state(
-            program, self.plan.optimizer, self.layout, seed=seed, loss_scale=self.plan.loss_scale
-        )
-        self._offloading = make_host_state(config, program, self.plan)
-        if self._offloading is not None:
-            self._state = self._offloading.start(self._state, seed)
-            self._eval_jit = self._offloading.evaluation(self._eval_jit)
+        with self.out_of_memory_explained("creating the training state"):
+            self._state: TrainState = create_state(
+                program,
+                self.plan.optimizer,
+                self.layout,
+                seed=seed,
+                loss_scale=self.plan.loss_scale,
+            )
+            self._offloading = make_host_state(config, program, self.plan)
+            if self._offloading is not None:
+                self._state = self._offloading.start(self._state, seed)
+                self._eval_jit = self._offloading.evaluation(self._eval_jit)
         self._steps: int | None = 0
         self._counters = Counters()
         self._one_at_a_time = one_at_a_time(mesh)
         self._metrics: Metrics | None = None
         self._store: EngineCheckpoints | None = None
         self._compile_step()
+        if config.memory_breakdown:
+            heed_log_level(config, prints=True)
+            log_memory("with the engine made", jax.block_until_ready(self._state), self.layout)
         self._reporter: Reporter | None = None
         if report:
             self._reporter = Reporter(config, parameters=self.layout.trained)
+
+    def _watched(self, what: str) -> AbstractContextManager[None]:
+        """Around what `memory_breakdown` looks at."""
+        if not self.config.memory_breakdown:
+            return nullcontext()
+        return memory_around(what, lambda: self._state, self.layout)
 
     def _plan(self, mesh: Mesh) -> RunPlan:
         optimizer, schedule, rules = self._given
@@ -229,15 +248,16 @@ class Engine(Checkpointing, Parking):
 
         Raises:
           DataError: the batch has another number of rows.
+          OutOfMemoryError: a device cannot hold the step; who holds what, and what would help.
         """
         self.check_reloaded()
-        placed, steps = self.place_batch(batch), self.global_steps
-        state = self._state
-        if self.plan.step.skip_losses:
-            state = replace(state, loss_limit=replicated(self.loss_limit, self.layout))
-        self._state, metrics = self.train_step(state, placed)
-        if self._one_at_a_time:
-            jax.block_until_ready(metrics["loss"])
+        steps = self.global_steps
+        with self._watched(f"step {steps + 1}"), self.out_of_memory_explained(RUNNING, batch):
+            placed, state = self.place_batch(batch), self._state
+            if self.plan.step.skip_losses:
+                state = replace(state, loss_limit=replicated(self.loss_limit, self.layout))
+            self._state, metrics = self.train_step(state, placed)
+            self.wait_at_first(self.train_step, placed, metrics["loss"])
         self._metrics = metrics
         self._steps = steps + 1
         if self._reporter is not None:
@@ -257,13 +277,15 @@ class Engine(Checkpointing, Parking):
 
         Raises:
           DataError: the batch is empty, or its rows do not divide.
+          OutOfMemoryError: as `train_batch`.
         """
         self.check_reloaded()
         rows = rows_to_evaluate(batch, self.layout)
-        placed = BatchPlacer(self.layout, rows=rows, accumulation=None)(batch)
-        total, weight = self._eval_jit(self.state, placed)
-        if self._one_at_a_time:
-            jax.block_until_ready(weight)
+        watched = self._watched(f"an evaluation after step {self.global_steps}")
+        with watched, self.out_of_memory_explained(EVALUATING, batch):
+            placed = BatchPlacer(self.layout, rows=rows, accumulation=None)(batch)
+            total, weight = self._eval_jit(self.state, placed)
+            self.wait_at_first(self._eval_jit, placed, weight)
         return {"loss": total / weight, "total": total, "weight": weight}
 
     def set_train_batch_size(self, train_batch_size: int) -> None:

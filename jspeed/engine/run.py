@@ -27,6 +27,7 @@ from jspeed.engine.distributed import leave
 from jspeed.engine.engine import Engine, initialize
 from jspeed.engine.folder import CHECKPOINTS, METRICS, claim_folder, clear_folder, failure_noted
 from jspeed.engine.loop import Loop, LoopSettings
+from jspeed.engine.memory_errors import RUNNING
 from jspeed.engine.progress import Display
 from jspeed.engine.reporting import LOGGER, heed_log_level
 from jspeed.engine.signals import StopRequests
@@ -168,7 +169,13 @@ def _train_run(
                 Status("finished", engine.global_steps, run.steps).write(directory)
             display.say(f"nothing to do: {engine.global_steps} of {run.steps} steps are done.")
             return RunResult("finished", engine.global_steps, directory)
-        with _monitor(engine, directory) as monitor, _watchdog(engine, run) as watchdog, display:
+        with (
+            _monitor(engine, directory) as monitor,
+            _watchdog(engine, run) as watchdog,
+            display,
+            # Metrics are read after their step was dispatched, and so are its errors.
+            engine.out_of_memory_explained(RUNNING),
+        ):
             state = Loop(
                 engine=engine,
                 batches=parts.batches,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 
 from jspeed.config import Config, load_config
@@ -23,31 +22,28 @@ from jspeed.engine.abstract_run import (
     model_factory,
     token_batch,
 )
-from jspeed.engine.batches import check_sequences
 from jspeed.engine.build import RunPlan, mesh_shape, plan_run
-from jspeed.engine.compilation import auto_facts, jit_step, lowered_layout
+from jspeed.engine.compilation import auto_facts
 from jspeed.engine.pipeline import pipeline_of
 from jspeed.engine.sparse_attention import sets_pattern
 from jspeed.engine.state_explanation import explain_plan, microbatch_shapes
-from jspeed.layout.explain import Explanation
+from jspeed.engine.step_memory import compile_step, step_memory
 from jspeed.layout.rules import axes_of
-from jspeed.layout.zero import Layout, Role
+from jspeed.layout.zero import Layout
 from jspeed.nn.attention import STAND_IN
-from jspeed.pipeline.branches import check_branches
 from jspeed.pipeline.program import make_turns
 from jspeed.planner.cluster import Cluster
 from jspeed.planner.host_link import HOST_LINK, fetching_seconds, host_link_seconds
-from jspeed.planner.memory import account
 from jspeed.planner.report import Plan, summarise
 from jspeed.planner.timeline import time_step
 from jspeed.planner.volume import volume
 from jspeed.profile.collectives import collectives
-from jspeed.profile.compiled import Compiled, compile_lowered
+from jspeed.profile.compiled import Compiled
+from jspeed.profile.live_bytes import live_bytes
 from jspeed.profile.origins import Origins, module_classes
 from jspeed.profile.turns import TurnLoop, find_turns
 from jspeed.training.contracts import check_callable
 from jspeed.training.program import LossFn, Program, make_program
-from jspeed.training.state import abstract_state
 
 __all__ = ["Plan", "make_plan", "plan_model"]
 
@@ -166,7 +162,9 @@ def _plan(step: _Step, cluster: Cluster, remarks: list[str]) -> Plan:
     run, layout = step.run, step.run.layout
     remarks += idle_axes(layout)
     described = cluster.target.platform == "cuda"
-    compiled, batch_bytes = _compile(step, described=described)
+    compiled, batch_bytes = compile_step(
+        step.config, step.program, step.loss_fn, run, step.microbatch, described=described
+    )
     if STAND_IN in compiled.text:
         remarks.append(
             "cuDNN's attention cannot be compiled without a GPU: planned with attention block by "
@@ -209,21 +207,22 @@ def _plan(step: _Step, cluster: Cluster, remarks: list[str]) -> Plan:
     traffic = compiled.collectives
     if turns is not None:
         traffic = collectives(compiled.module, layout.sizes, turns.taken(time.stage))
+    memory = step_memory(
+        compiled,
+        state,
+        layout,
+        batch_bytes=batch_bytes,
+        limit=cluster.limit_bytes,
+        origins=origins,
+    )
     return Plan(
         cluster=cluster,
         model=step.name,
         state=state,
         run=run,
         tokens=step.tokens,
-        memory=account(
-            compiled,
-            state,
-            batch_bytes=batch_bytes,
-            limit=cluster.limit_bytes,
-            origins=origins,
-            host=_beside_the_step(state, layout),
-            leaving=0 if layout.streamed else _leaving(layout),
-        ),
+        memory=memory,
+        live=functools.partial(live_bytes, compiled, state, memory, origins),
         traffic=summarise(traffic),
         volume=volume(
             traffic,
@@ -236,21 +235,6 @@ def _plan(step: _Step, cluster: Cluster, remarks: list[str]) -> Plan:
         remarks=tuple(remarks),
         pipeline=pipeline_of(step.config, run),
     )
-
-
-def _beside_the_step(state: Explanation, layout: Layout) -> int:
-    """Bytes on the host or its disk, for one device, that the compiled step knows nothing of."""
-    if layout.streamed:
-        return 0
-    in_the_step = 0 if layout.disk is not None else state.host_parameter_bytes
-    return state.host_bytes - in_the_step
-
-
-def _leaving(layout: Layout) -> int:
-    """Bytes of the gradients on one device that wait for the host when the step is over."""
-    waiting = layout.on_host - layout.params_on_host
-    elements = sum(layout.part_elements(path, Role.MOMENTS) for path in waiting)
-    return elements * jnp.dtype(layout.reduce_dtype).itemsize
 
 
 def _turns(compiled: Compiled, run: RunPlan) -> TurnLoop | None:
@@ -268,29 +252,3 @@ def _elements_per_replica(layout: Layout) -> int:
         ways = math.prod(layout.sizes[axis] for entry in leaf.base for axis in axes_of(entry))
         total += math.prod(leaf.shape) // ways
     return total
-
-
-def _compile(step: _Step, *, described: bool) -> tuple[Compiled, int]:
-    """The compiled step, and the bytes of its batch on one device."""
-    run, layout = step.run, step.run.layout
-    lowered = lowered_layout(layout, described=described)
-    state = abstract_state(step.program, run.optimizer, lowered, run.loss_scale)
-    batch = step_batch(step.microbatch, run)
-    jitted = jit_step(step.config, step.program, step.loss_fn, run, described=described)
-    compiled = compile_lowered(jitted.lower(state, batch), layout.sizes)
-    if layout.stages > 1:
-        check_branches(compiled.text, layout.sizes)
-    shards = ((leaf.sharding.shard_shape(leaf.shape), leaf) for leaf in jax.tree.leaves(batch))
-    return compiled, sum(math.prod(shape) * leaf.dtype.itemsize for shape, leaf in shards)
-
-
-def step_batch(microbatch: Any, run: RunPlan) -> Any:
-    """The shapes of a step's batch as the engine places it:
-    `[accumulation, micro batch x batch shards, ...]`."""
-
-    def placed(leaf: Any) -> jax.ShapeDtypeStruct:
-        shape = (run.batch.accumulation, *leaf.shape)
-        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=run.layout.batch_sharding(shape, 1))
-
-    check_sequences(microbatch, run.layout)
-    return jax.tree.map(placed, microbatch)

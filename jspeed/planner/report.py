@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,11 @@ from jspeed.layout.mesh import ZERO_AXES
 from jspeed.layout.rules import axes_of
 from jspeed.layout.zero import Role
 from jspeed.planner.cluster import Cluster
-from jspeed.planner.memory import Memory
 from jspeed.planner.timeline import BUBBLE, Spent
 from jspeed.planner.volume import Volume
 from jspeed.profile.collectives import Collective
+from jspeed.profile.live_bytes import LiveBytes
+from jspeed.profile.memory import Memory
 
 Traffic = Mapping[str, Any]
 
@@ -33,6 +34,7 @@ class Plan:
       run: layout, batch sizes and optimizer.
       tokens: per step, of the global batch; None for a model that reads none.
       memory: by role.
+      live: counts what is held over the step, which takes a moment.
       traffic: one entry per kind, axes and dtype of collectives, largest first.
       volume: beside the ZeRO paper's.
       time: where it goes; with a pipeline, of the stage that works longest.
@@ -47,6 +49,7 @@ class Plan:
     run: RunPlan
     tokens: int | None
     memory: Memory
+    live: Callable[[], LiveBytes]
     traffic: tuple[Traffic, ...]
     volume: Volume
     time: Spent

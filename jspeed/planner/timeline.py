@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from jspeed.layout.mesh import PIPE
 from jspeed.nn.attention import STAND_IN
 from jspeed.planner.cluster import Cluster, GroupLink, collective_seconds
-from jspeed.planner.costs import FREE, Cost, Costs
 from jspeed.profile.collectives import Carried, carried_by, collective_axes, collective_pairs
+from jspeed.profile.costs import FREE, Cost, Costs
 from jspeed.profile.hlo import Computation, Instruction, Module
 from jspeed.profile.trips import trip_count
 from jspeed.profile.turns import TurnLoop, Way

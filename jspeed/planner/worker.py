@@ -3,7 +3,8 @@
     python -m jspeed.planner.worker PARENT
 
 A job is `{"config": ..., "target": ..., "gpus": ..., "gpus_per_host": ...}`; the answer is
-`{"result": ...}` with the plan's JSON, or `{"error": ..., "expected": ...}`, where `expected` tells
+`{"result": ...}` with the plan's JSON, in which `"live_bytes": true` in the job has the memory over
+the step stand too, or `{"error": ..., "expected": ...}`, where `expected` tells
 an error that jspeed raised on purpose from any other. The first line is `{"ready": true}`.
 `PARENT` is the process that started it, with which it ends.
 """
@@ -79,7 +80,10 @@ def _plan_handler() -> Handler:
     def handle(job: Mapping[str, Any]) -> Any:
         cluster = Cluster(load_target(job["target"]), job["gpus"], job["gpus_per_host"])
         plan = make_plan(load_config(job["config"]), cluster)
-        return plan.to_json()
+        result = plan.to_json()
+        if job.get("live_bytes"):
+            result["live_bytes"] = plan.live().to_json()
+        return result
 
     return handle
 

@@ -13,9 +13,11 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from jspeed.core.errors import JspeedError
-from jspeed.profile.buffers import LiveValue, read_live
+from jspeed.profile.buffers import LiveValue, Temporaries, read_temporaries
 from jspeed.profile.collectives import Collective, Overlap, collectives, overlaps
 from jspeed.profile.hlo import Module, parse_module
+
+_UNTOLD = Temporaries()
 
 
 class CompileError(JspeedError):
@@ -34,7 +36,7 @@ class Compiled:
       alias_bytes: of arguments whose memory results take over.
       temporary_bytes: allocated beside arguments and results, in one piece.
       host_bytes: in the host's memory, of arguments, results and temporaries.
-      live: temporaries alive at the peak, largest first; empty where the compiler does not tell.
+      temporaries: when and where each of them is; empty where the compiler does not tell.
     """
 
     text: str
@@ -44,13 +46,18 @@ class Compiled:
     alias_bytes: int
     temporary_bytes: int
     host_bytes: int = 0
-    live: tuple[LiveValue, ...] = ()
+    temporaries: Temporaries = _UNTOLD
 
     @property
     def peak_bytes(self) -> int:
         """What the device must hold while the program runs."""
         results = self.output_bytes - self.alias_bytes
         return self.argument_bytes + results + self.temporary_bytes
+
+    @functools.cached_property
+    def live(self) -> tuple[LiveValue, ...]:
+        """Temporaries alive at the peak, largest first."""
+        return self.temporaries.values_at(self.temporaries.peak[0])
 
     @functools.cached_property
     def module(self) -> Module:
@@ -69,23 +76,26 @@ class Compiled:
         return overlaps(self.text)
 
 
-def compile_lowered(lowered: Any, sizes: Mapping[str, int]) -> Compiled:
+def compile_lowered(
+    lowered: Any, sizes: Mapping[str, int], options: Mapping[str, Any] | None = None
+) -> Compiled:
     """Compiles what `jax.jit(...).lower(...)` gave.
 
     Args:
       lowered: for described or real devices.
       sizes: of the mesh axes.
+      options: for the compiler, beside those of the jit.
 
     Raises:
       CompileError: XLA refuses the program, with its reason.
     """
     with tempfile.TemporaryDirectory(prefix="jspeed-xla-") as folder:
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": False}
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": False}
         try:
-            compiled = compile_uncached(lowered, options)
+            compiled = compile_uncached(lowered, {**(options or {}), **dump})
         except jax.errors.JaxRuntimeError as error:
             raise CompileError(_refusal(str(error))) from error
-        live = read_live(Path(folder))
+        temporaries = read_temporaries(Path(folder))
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None, "XLA gave no memory analysis"
     assert text is not None, "XLA gave no program text"
@@ -100,7 +110,7 @@ def compile_lowered(lowered: Any, sizes: Mapping[str, int]) -> Compiled:
         + memory.host_temp_size_in_bytes
         + memory.host_output_size_in_bytes
         - memory.host_alias_size_in_bytes,
-        live=live,
+        temporaries=temporaries,
     )
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from jspeed.cli.console import bytes_text
 from jspeed.cli.explain import render, rows
 from jspeed.config import load_config
+from jspeed.core.units import bytes_text
 from jspeed.engine.explain import RunExplanation, explain_run
 from jspeed.layout.explain import Explanation, LeafExplanation, Share, Spec
 from jspeed.layout.zero import Role

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from jspeed.cli.console import bytes_text
 from jspeed.config import load_config
+from jspeed.core.units import bytes_text
 from jspeed.planner.cluster import Cluster
 from jspeed.planner.plan import Plan, make_plan
 from jspeed.planner.targets import load_target

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from jspeed.config import load_config
-from jspeed.planner.costs import product_flops
 from jspeed.planner.plan import Plan, make_plan
 from jspeed.planner.targets import has_gpu_compiler
+from jspeed.profile.costs import product_flops
 from jspeed.profile.hlo import parse_module
 from tests.planner.goldens import CONFIGS, cluster_of
 

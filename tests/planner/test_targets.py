@@ -27,10 +27,11 @@ from jspeed.planner.targets import (
     target_data,
 )
 from jspeed.planner.targets.load import measured_path
-from jspeed.planner.targets.target import EFFICIENCIES, FULL_FLOAT32
+from jspeed.planner.targets.target import EFFICIENCIES
 from jspeed.planner.targets.text_proto import text_proto
 from jspeed.profile.collectives import collectives
 from jspeed.profile.compiled import compile_uncached
+from jspeed.profile.costs import FULL_FLOAT32
 
 needs_gpu_compiler = pytest.mark.skipif(
     not has_gpu_compiler(), reason="the CUDA compiler plugin is not installed"

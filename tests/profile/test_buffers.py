@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jspeed.profile.buffers import LiveValue, read_live
+from jspeed.profile.buffers import LiveValue, Temporaries, read_temporaries
 
 ASSIGNMENT = """BufferAssignment:
 allocation 0: size 4000, parameter 0, shape |f32[1000]| at ShapeIndex {}, maybe-live-out:
@@ -44,7 +44,9 @@ def folder(tmp_path: Path) -> Path:
 
 def test_values_that_share_memory_count_once(folder):
     """At time 4 `zeros` and what it becomes are both alive, in one place; the peak is at 5."""
-    assert read_live(folder) == (
+    temporaries = read_temporaries(folder)
+    assert temporaries.peak == (5, 9000)
+    assert temporaries.values_at(5) == (
         LiveValue("filled", (), 6000, "f32[1500]{0}"),
         LiveValue("pair", (1,), 2000, "bf16[1000]{0}"),
         LiveValue("while.3", (2,), 1000, "f32[250]{0}"),
@@ -54,8 +56,9 @@ def test_values_that_share_memory_count_once(folder):
 def test_of_several_programs_the_largest_counts(folder):
     (folder / "small.gpu-buffer-assignment.txt").write_text("BufferAssignment:\n")
     (folder / "small.gpu-live-range.txt").write_text("HloLiveRange (max 0):\n")
-    assert [value.name for value in read_live(folder)] == ["filled", "pair", "while.3"]
+    values = read_temporaries(folder).values_at(5)
+    assert [value.name for value in values] == ["filled", "pair", "while.3"]
 
 
 def test_no_reports_are_no_error(tmp_path):
-    assert read_live(tmp_path) == ()
+    assert read_temporaries(tmp_path) == Temporaries()

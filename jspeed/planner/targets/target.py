@@ -13,10 +13,6 @@ EFFICIENCIES = ("matmul", "memory", "device_link", "network")
 """The rates of which a program reaches a known share only."""
 
 
-FULL_FLOAT32 = "float32 at HIGHEST"
-"""How products in the whole of float32 are called where TF32 may stand for it."""
-
-
 @dataclass(frozen=True)
 class Link:
     """A connection of one device.

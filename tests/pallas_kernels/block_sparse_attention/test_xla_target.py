@@ -11,10 +11,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jspeed.layout.mesh import resolve_mesh
-from jspeed.planner.costs import Costs
 from jspeed.planner.targets import has_gpu_compiler
 from jspeed.planner.targets.described import described_mesh
 from jspeed.profile.compiled import Compiled, compile_lowered
+from jspeed.profile.costs import Costs
 from jspeed.profile.trips import executions
 from pallas_kernels.block_sparse_attention import (
     BigBird,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,9 @@ from jspeed.layout.mesh import ZERO_AXES
 from jspeed.layout.rules import axes_of
 from jspeed.layout.zero import Role
 from jspeed.pipeline.executor import SCOPE
-from jspeed.planner.costs import is_library_product
+from jspeed.profile.buffers import LiveValue
 from jspeed.profile.compiled import Compiled
+from jspeed.profile.costs import is_library_product
 from jspeed.profile.hlo import ArrayType, Instruction, array_types
 from jspeed.profile.origins import Origins
 from jspeed.profile.sources import Sources
@@ -23,6 +24,7 @@ from jspeed.profile.sources import Sources
 GRADIENTS, WEIGHTS = "gradients", "gathered weights"
 ACTIVATIONS, OTHER = "activations", "other temporaries"
 TEMPORARY_ROLES: tuple[str, ...] = (GRADIENTS, WEIGHTS, ACTIVATIONS, OTHER)
+WORKSPACE = "workspace of a matrix product"
 PIPELINE = "pipeline buffers"
 """The role of what stages keep between turns, in plans of pipelines only."""
 _KEPT = {
@@ -139,7 +141,7 @@ def account(
       host: bytes on the host that the compiled step knows nothing of.
       leaving: bytes of the gradients that the step gives to the host.
     """
-    buffers = temporaries_at_peak(compiled, origins, gradient_shapes(state))
+    buffers = Attribution(compiled, origins, gradient_shapes(state)).of(compiled.live)
     totals: dict[str, int] = dict.fromkeys(TEMPORARY_ROLES, 0)
     for buffer in buffers:
         totals[buffer.role] = totals.get(buffer.role, 0) + buffer.bytes
@@ -184,12 +186,8 @@ def _split(leaf: LeafExplanation, sizes: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(size // way for size, way in zip(leaf.shape, ways, strict=True))
 
 
-def temporaries_at_peak(
-    compiled: Compiled,
-    origins: Origins,
-    gradients: Mapping[tuple[int, ...], tuple[str, ...]] | None = None,
-) -> list[Buffer]:
-    """The buffers alive at the peak that are neither state nor batch, largest first.
+class Attribution:
+    """Tells what the temporary values of a compiled step are.
 
     Args:
       compiled: the step.
@@ -197,27 +195,46 @@ def temporaries_at_peak(
       gradients: the shapes that gradients have, with the parameters. An array of such a shape
         counts as a gradient if it is fp32 or from the backward pass.
     """
-    sources, found = Sources(compiled.module), []
-    for value in compiled.live:
-        array = next(iter(array_types(value.type)), None)
-        written = f"{array.dtype}[{','.join(map(str, array.shape))}]" if array else "?"
-        instruction = sources.instruction(value.name, array)
+
+    def __init__(
+        self,
+        compiled: Compiled,
+        origins: Origins,
+        gradients: Mapping[tuple[int, ...], tuple[str, ...]] | None = None,
+    ) -> None:
+        self._sources = Sources(compiled.module)
+        self._origins = origins
+        self._gradients = gradients or {}
+        self._known: dict[LiveValue, Buffer] = {}
+
+    def of(self, values: Iterable[LiveValue]) -> list[Buffer]:
+        """The buffers that values are, in the same order."""
+        return [self.buffer(value) for value in values]
+
+    def buffer(self, value: LiveValue) -> Buffer:
+        """The buffer that a value is."""
+        if value not in self._known:
+            array = next(iter(array_types(value.type)), None)
+            written = f"{array.dtype}[{','.join(map(str, array.shape))}]" if array else "?"
+            role, origin = self._told(value, array)
+            self._known[value] = Buffer(value.bytes, role, written, origin)
+        return self._known[value]
+
+    def _told(self, value: LiveValue, array: ArrayType | None) -> tuple[str, str]:
+        """Role and origin."""
+        instruction = self._sources.instruction(value.name, array)
         if instruction is None:
-            found.append(Buffer(value.bytes, OTHER, written, ""))
-            continue
+            return OTHER, ""
         if is_library_product(instruction) and value.index and value.index[0] > 0:
-            found.append(Buffer(value.bytes, OTHER, written, "workspace of a matrix product"))
-            continue
-        waiting = _waiting(sources.put(instruction, value.index), array)
+            return OTHER, WORKSPACE
+        waiting = _waiting(self._sources.put(instruction, value.index), array)
         if waiting:
-            found.append(Buffer(value.bytes, PIPELINE, written, waiting))
-            continue
-        source = sources.of(instruction, value.index)
-        paths = (gradients or {}).get(array.shape, ()) if array else ()
+            return PIPELINE, waiting
+        source = self._sources.of(instruction, value.index)
+        paths = self._gradients.get(array.shape, ()) if array else ()
         role = _role(instruction, source, array, paths)
         named = _parameter(role, instruction, source, paths)
-        found.append(Buffer(value.bytes, role, written, named or origins.of(source)))
-    return found
+        return role, named or self._origins.of(source)
 
 
 def _waiting(put: Instruction, array: ArrayType | None) -> str:

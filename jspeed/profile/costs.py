@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from jspeed.nn.attention_sparse import SCORES
-from jspeed.planner.targets.target import FULL_FLOAT32
 from jspeed.profile.hlo import ArrayType, Computation, Instruction, Module
 
 FREE = frozenset(
@@ -37,6 +36,8 @@ FREE = frozenset(
 _READS_A_PART = frozenset({"dynamic-slice", "slice", "gather"})
 _KERNEL = "xla.gpu.triton"
 """Part of the target of a kernel that is written in Pallas."""
+FULL_FLOAT32 = "float32 at HIGHEST"
+"""How products in the whole of float32 are called where TF32 may stand for it."""
 _DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64"}
 _HIGHEST = re.compile(r'operand_precision=?"?:?[\[{]"?(?:highest|HIGHEST)')
 _SPARSE = re.compile(rf"{SCORES}_(\d+)[^\"]*block_sparse_attention_(forward|dq|dkv)\b")

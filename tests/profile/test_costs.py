@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 
-from jspeed.planner.costs import Costs
+from jspeed.profile.costs import Costs
 from jspeed.profile.hlo import parse_module
 
 TEXT = """HloModule step, is_scheduled=true
