@@ -35,6 +35,7 @@ from jspeed.engine.not_in_jspeed import (
 from jspeed.engine.offloading import make_host_state
 from jspeed.engine.parking import Parking
 from jspeed.engine.pretrained import load_weights, pretrained_weights
+from jspeed.engine.profiled import Profiled
 from jspeed.engine.reporting import Reporter
 from jspeed.engine.sparse_attention import sets_pattern
 from jspeed.layout.mesh import one_at_a_time
@@ -133,7 +134,7 @@ def _seed(config: Config) -> int:
     return config.run.seed if config.run else 0
 
 
-class Engine(Checkpointing, Parking):
+class Engine(Checkpointing, Parking, Profiled):
     """Trains one model on one mesh. Made by `initialize`.
 
     Attributes:
@@ -200,7 +201,8 @@ class Engine(Checkpointing, Parking):
 
     def _compile_step(self) -> None:
         step = compilation.jit_step(self.config, self._program, self._loss_fn, self.plan)
-        self.train_step = self._checked(step)
+        self.train_step = self._device_step = self._checked(step)
+        self._forget_program()
         if self._offloading is not None:
             self.train_step = self._offloading.step(self.train_step)
         self.place_batch = BatchPlacer(
@@ -227,7 +229,8 @@ class Engine(Checkpointing, Parking):
         """
         self.check_reloaded()
         placed, steps = self.place_batch(batch), self.global_steps
-        self._state, metrics = self.train_step(self._state, placed)
+        with self._profiled(steps + 1, placed):
+            self._state, metrics = self.train_step(self._state, placed)
         if self._one_at_a_time:
             jax.block_until_ready(metrics["loss"])
         self._metrics = metrics
@@ -307,7 +310,9 @@ class Engine(Checkpointing, Parking):
         self._compile_step()
 
     def close(self) -> None:
-        """Waits for the running save, reports the last step and closes the monitors."""
+        """Waits for the running save, reports the last step, and what `comms_logger` counted, and
+        closes the monitors."""
+        self.tell_comms()
         if self._reporter is not None:
             self._reporter.close()
         self.wait_for_checkpoint()

@@ -159,6 +159,7 @@ def _train_run(
     with failure_noted(directory, run.steps, lambda: engine.global_steps):
         if overwrite and jax.process_index() == 0:
             clear_folder(directory)
+        engine.say = display.say
         display.say(_summary(engine, parts.factory, parts.data))
         if config.dump_state:
             display.say(json.dumps(engine.config.to_dict(), indent=2))
@@ -179,6 +180,7 @@ def _train_run(
                 files={_TOKENIZER: _tokenizer_bytes(parts.data, directory)},
                 earlier=lambda: early.requested,
             ).run()
+            engine.tell_comms()
     return RunResult(state, engine.global_steps, directory)
 
 

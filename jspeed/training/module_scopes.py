@@ -86,5 +86,5 @@ def _named(call: Any) -> Callable[..., Any]:
         finally:
             _CALLERS.reset(token)
 
-    named_call._names_scopes = True  # pyright: ignore[reportFunctionMemberAccess]
+    named_call._names_scopes = True  # pyright: ignore[reportAttributeAccessIssue]
     return named_call

@@ -173,7 +173,6 @@ def test_every_later_feature_of_a_file_is_listed_once_with_its_line():
         "weight_quantization",
         "data_efficiency.enabled",
         "elasticity.enabled",
-        "flops_profiler.enabled",
         "comet.enabled",
     ]
     assert all(line.endswith(")") and "(line " in line for line in str(error.value).split("\n"))

@@ -65,7 +65,7 @@ def test_json_holds_the_dump_and_a_row_per_key():
     report = json.loads(json.dumps(config_as_json(config)))
     assert report["config"] == config.to_dict()
     assert report["trainable"] is False
-    assert len(report["later"]) == 14
+    assert len(report["later"]) == 13
     assert len(report["keys"]) == len(report_rows(config, everything=True)) > 400
     stage = next(row for row in report["keys"] if row["path"] == "zero_optimization.stage")
     assert stage == {
