@@ -33,6 +33,7 @@ class Profiled(Accessors):
 
     say: Callable[[str], None] = staticmethod(LOGGER.info)
     flops_report: FlopsReport | None = None
+    place_batch: Any
     _device_step: Any
     _seen: tuple[Any, Any] | None = None
     _program_read: StepProgram | None = None
@@ -57,6 +58,16 @@ class Profiled(Accessors):
                 self.plan.step.gradients.schedule,
             )
         return self._program_read
+
+    def compile_step(self, batch: Any) -> StepProgram:
+        """Compiles the step for a batch, without taking it.
+
+        Args:
+          batch: as for `train_batch`.
+        """
+        if self._seen is None:
+            self._seen = shapes_of((self._state, self.place_batch(batch)))
+        return self.step_program()
 
     def comms_summary(self, *, show: bool = True) -> list[Traffic]:
         """What one device sends and gets in one step, from the program compiled for this backend.

@@ -34,6 +34,7 @@ _OUTSIDE = (
     "/jspeed/training/",
     "/jspeed/engine/",
     "/jspeed/planner/",
+    "/jspeed/cli/",
     "/jspeed/profile/",
 )
 
