@@ -17,6 +17,7 @@ __all__ = [
     "PipelineModule",
     "TiedLayerSpec",
     "__version__",
+    "get_model_profile",
     "init_distributed",
     "initialize",
     "load_config",
@@ -26,10 +27,12 @@ if TYPE_CHECKING:
     from jspeed.config import load_config
     from jspeed.core.loss import LossSum
     from jspeed.engine import Engine, init_distributed, initialize
+    from jspeed.engine.model_profile import get_model_profile
     from jspeed.pipeline.module import LayerSpec, PipelineModule, TiedLayerSpec
 
 _HOMES = {
     "Engine": "jspeed.engine",
+    "get_model_profile": "jspeed.engine.model_profile",
     "init_distributed": "jspeed.engine",
     "initialize": "jspeed.engine",
     "LayerSpec": "jspeed.pipeline.module",

@@ -77,12 +77,20 @@ def flops_page(
       top_modules: of each depth, those with the most FLOPs.
       detailed: shows the tree of modules.
     """
-    deepest = max(depth for depth, _ in report.flops.model.walk())
+    tables = flops_tables(
+        report.flops, module_depth=module_depth, top_modules=top_modules, detailed=detailed
+    )
+    return "\n".join([*_head(report), "", *tables])
+
+
+def flops_tables(
+    flops: StepFlops, *, module_depth: int = -1, top_modules: int = 1, detailed: bool = True
+) -> list[str]:
+    """The lines about modules alone; arguments as of `flops_page`."""
+    deepest = max(depth for depth, _ in flops.model.walk())
     last = deepest if module_depth < 0 else min(module_depth, deepest)
-    lines = [*_head(report), "", *_top(report.flops.model, last, top_modules)]
-    if detailed:
-        lines += ["", *_tree(report.flops.model, last)]
-    return "\n".join(lines)
+    lines = list(_top(flops.model, last, top_modules))
+    return [*lines, "", *_tree(flops.model, last)] if detailed else lines
 
 
 def amount(value: float, unit: str = "") -> str:

@@ -34,9 +34,11 @@ _OUTSIDE = (
     "/jspeed/training/",
     "/jspeed/engine/",
     "/jspeed/planner/",
-    "/jspeed/cli/",
     "/jspeed/profile/",
 )
+
+_CALLS_THE_MODEL = ("/jspeed/training/", "/jspeed/engine/", "/jspeed/planner/")
+_SCOPES = "/jspeed/training/module_scopes.py"
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class Origins:
             place = dict(_FIELD.findall(places.get(int(fields["file_location_id"]), "")))
             file = self._name("FileNames", place.get("file_name_id"))
             function = self._name("FunctionNames", place.get("function_name_id"))
+            if any(part in file for part in _CALLS_THE_MODEL) and _SCOPES not in file:
+                break  # further out is who called the engine
             starts = function == "<module>" or file.startswith("<")  # what only starts it all
             if not starts and not any(part in file for part in _OUTSIDE):
                 chain.append(Frame(function, file, int(place.get("line", 0))))

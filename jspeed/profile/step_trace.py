@@ -259,7 +259,10 @@ class Reader:
             entry[0] += one.count / len(collectives)
             entry[1] += size / len(collectives)
             entry[2] += times.get(one.name, 0.0) * part
-        rows = [_collective_time(group, *entry, sizes) for group, entry in sums.items()]
+        rows = [
+            _collective_time(group, calls, size, seconds, sizes)
+            for group, (calls, size, seconds) in sums.items()
+        ]
         return tuple(sorted(rows, key=lambda row: -(row.seconds or 0.0)))
 
 
