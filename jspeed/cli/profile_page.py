@@ -39,8 +39,7 @@ def _head(run: ProfiledRun) -> Iterator[str]:
     if peak is None:
         yield f'{text}; MFU unknown: no peak of "{run.device_kind}" is known'
     else:
-        model = run.flops.total - run.flops.recomputed
-        yield f"{text}; MFU {model / (seconds * peak * run.devices):.1%}"
+        yield f"{text}; MFU {run.flops.of_model / (seconds * peak * run.devices):.1%}"
     if trace.unknown > 0.01:
         yield (
             f"{trace.unknown:.0%} of the busy time is of kernels that name no instruction of the "

@@ -46,7 +46,7 @@ class StepProgram:
     @functools.cached_property
     def owners(self) -> Owners:
         """To which module of the model its instructions belong."""
-        return Owners(self.text, self.blueprint, self.layout.leaves)
+        return Owners(self.text, self.blueprint, self.layout.leaves, trains=True)
 
     @functools.cached_property
     def taken(self) -> tuple[Taken | None, ...]:

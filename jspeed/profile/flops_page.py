@@ -39,12 +39,20 @@ class FlopsReport:
         """FLOP/s on all devices, recomputation included."""
         return self.flops.total / self.seconds
 
-    def utilisation(self, *, recomputed: bool) -> float | None:
-        """Share of the peak: model FLOPs utilisation (PaLM, appendix B), or that of the hardware
-        with recomputation counted; None where no peak is known."""
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs utilisation (PaLM, appendix B): forward and backward against the peak; None
+        where none is known."""
+        return self._share(self.flops.of_model)
+
+    @property
+    def hfu(self) -> float | None:
+        """The same of all FLOPs, recomputation included; None where no peak is known."""
+        return self._share(self.flops.total)
+
+    def _share(self, flops: float) -> float | None:
         if self.peak is None:
             return None
-        flops = self.flops.total - (0.0 if recomputed else self.flops.recomputed)
         return flops / (self.seconds * self.peak * self.flops.devices)
 
     def to_json(self) -> dict[str, Any]:
@@ -59,8 +67,8 @@ class FlopsReport:
             "flops_by_dtype": dict(self.flops.dtypes),
             "flops_per_second": self.achieved,
             "peak_flops_per_second": self.peak,
-            "mfu": self.utilisation(recomputed=False),
-            "hfu": self.utilisation(recomputed=True),
+            "mfu": self.mfu,
+            "hfu": self.hfu,
             "not_counted": list(self.flops.unknown),
             "model": self.flops.model.to_json(),
         }
@@ -135,11 +143,11 @@ def _head(report: FlopsReport) -> Iterator[str]:
 
 
 def _utilisation(report: FlopsReport) -> str:
-    mfu, hfu = report.utilisation(recomputed=False), report.utilisation(recomputed=True)
+    mfu, hfu = report.mfu, report.hfu
     if mfu is None or hfu is None or report.peak is None:
         return f'unknown: no peak of "{report.device_kind}" in {report.compute_dtype} is known'
     text = f"{mfu:.1%} of {amount(report.peak, 'FLOP/s')} per device in {report.compute_dtype}"
-    return text if hfu == mfu else f"{text}; {hfu:.1%} with what is recomputed (HFU)"
+    return text if hfu == mfu else f"{text}; {hfu:.1%} with all that is computed (HFU)"
 
 
 def _top(model: ModuleFlops, last: int, count: int) -> Iterator[str]:
@@ -155,7 +163,8 @@ def _top(model: ModuleFlops, last: int, count: int) -> Iterator[str]:
 
 
 def _tree(model: ModuleFlops, last: int) -> list[str]:
-    rows = [["module", "parameters", "FLOPs", "share", *(phase.value for phase in Phase)]]
+    phases = [phase for phase in Phase if model.flops[phase] or phase is Phase.FORWARD]
+    rows = [["module", "parameters", "FLOPs", "share", *(phase.value for phase in phases)]]
     for depth, node in model.walk():
         if depth <= last and (node.total or node.parameters):
             rows.append(
@@ -164,7 +173,7 @@ def _tree(model: ModuleFlops, last: int) -> list[str]:
                     f"{node.parameters:,}" if node.parameters else "-",
                     amount(node.total),
                     _share(node, model),
-                    *(amount(node.flops[phase]) for phase in Phase),
+                    *(amount(node.flops[phase]) for phase in phases),
                 ]
             )
     return columns(rows)

@@ -20,7 +20,7 @@ from jspeed.profile.origins import Origins, module_classes
 
 _WRAPPER = re.compile(r"\w+\(|[()]")
 _ANONYMOUS = re.compile(r"<.*>|branch_\d+_fun|named_call")
-_RECOMPUTED, _TRANSPOSED = "rematted_computation", "transpose("
+_RECOMPUTED, _TRANSPOSED, _DIFFERENTIATED = "rematted_computation", "transpose(", "jvp("
 
 
 class Phase(StrEnum):
@@ -30,6 +30,8 @@ class Phase(StrEnum):
     BACKWARD = "backward"
     RECOMPUTED = "recomputed"
     """A forward that the backward pass computes again."""
+    UPDATE = "update"
+    """What is outside of the loss: the optimizer, as Muon's orthogonalisation."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,13 @@ class Owners:
       text: of the compiled module.
       blueprint: the model, as `Program.blueprint`.
       parameters: paths of the model's parameters.
+      trains: the program is a train step, in which what is not differentiated is the update.
     """
 
-    def __init__(self, text: str, blueprint: Any, parameters: Iterable[str]) -> None:
+    def __init__(
+        self, text: str, blueprint: Any, parameters: Iterable[str], *, trains: bool = False
+    ) -> None:
+        self._trains = trains
         self._origins = Origins(text, module_classes(blueprint))
         self.paths = module_paths(blueprint, parameters)
         self._known = frozenset(self.paths)
@@ -73,11 +79,21 @@ class Owners:
         named = [name for name in names if name and not _ANONYMOUS.fullmatch(name)]
         public = [name for name in named if not name.rpartition(".")[2].startswith("_")]
         function = (public or named or [""])[-1]
-        return Owner(path, function, phase_of(instruction.op_name))
+        return Owner(path, function, self.phase(instruction.op_name))
 
     def of_name(self, op_name: str) -> Owner:
         """The owner by the scopes alone, where no instruction is at hand."""
-        return Owner(self._named(op_name), "", phase_of(op_name))
+        return Owner(self._named(op_name), "", self.phase(op_name))
+
+    def phase(self, op_name: str) -> Phase:
+        """The part of a step that a scope of JAX belongs to."""
+        if _RECOMPUTED in op_name:
+            return Phase.RECOMPUTED
+        if _TRANSPOSED in op_name:
+            return Phase.BACKWARD
+        if self._trains and op_name and _DIFFERENTIATED not in op_name:
+            return Phase.UPDATE
+        return Phase.FORWARD
 
     def _named(self, op_name: str) -> str:
         path = ""
@@ -89,13 +105,6 @@ class Owners:
                     path = inner
                     break
         return path
-
-
-def phase_of(op_name: str) -> Phase:
-    """The part of a step that a scope of JAX belongs to."""
-    if _RECOMPUTED in op_name:
-        return Phase.RECOMPUTED
-    return Phase.BACKWARD if _TRANSPOSED in op_name else Phase.FORWARD
 
 
 def module_paths(blueprint: Any, parameters: Iterable[str]) -> tuple[str, ...]:

@@ -74,6 +74,12 @@ class StepFlops:
         return self.model.total
 
     @property
+    def of_model(self) -> float:
+        """FLOPs of the model alone, forward and backward: without what is computed again, and
+        without the optimizer's."""
+        return self.model.flops[Phase.FORWARD] + self.model.flops[Phase.BACKWARD]
+
+    @property
     def recomputed(self) -> float:
         """FLOPs of what the backward pass computes again."""
         return self.model.flops[Phase.RECOMPUTED]

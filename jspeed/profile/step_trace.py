@@ -13,12 +13,11 @@ from jspeed.profile.collectives import Collective
 from jspeed.profile.comms_page import op_of
 from jspeed.profile.hlo import Instruction, Module
 from jspeed.profile.kinds import RANKS, Kind, kind_of, kind_of_kernel
-from jspeed.profile.owners import Owners
+from jspeed.profile.owners import Owners, Phase
 from jspeed.profile.trace import Trace, TraceEvent
 from jspeed.profile.traffic import bus_share
 
 UPDATE, UNNAMED, OTHERS = "update", "elsewhere", "other programs"
-_IN_THE_LOSS = ("jvp(", "transpose(", "rematted_computation")
 
 
 @dataclass
@@ -217,9 +216,9 @@ class Reader:
         owner = self._owners.of(named)
         if owner.path:
             return _Work(kind, owner.path, "")
-        if any(word in named.op_name for word in _IN_THE_LOSS):
-            return _Work(kind, "", owner.function or UNNAMED)
-        return _Work(kind, "", UPDATE if named.op_name else UNNAMED)
+        if owner.phase is Phase.UPDATE:
+            return _Work(kind, "", UPDATE)
+        return _Work(kind, "", owner.function or UNNAMED)
 
     def _own(self, event: TraceEvent) -> Instruction | None:
         if event.module != self._module.name:

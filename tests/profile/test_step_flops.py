@@ -14,7 +14,7 @@ from jspeed.config import Remat
 from jspeed.nn.layers import scan_layers, stack_layers
 from jspeed.profile.flops import products, unknown_kernels
 from jspeed.profile.hlo import parse_module
-from jspeed.profile.owners import Owners, Phase, module_paths, phase_of
+from jspeed.profile.owners import Owners, Phase, module_paths
 from jspeed.profile.step_flops import StepFlops, even_parts, step_flops
 from jspeed.training.module_scopes import module_scopes
 
@@ -170,7 +170,13 @@ def test_kernels_whose_products_are_not_known_are_named() -> None:
     ],
 )
 def test_phases(op_name: str, phase: Phase) -> None:
-    assert phase_of(op_name) is phase
+    assert Owners("HloModule m", None, [], trains=True).phase(op_name) is phase
+
+
+def test_what_is_not_differentiated_is_the_update_of_a_train_step() -> None:
+    op_name = "jit(train_step)/orthogonalize/dot_general"
+    assert Owners("HloModule m", None, [], trains=True).phase(op_name) is Phase.UPDATE
+    assert Owners("HloModule m", None, []).phase(op_name) is Phase.FORWARD
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def event(device: int, name: str, start: float, end: float, module: str = "jit_s
 def summed() -> StepTrace:
     """Two steps of 500 ns on two devices, of which the second does nothing but wait."""
     module = parse_module(TEXT)
-    reader = Reader(module, Owners(TEXT, None, ["layer/up/kernel"]))
+    reader = Reader(module, Owners(TEXT, None, ["layer/up/kernel"], trains=True))
     events = (
         event(0, "matmul", 0, 300),
         event(0, "tanh.1", 300, 400),
