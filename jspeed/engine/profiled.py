@@ -112,6 +112,8 @@ class Profiled(Accessors):
         first = self._seen is None
         if first:
             self._seen = shapes_of((self._state, batch))
+            if flops.enabled or comms.enabled:
+                self.step_program()  # before the first step, which would take a cached program
             if comms.enabled and comms.verbose:
                 self._tell(self._comms_list(comms))
             if flops.enabled and step > flops.profile_step and self.flops_report is None:

@@ -3,6 +3,7 @@ program."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import jspeed
 from jspeed.core.errors import ConfigError, JspeedError
@@ -18,6 +20,7 @@ from jspeed.engine import Engine
 from jspeed.models import ModelFactory
 from jspeed.nn import language_model_loss
 from jspeed.profile.owners import Phase
+from jspeed.training import program_nnx
 from tests.training.curves import BATCH, SEQ, TINY, batches, ds_config
 
 MODEL = dataclasses.replace(TINY, attention="xla")
@@ -205,3 +208,34 @@ def test_level_of_the_logger_lets_the_page_through(caplog: pytest.LogCaptureFixt
         engine.train_batch(batches(1)[0])
     assert "FLOPs of step 1 on 1 x cpu" in caplog.text
     assert Phase.FORWARD.value in caplog.text
+
+
+@pytest.mark.slow
+def test_names_are_not_those_of_an_older_program_in_the_compilation_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_enable_compilation_cache",
+    )
+    before = {name: jax.config.values[name] for name in names}
+    try:
+        for name, value in zip(names, (str(tmp_path), 0.0, True), strict=True):
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        with monkeypatch.context() as older:
+            older.setattr(program_nnx, "module_scopes", lambda _: contextlib.nullcontext())
+            make(devices=1)[0].train_batch(batches(1)[0])
+        assert any(tmp_path.iterdir())
+        jax.clear_caches()
+        engine, _ = make(devices=1, flops_profiler={"enabled": True, "profile_step": 2})
+        for batch in batches(2):
+            engine.train_batch(batch)
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+    assert engine.flops_report is not None
+    nodes = {node.path: node for _, node in engine.flops_report.flops.model.walk()}
+    assert nodes["blocks/mlp/fc"].total > 0
