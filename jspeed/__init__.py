@@ -18,6 +18,7 @@ __all__ = [
     "TiedLayerSpec",
     "__version__",
     "compute_elastic_config",
+    "get_model_profile",
     "init_distributed",
     "initialize",
     "load_config",
@@ -27,10 +28,12 @@ if TYPE_CHECKING:
     from jspeed.config import compute_elastic_config, load_config
     from jspeed.core.loss import LossSum
     from jspeed.engine import Engine, init_distributed, initialize
+    from jspeed.engine.model_profile import get_model_profile
     from jspeed.pipeline.module import LayerSpec, PipelineModule, TiedLayerSpec
 
 _HOMES = {
     "Engine": "jspeed.engine",
+    "get_model_profile": "jspeed.engine.model_profile",
     "init_distributed": "jspeed.engine",
     "initialize": "jspeed.engine",
     "LayerSpec": "jspeed.pipeline.module",

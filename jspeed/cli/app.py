@@ -1,5 +1,5 @@
-"""The commands: train, explain, config, elastic, targets, plan, sweep, schedule, launch, report,
-convert.
+"""The commands: train, explain, config, elastic, targets, plan, sweep, profile, schedule, launch,
+report, convert.
 
 Nothing here imports JAX before a command that needs it has prepared the environment, so that
 `jspeed config` stays quick and a machine without a GPU driver shows nothing of its plugins.
@@ -259,6 +259,40 @@ def sweep(
         as_json=json,
     )
     raise typer.Exit(sweep_command(request))
+
+
+@app.command()
+def profile(
+    run: RunFile,
+    steps: Annotated[
+        str, typer.Option("--steps", metavar="A:B", help="The first and last step to trace.")
+    ] = "3:5",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="DIR", help="Where the trace goes; else run.dir/profile."),
+    ] = None,
+    depth: Annotated[
+        int, typer.Option("--depth", min=-1, help="Modules down to this depth; -1: all.")
+    ] = -1,
+    set_: Overrides = None,
+    devices: Annotated[
+        int | None,
+        typer.Option("--devices", min=1, help="Virtual CPU devices; mesh.data follows."),
+    ] = None,
+    json: AsJson = False,
+) -> None:
+    """Trace steps of a run, and print where their time goes."""
+    overrides = list(set_ or [])
+    loaded = load_config(run, overrides=tuple(overrides))
+    if devices is not None:
+        overrides += device_overrides(loaded, devices)
+        loaded = load_config(run, overrides=tuple(overrides))
+    if loaded.model and loaded.data and loaded.run:
+        loaded.resolve_auto().require_trainable()
+    prepare_jax(loaded, devices)
+    from jspeed.cli.profile import profile_command
+
+    profile_command(loaded, steps=steps, output=output, depth=depth, as_json=json)
 
 
 @app.command()

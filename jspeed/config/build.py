@@ -298,6 +298,19 @@ def monitor(values: Values, name: str) -> types.MonitorConfig:
     return types.MonitorConfig(**{key: values.get(f"{name}.{key}") for key in names})
 
 
+def flops_profiler(values: Values) -> types.FlopsProfilerConfig:
+    """Return DeepSpeed's FLOPs profiler section."""
+    section = types.FlopsProfilerConfig
+    return section(**_fields(values, "flops_profiler", section))
+
+
+def comms_logger(values: Values) -> types.CommsLoggerConfig:
+    """Return DeepSpeed's communication logger section."""
+    section = types.CommsLoggerConfig
+    fields = _fields(values, "comms_logger", section)
+    return section(**{**fields, "prof_ops": tuple(fields["prof_ops"])})
+
+
 def activation_checkpointing(values: Values) -> types.ActivationCheckpointingConfig:
     """Return DeepSpeed's activation checkpointing section."""
     section = types.ActivationCheckpointingConfig

@@ -16,8 +16,10 @@ from jspeed.config.sections import (
     BatchConfig,
     CheckpointConfig,
     ClusterConfig,
+    CommsLoggerConfig,
     DataConfig,
     ElasticityConfig,
+    FlopsProfilerConfig,
     MeshConfig,
     ModelConfig,
     MonitorConfig,
@@ -69,6 +71,8 @@ class Config:
     csv_monitor: MonitorConfig
     wandb: MonitorConfig
     steps_per_print: int | None
+    flops_profiler: FlopsProfilerConfig
+    comms_logger: CommsLoggerConfig
     wall_clock_breakdown: bool
     memory_breakdown: bool
     dump_state: bool
@@ -178,6 +182,8 @@ def from_values(values: Values, given: Values) -> Config:
         csv_monitor=build.monitor(values, "csv_monitor"),
         wandb=build.monitor(values, "wandb"),
         steps_per_print=values.get("steps_per_print"),
+        flops_profiler=build.flops_profiler(values),
+        comms_logger=build.comms_logger(values),
         wall_clock_breakdown=values.get("wall_clock_breakdown"),
         memory_breakdown=values.get("memory_breakdown"),
         dump_state=values.get("dump_state"),

@@ -1,12 +1,11 @@
 """Monitoring, checkpoints, input/output, tuning and elasticity."""
 
+from jspeed.config.comms_ops import op_names
 from jspeed.config.key import Auto, automatic, later, mapped, passive, refused, section
 from jspeed.config.keys_sweep import AUTOTUNING_KEYS
 from jspeed.config.kinds import Bool, Int, ListOf, Number, Text, choice
 
 _COMET = "Comet is not supported yet; use tensorboard, wandb or csv_monitor"
-_FLOPS = "the FLOPs profiler is not built yet; `jspeed train` prints model FLOP/s"
-_COMMS = "the communication logger is not built yet"
 _IN_FLIGHT = (
     'as many requests and threads as buffers: "zero_optimization.offload_optimizer.buffer_count"'
 )
@@ -99,25 +98,43 @@ LOG_KEYS = (
     ),
     *section(
         "flops_profiler",
-        later("enabled", Bool(), False, _FLOPS),
-        passive(
-            later("recompute_fwd_factor", Number(0), 0.0, _FLOPS),
-            later("profile_step", Int(1), 1, _FLOPS),
-            later("module_depth", Int(-1), -1, _FLOPS),
-            later("top_modules", Int(1), 1, _FLOPS),
-            later("detailed", Bool(), True, _FLOPS),
-            later("output_file", Text(), None, _FLOPS),
+        mapped(
+            "enabled",
+            Bool(),
+            False,
+            "prints, after one step, FLOPs by module as the compiled program has them, and what "
+            "the step reached; only that step is waited for",
         ),
+        automatic(
+            "recompute_fwd_factor",
+            Number(0),
+            0.0,
+            "what the backward pass computes again is counted in the compiled program",
+        ),
+        mapped("profile_step", Int(1), 1, "the optimizer step that is measured"),
+        mapped("module_depth", Int(-1), -1, "modules down to this depth are shown; -1: all"),
+        mapped("top_modules", Int(1), 1, "so many modules of each depth are named, by FLOPs"),
+        mapped("detailed", Bool(), True, "shows the tree of modules"),
+        mapped("output_file", Text(filled=True), None, "writes there and not to the terminal"),
     ),
     *section(
         "comms_logger",
-        later("enabled", Bool(), False, _COMMS),
-        passive(
-            later("prof_all", Bool(), True, _COMMS),
-            later("prof_ops", ListOf(Text()), [], _COMMS),
-            later("verbose", Bool(), False, _COMMS),
-            later("debug", Bool(), False, _COMMS),
+        mapped(
+            "enabled",
+            Bool(),
+            False,
+            "prints at the end, as engine.comms_summary() does at any time, how often and how much "
+            "the compiled step communicates over which mesh axes; times: `jspeed profile`",
         ),
+        mapped("prof_all", Bool(), True, "tells of all operations; false: of prof_ops only"),
+        mapped(
+            "prof_ops",
+            ListOf(choice(*op_names())),
+            [],
+            "the operations to tell of, by DeepSpeed's names or XLA's",
+        ),
+        mapped("verbose", Bool(), False, "lists every array that travels before the first step"),
+        mapped("debug", Bool(), False, "adds the instruction and where in the model it is from"),
         auto=Auto.DEFAULT,
     ),
 )

@@ -376,6 +376,29 @@ class MonitorConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class FlopsProfilerConfig:
+    """What is told of the FLOPs of one step, `profile_step`, and where; see `docs/profile.md`."""
+
+    enabled: bool
+    profile_step: int
+    module_depth: int
+    top_modules: int
+    detailed: bool
+    output_file: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class CommsLoggerConfig:
+    """What is told of a step's communication; `prof_ops` counts where `prof_all` is off."""
+
+    enabled: bool
+    prof_all: bool
+    prof_ops: tuple[str, ...]
+    verbose: bool
+    debug: bool
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointConfig:
     """What happens when processes save under different tags."""
 

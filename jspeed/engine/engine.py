@@ -39,6 +39,7 @@ from jspeed.engine.not_in_jspeed import (
 from jspeed.engine.offloading import make_host_state
 from jspeed.engine.parking import Parking
 from jspeed.engine.pretrained import load_weights, pretrained_weights
+from jspeed.engine.profiled import Profiled
 from jspeed.engine.reporting import Reporter, heed_log_level
 from jspeed.engine.sparse_attention import sets_pattern
 from jspeed.layout.mesh import one_at_a_time
@@ -139,7 +140,7 @@ def _seed(config: Config) -> int:
     return config.run.seed if config.run else 0
 
 
-class Engine(Checkpointing, Parking):
+class Engine(Checkpointing, Parking, Profiled):
     """Trains one model on one mesh. Made by `initialize`.
 
     Attributes:
@@ -224,7 +225,8 @@ class Engine(Checkpointing, Parking):
 
     def _compile_step(self) -> None:
         step = compilation.jit_step(self.config, self._program, self._loss_fn, self.plan)
-        self.train_step = self._checked(step)
+        self.train_step = self._device_step = self._checked(step)
+        self._forget_program()
         if self._offloading is not None:
             self.train_step = self._offloading.step(self.train_step)
         self.place_batch = BatchPlacer(
@@ -256,7 +258,8 @@ class Engine(Checkpointing, Parking):
             placed, state = self.place_batch(batch), self._state
             if self.plan.step.skip_losses:
                 state = replace(state, loss_limit=replicated(self.loss_limit, self.layout))
-            self._state, metrics = self.train_step(state, placed)
+            with self._profiled(steps + 1, placed):
+                self._state, metrics = self.train_step(state, placed)
             self.wait_at_first(self.train_step, placed, metrics["loss"])
         self._metrics = metrics
         self._steps = steps + 1
@@ -338,7 +341,9 @@ class Engine(Checkpointing, Parking):
         self._compile_step()
 
     def close(self) -> None:
-        """Waits for the running save, reports the last step and closes the monitors."""
+        """Waits for the running save, reports the last step, and what `comms_logger` counted, and
+        closes the monitors."""
+        self.tell_comms()
         if self._reporter is not None:
             self._reporter.close()
         self.wait_for_checkpoint()

@@ -28,7 +28,7 @@ class MemoryErrors(Accessors):
 
     _eval_step: Any
     _one_at_a_time: bool
-    _seen: Any = None
+    _step_shapes: Any = None
     _ran: tuple[Any, ...] = ()
 
     def wait_at_first(self, program: Any, batch: Any, result: Any) -> None:
@@ -54,15 +54,15 @@ class MemoryErrors(Accessors):
           batch: a pytree of arrays `[rows, ...]`; the last batch of a step when None.
         """
         if doing == RUNNING and batch is not None:
-            self._seen = jax.tree.map(_shape, batch)
+            self._step_shapes = jax.tree.map(_shape, batch)
         return out_of_memory_explained(self._as_given, lambda: self._work(doing, batch))
 
     def _as_given(self) -> Given:
         return Given(self.config, self._program, self.plan, *self._given)
 
     def _work(self, doing: str, batch: Any) -> Work:
-        if doing == RUNNING and self._seen is not None:
-            step = self._seen
+        if doing == RUNNING and self._step_shapes is not None:
+            step = self._step_shapes
             return Work(doing, lambda: self._compiled_step(step), _length(step))
         if doing == EVALUATING:
             shapes = jax.tree.map(_shape, batch)

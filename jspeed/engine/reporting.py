@@ -68,7 +68,8 @@ class Reporter:
         self._pending: _Pending | None = None
         self._printed: tuple[int, float] | None = None
         self._first = jax.process_index() == 0
-        heed_log_level(config, prints=bool(self._every) or config.dump_state)
+        told = config.dump_state or config.flops_profiler.enabled or config.comms_logger.enabled
+        heed_log_level(config, prints=bool(self._every) or told)
         sections = (config.tensorboard, config.csv_monitor, config.wandb)
         self._monitored = self._first and any(section.enabled for section in sections)
         self._breakdown = config.wall_clock_breakdown and (self._monitored or bool(self._every))

@@ -131,7 +131,7 @@ def train_run(
 
 
 @dataclass(frozen=True)
-class _Parts:
+class Parts:
     """What a run is made of."""
 
     engine: Engine
@@ -154,13 +154,14 @@ def _train_run(
     # A run that is to be replaced stays what it is until its successor is made.
     unnoted = overwrite and earlier is not None
     with nullcontext() if unnoted else failure_noted(directory, run.steps, lambda: reached):
-        parts = _make_parts(config, resume=resume)
+        parts = make_parts(config, resume=resume)
         if resume:
             _resume(parts, display)
     engine = parts.engine
     with failure_noted(directory, run.steps, lambda: engine.global_steps):
         if overwrite and jax.process_index() == 0:
             clear_folder(directory)
+        engine.say = display.say
         display.say(_summary(engine, parts.factory, parts.data))
         if config.dump_state:
             display.say(json.dumps(engine.config.to_dict(), indent=2))
@@ -193,10 +194,17 @@ def _train_run(
                 files={_TOKENIZER: _tokenizer_bytes(parts.data, directory)},
                 earlier=lambda: early.requested,
             ).run()
+            engine.tell_comms()
     return RunResult(state, engine.global_steps, directory)
 
 
-def _make_parts(config: Config, *, resume: bool) -> _Parts:
+def make_parts(config: Config, *, resume: bool) -> Parts:
+    """Makes data, model and engine of a run file.
+
+    Args:
+      config: a complete run file.
+      resume: a checkpoint, where there is one, will replace the weights.
+    """
     model, _, run = run_sections(config)
     platform = jax.devices()[0].platform
     check_attention(config, platform)
@@ -216,10 +224,10 @@ def _make_parts(config: Config, *, resume: bool) -> _Parts:
     share = engine.data_share
     rows = engine.train_batch_size() // share.count
     batches = data.train_iterator(rows, share.index, share.count)
-    return _Parts(engine, factory, data, batches, _loop_settings(engine, factory, data))
+    return Parts(engine, factory, data, batches, _loop_settings(engine, factory, data))
 
 
-def _resume(parts: _Parts, display: Display) -> None:
+def _resume(parts: Parts, display: Display) -> None:
     """Takes up the latest checkpoint, if there is one."""
     folder = parts.settings.checkpoints
     store = CheckpointStore(folder)

@@ -34,13 +34,14 @@ from jspeed.nn.attention import STAND_IN
 from jspeed.pipeline.program import make_turns
 from jspeed.planner.cluster import Cluster
 from jspeed.planner.host_link import HOST_LINK, fetching_seconds, host_link_seconds
-from jspeed.planner.report import Plan, summarise
+from jspeed.planner.report import Plan
 from jspeed.planner.timeline import time_step
 from jspeed.planner.volume import volume
 from jspeed.profile.collectives import collectives
 from jspeed.profile.compiled import Compiled
 from jspeed.profile.live_bytes import live_bytes
 from jspeed.profile.origins import Origins, module_classes
+from jspeed.profile.traffic import summarise
 from jspeed.profile.turns import TurnLoop, find_turns
 from jspeed.training.contracts import check_callable
 from jspeed.training.program import LossFn, Program, make_program

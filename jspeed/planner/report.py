@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,9 @@ from jspeed.layout.zero import Role
 from jspeed.planner.cluster import Cluster
 from jspeed.planner.timeline import BUBBLE, Spent
 from jspeed.planner.volume import Volume
-from jspeed.profile.collectives import Collective
 from jspeed.profile.live_bytes import LiveBytes
 from jspeed.profile.memory import Memory
-
-Traffic = Mapping[str, Any]
+from jspeed.profile.traffic import Traffic
 
 
 @dataclass(frozen=True)
@@ -152,28 +150,3 @@ def kept_whole(state: Explanation) -> list[dict[str, str]]:
 
 def _over_zero_axes(share: Share) -> bool:
     return any(axis in ZERO_AXES for entry in share.spec for axis in axes_of(entry))
-
-
-def summarise(collectives: Sequence[Collective]) -> tuple[Traffic, ...]:
-    """One entry per kind, axes and dtype: how often, and the bytes of all of them, whole."""
-    found: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for one in collectives:
-        if not one.axes:  # every device is on its own
-            continue
-        key = (one.kind, "+".join(one.axes), one.dtype)
-        entry = found.setdefault(
-            key,
-            {
-                "kind": one.kind,
-                "axis": key[1],
-                "dtype": one.dtype,
-                "count": 0,
-                "bytes": 0,
-                "overlappable_bytes": 0,
-            },
-        )
-        entry["count"] += one.count
-        entry["bytes"] += one.count * one.whole.bytes
-        if one.asynchronous:
-            entry["overlappable_bytes"] += one.count * one.whole.bytes
-    return tuple(sorted(found.values(), key=lambda entry: -entry["bytes"]))

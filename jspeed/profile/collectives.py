@@ -196,6 +196,13 @@ def carried_by(module: Module, computation: Computation, start: Instruction) -> 
     )
 
 
+def is_collective(module: Module, instruction: Instruction) -> bool:
+    """Whether an instruction is a collective, or starts or ends one."""
+    if re.fullmatch(rf"({'|'.join(KINDS)})(-start|-done)?", instruction.opcode):
+        return True
+    return instruction.opcode == "async-start" and _started(module, instruction) is not None
+
+
 def collective_axes(instruction: Instruction, mesh: Mapping[str, int]) -> tuple[str, ...]:
     """The mesh axes that a collective instruction communicates over, slowest first."""
     return _axes(instruction, mesh)

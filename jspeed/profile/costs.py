@@ -41,6 +41,7 @@ FULL_FLOAT32 = "float32 at HIGHEST"
 _DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64"}
 _HIGHEST = re.compile(r'operand_precision=?"?:?[\[{]"?(?:highest|HIGHEST)')
 _SPARSE = re.compile(rf"{SCORES}_(\d+)[^\"]*block_sparse_attention_(forward|dq|dkv)\b")
+_FUSED_ATTENTION = re.compile(r"__cudnn\$fmha\w*?(Backward)?(?:F8)?")
 _LIST = re.compile(r"\d+")
 
 
@@ -133,13 +134,27 @@ def _product(left: ArrayType, summed: list[int], instruction: Instruction) -> di
 def _custom_call_flops(computation: Computation, instruction: Instruction) -> dict[str, float]:
     """FLOPs of a product that XLA hands to a library, or of a kernel of block-sparse attention."""
     if not is_library_product(instruction):
-        return _sparse_attention_flops(instruction)
+        fused = _fused_attention_flops(computation, instruction)
+        return fused or _sparse_attention_flops(instruction)
     left = computation.by_name[instruction.operands[0]].arrays()[0]
     config = re.search(r'"dot_dimension_numbers":(\{.*?\})', instruction.attributes)
     if config is None:
         return {}
     numbers = json.loads(config.group(1))
     return _product(left, [int(dim) for dim in numbers["lhs_contracting_dimensions"]], instruction)
+
+
+def _fused_attention_flops(computation: Computation, instruction: Instruction) -> dict[str, float]:
+    """FLOPs of cuDNN's attention for all pairs of a query and a key, those behind a mask included:
+    two products forward, five backward. Queries and keys are `[batch, tokens, heads, features]`."""
+    target = (instruction.attribute("custom_call_target") or "").strip('"')
+    found = _FUSED_ATTENTION.fullmatch(target)
+    if found is None:
+        return {}
+    query, key = (computation.by_name[name].arrays()[0] for name in instruction.operands[:2])
+    products = 5 if found.group(1) else 2
+    flops = 2.0 * products * query.elements * key.shape[1]
+    return {_DTYPES.get(query.dtype, query.dtype): flops}
 
 
 def is_library_product(instruction: Instruction) -> bool:

@@ -11,6 +11,7 @@ from jspeed.core.errors import JspeedError
 
 _COMMENT = re.compile(r"/\*.*?\*/")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_MODULE = re.compile(r"HloModule ([\w.\-]+)")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([0-9,]*)\]")
 _NAMES = re.compile(r"%?([\w.\-]+)")
@@ -118,11 +119,12 @@ class Computation:
 
 @dataclass(frozen=True)
 class Module:
-    """A parsed module."""
+    """A parsed module; its name is that of the traced function, `jit_train_step`."""
 
     entry: str
     scheduled: bool
     computations: dict[str, Computation]
+    name: str = ""
 
 
 def array_types(text: str) -> tuple[ArrayType, ...]:
@@ -157,7 +159,10 @@ def parse_module(text: str) -> Module:
             "computation). "
             "Pass compiled.as_text()."
         )
-    return Module(entry, "is_scheduled=true" in text.split("\n", 1)[0], computations)
+    head = text.split("\n", 1)[0]
+    named = _MODULE.match(head)
+    name = named.group(1) if named else ""
+    return Module(entry, "is_scheduled=true" in head, computations, name)
 
 
 def _instruction(line: str, found: re.Match[str]) -> Instruction:

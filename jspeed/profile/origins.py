@@ -37,6 +37,9 @@ _OUTSIDE = (
     "/jspeed/profile/",
 )
 
+_CALLS_THE_MODEL = ("/jspeed/training/", "/jspeed/engine/", "/jspeed/planner/")
+_SCOPES = "/jspeed/training/module_scopes.py"
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -74,6 +77,8 @@ class Origins:
             place = dict(_FIELD.findall(places.get(int(fields["file_location_id"]), "")))
             file = self._name("FileNames", place.get("file_name_id"))
             function = self._name("FunctionNames", place.get("function_name_id"))
+            if any(part in file for part in _CALLS_THE_MODEL) and _SCOPES not in file:
+                break  # further out is who called the engine
             starts = function == "<module>" or file.startswith("<")  # what only starts it all
             if not starts and not any(part in file for part in _OUTSIDE):
                 chain.append(Frame(function, file, int(place.get("line", 0))))
@@ -83,10 +88,9 @@ class Origins:
     def _name(self, table: str, number: str | None) -> str:
         return self._tables[table].get(int(number or 0), "").strip('"')
 
-    def of(self, instruction: Instruction) -> str:
-        """The model's module that an instruction belongs to, as `blocks/attn`, with the function;
-        empty where neither scopes nor stack tell."""
-        frames = self.frames(instruction)
+    def module(self, frames: Sequence[Frame]) -> tuple[str, int]:
+        """The path of the innermost module that a stack tells, empty where none, and how many of
+        its frames are spent on it."""
         path, known = "", 0
         for position, frame in enumerate(frames):
             owner, _, method = frame.function.rpartition(".")
@@ -94,6 +98,13 @@ class Origins:
             inside = [p for p in paths if not path or p.startswith(path + "/")]
             if len(inside) == 1:
                 path, known = inside[0], position + 1
+        return path, known
+
+    def of(self, instruction: Instruction) -> str:
+        """The model's module that an instruction belongs to, as `blocks/attn`, with the function;
+        empty where neither scopes nor stack tell."""
+        frames = self.frames(instruction)
+        path, known = self.module(frames)
         scopes = scope_names(instruction.op_name)
         if not frames:
             return "/".join(scopes)

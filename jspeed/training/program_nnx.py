@@ -15,6 +15,7 @@ from flax import nnx
 from jspeed.core.errors import ModelError
 from jspeed.core.tree import map_named, named_leaves
 from jspeed.training.contracts import LossFn, as_arrays, call_loss, carried, check_parameters
+from jspeed.training.module_scopes import module_scopes
 
 
 @dataclass
@@ -91,7 +92,8 @@ class NnxProgram:
         model = self.bind(params, _with_fresh_keys(mutable, rng))
         if not train:
             model.eval()
-        result = call_loss(loss_fn, model, batch, rng)
+        with module_scopes(model):
+            result = call_loss(loss_fn, model, batch, rng)
         _, new_params, rest = _split(model)
         _check_same_parameters(nnx.to_pure_dict(new_params), params)
         # Keys and their counters stay as they were: each step derives its own from the step's key.

@@ -172,7 +172,6 @@ def test_every_later_feature_of_a_file_is_listed_once_with_its_line():
         "compression_training.layer_reduction.enabled",
         "weight_quantization",
         "data_efficiency.enabled",
-        "flops_profiler.enabled",
         "comet.enabled",
     ]
     assert all(line.endswith(")") and "(line " in line for line in str(error.value).split("\n"))

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 
-from jspeed.profile.costs import Costs
+from jspeed.profile.costs import Costs, product_flops
 from jspeed.profile.hlo import parse_module
 
 TEXT = """HloModule step, is_scheduled=true
@@ -90,3 +90,24 @@ def test_flops_are_two_per_multiplication_and_addition(name, flops):
 )
 def test_bytes_are_those_a_kernel_touches(name, expected):
     assert cost(name).bytes == expected
+
+
+FUSED = """HloModule attention
+
+ENTRY %main (q: bf16[2,128,8,64], k: bf16[2,256,4,64]) -> bf16[2,128,8,64] {
+  %q = bf16[2,128,8,64]{3,2,1,0} parameter(0)
+  %k = bf16[2,256,4,64]{3,2,1,0} parameter(1)
+  %forward = (bf16[2,128,8,64]{3,2,1,0}, f32[2,8,128]{2,1,0}, u8[0]{0}) custom-call(%q, %k, %k), custom_call_target="__cudnn$fmhaSoftmax"
+  %backward = (bf16[2,128,8,64]{3,2,1,0}, u8[0]{0}) custom-call(%q, %k, %k), custom_call_target="__cudnn$fmhaSoftmaxDropoutBackward"
+  ROOT %convolved = (bf16[2,128,8,64]{3,2,1,0}, u8[0]{0}) custom-call(%q, %k), custom_call_target="__cudnn$convForward"
+}
+"""
+
+
+@pytest.mark.parametrize(("name", "products"), [("forward", 2), ("backward", 5)])
+def test_cudnns_attention_counts_all_pairs(name: str, products: int) -> None:
+    module = parse_module(FUSED)
+    main = module.computations["main"]
+    each = 2 * 2 * 8 * 128 * 256 * 64
+    assert product_flops(main, main.by_name[name]) == {"bfloat16": products * each}
+    assert product_flops(main, main.by_name["convolved"]) == {}

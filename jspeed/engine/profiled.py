@@ -1,0 +1,187 @@
+"""What an engine tells of its compiled step: FLOPs by module, and communication."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jspeed.config import CommsLoggerConfig, FlopsProfilerConfig
+from jspeed.config.comms_ops import kinds_of
+from jspeed.core.errors import JspeedError
+from jspeed.engine.accessors import Accessors
+from jspeed.engine.reporting import LOGGER
+from jspeed.engine.step_program import StepProgram, read_step, shapes_of
+from jspeed.profile.collectives import KINDS, Collective
+from jspeed.profile.comms_page import comms_list, comms_page, comms_rows
+from jspeed.profile.flops_page import FlopsReport, flops_page
+from jspeed.profile.peaks import peak_flops
+from jspeed.profile.traffic import Traffic
+
+
+class Profiled(Accessors):
+    """The part of an engine that `flops_profiler` and `comms_logger` switch on.
+
+    Attributes:
+      say: takes what is printed, in the first process; by default a line of jspeed's logger.
+      flops_report: of the step that `flops_profiler` measured; None before.
+    """
+
+    say: Callable[[str], None] = staticmethod(LOGGER.info)
+    flops_report: FlopsReport | None = None
+    place_batch: Any
+    _device_step: Any
+    _seen: tuple[Any, Any] | None = None
+    _program_read: StepProgram | None = None
+
+    def step_program(self) -> StepProgram:
+        """The compiled step as the devices run it.
+
+        Raises:
+          JspeedError: no batch was seen yet, so nothing is compiled.
+        """
+        if self._program_read is None:
+            if self._seen is None:
+                raise JspeedError(
+                    "Nothing is compiled yet: the shapes of a batch are not known. Call "
+                    "engine.train_batch(batch) first."
+                )
+            self._program_read = read_step(
+                self._device_step,
+                *self._seen,
+                self.layout,
+                self._program.blueprint,
+                self.plan.step.gradients.schedule,
+            )
+        return self._program_read
+
+    def compile_step(self, batch: Any) -> StepProgram:
+        """Compiles the step for a batch, without taking it.
+
+        Args:
+          batch: as for `train_batch`.
+        """
+        if self._seen is None:
+            self._seen = shapes_of((self._state, self.place_batch(batch)))
+        return self.step_program()
+
+    def comms_summary(self, *, show: bool = True) -> list[Traffic]:
+        """What one device sends and gets in one step, from the program compiled for this backend.
+
+        Args:
+          show: prints it as a table too.
+
+        Returns:
+          One entry per kind, mesh axes and dtype: `op` (DeepSpeed's name), `kind`, `axis`, `dtype`,
+          `count`, `bytes` (whole: before a reduce-scatter, after an all-gather),
+          `overlappable_bytes`, and `stage` where stages of a pipeline differ. With
+          `comms_logger.prof_all` off only the operations of `prof_ops`.
+
+        Raises:
+          JspeedError: no batch was seen yet.
+        """
+        rows = comms_rows(self.step_program().collectives(), self._kinds())
+        if show:
+            page = comms_page(
+                rows,
+                steps=self.global_steps,
+                backend=self.device.platform,
+                devices=self.world_size,
+            )
+            self._tell(page)
+        return rows
+
+    log_summary = comms_summary
+
+    def tell_comms(self) -> None:
+        """`comms_summary` at the end, if `comms_logger` asks for it and a step ran."""
+        if self.config.comms_logger.enabled and self._seen is not None:
+            self.comms_summary()
+
+    def _forget_program(self) -> None:
+        self._seen = self._program_read = None
+
+    @contextmanager
+    def _profiled(self, step: int, batch: Any) -> Iterator[None]:
+        """Around a step: notes the shapes it is compiled for, and measures it if that is due."""
+        flops, comms = self.config.flops_profiler, self.config.comms_logger
+        first = self._seen is None
+        if first:
+            self._seen = shapes_of((self._state, batch))
+            if flops.enabled or comms.enabled:
+                self.step_program()  # before the first step, which would take a cached program
+            if comms.enabled and comms.verbose:
+                self._tell(self._comms_list(comms))
+            if flops.enabled and step > flops.profile_step and self.flops_report is None:
+                self._tell(
+                    f'"flops_profiler.profile_step": {flops.profile_step} was before this start, '
+                    f"which begins with step {step}: no step is profiled."
+                )
+        if not (flops.enabled and step == flops.profile_step):
+            yield
+            return
+        program = self.step_program()  # compiled before the clock starts
+        jax.block_until_ready((self._state, batch))
+        began = time.perf_counter()
+        yield
+        jax.block_until_ready(self._state)
+        seconds = time.perf_counter() - began
+        self.flops_report = self._flops_report(program, step, seconds, first=first)
+        self._tell_flops(self.flops_report, flops)
+
+    def _flops_report(
+        self, program: StepProgram, step: int, seconds: float, *, first: bool
+    ) -> FlopsReport:
+        remarks = (
+            ("this was the first step after the start; a later profile_step finds it warm",)
+            if first
+            else ()
+        )
+        kind, dtype = self.device.device_kind, self.layout.compute_dtype
+        return FlopsReport(
+            program.flops(), step, seconds, kind, dtype, peak_flops(kind, dtype), remarks
+        )
+
+    def _tell_flops(self, report: FlopsReport, config: FlopsProfilerConfig) -> None:
+        page = flops_page(
+            report,
+            module_depth=config.module_depth,
+            top_modules=config.top_modules,
+            detailed=config.detailed,
+        )
+        if config.output_file is None:
+            self._tell(page)
+        elif jax.process_index() == 0:
+            path = Path(config.output_file)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(page + "\n")
+            except OSError as error:
+                self._tell(
+                    f'"flops_profiler.output_file": "{path}" cannot be written '
+                    f"({error.strerror or error}).\n{page}"
+                )
+
+    def _comms_list(self, comms: CommsLoggerConfig) -> str:
+        program = self.step_program()
+        owners = program.owners
+
+        def module(one: Collective) -> str:
+            owner = owners.of_name(one.op_name)
+            return f"{owner.path} ({owner.phase.value})" if owner.path else owner.phase.value
+
+        return comms_list(
+            program.collectives()[0], self._kinds(), module=module if comms.debug else None
+        )
+
+    def _kinds(self) -> frozenset[str]:
+        comms = self.config.comms_logger
+        return frozenset(KINDS) if comms.prof_all else kinds_of(comms.prof_ops)
+
+    def _tell(self, text: str) -> None:
+        if jax.process_index() == 0:
+            self.say(text)
