@@ -84,6 +84,7 @@ class Anomalies:
       config: the section `run.anomalies`.
       parameters: paths of all parameters in tree order.
       skips_nonfinite: whether the steps skip gradients that are not finite.
+      scaled: whether the loss scale follows overflows, which are then part of training.
       say: takes lines for people.
     """
 
@@ -93,11 +94,12 @@ class Anomalies:
         *,
         parameters: Sequence[str],
         skips_nonfinite: bool,
+        scaled: bool,
         say: Callable[[str], None],
     ) -> None:
         self._config = config
         self._nonfinite: Policy = nonfinite_policy(config, skips_nonfinite=skips_nonfinite)
-        self._parameters, self._skips, self._say = parameters, skips_nonfinite, say
+        self._parameters, self._scaled, self._say = parameters, scaled, say
         self._history = LossHistory(config.spike_factor, config.spike_window)
         self._skipped = 0
         self._roll_backs = 0
@@ -144,7 +146,7 @@ class Anomalies:
                 say=self._say,
             )
             text = f"the gradient of {entry['first_nonfinite']} is not finite"
-            return entry, self._act(step, text, self._nonfinite)
+            return entry, None if self._scaled else self._act(step, text, self._nonfinite)
         if not math.isfinite(loss):
             text = f"the loss is {loss}, although all gradients are finite"
             return self._told(step, text, values), self._act(step, text, self._nonfinite)

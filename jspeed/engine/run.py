@@ -189,6 +189,7 @@ def _train_run(
                     run.anomalies,
                     parameters=engine.layout.trained,
                     skips_nonfinite=engine.plan.step.skip_nonfinite,
+                    scaled=engine.plan.step.scales,
                     say=display.say,
                 ),
                 files={_TOKENIZER: _tokenizer_bytes(parts.data, directory)},

@@ -71,7 +71,8 @@ class StepSettings:
       gradients: how they are computed and reduced.
       gradient_clipping: the largest global norm; 0 for none.
       skip_nonfinite: leave everything as it was when a gradient is not finite.
-      skip_losses: and when the loss is not finite, or above the state's `loss_limit`.
+      skip_losses: leave it, too, when the loss is above the state's `loss_limit`; with
+        `skip_nonfinite` also when it is not finite.
       loss_scale: fp16's rules, or None.
       chunk_size: elements of the chunks in which state is streamed through the devices.
     """
@@ -82,6 +83,11 @@ class StepSettings:
     skip_losses: bool = False
     loss_scale: LossScale | None = None
     chunk_size: int = CHUNK_ELEMENTS
+
+    @property
+    def scales(self) -> bool:
+        """Whether a loss scale follows overflows."""
+        return self.loss_scale is not None and self.loss_scale.is_dynamic
 
     @property
     def skips(self) -> bool:
@@ -122,7 +128,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Any) -> Any:
         scale = state.loss_scale.scale if state.loss_scale is not None else jnp.float32(1.0)
         reduced, unscale, loss, weight, mutable, left = compute(state, scale, batch)
-        sound = _is_sound(loss, state.loss_limit) if settings.skip_losses else None
+        sound = _is_sound(loss, state, settings) if settings.skip_losses else None
         updated = update(state, reduced, unscale, sound)
         seen, applied = updated.gradients, updated.applied
         updates = state.updates + 1
@@ -167,9 +173,10 @@ def make_train_step(
     return train_step
 
 
-def _is_sound(loss: jax.Array, limit: jax.Array | None) -> jax.Array:
-    sound = jnp.isfinite(loss)
-    return sound if limit is None else sound & (loss <= limit)
+def _is_sound(loss: jax.Array, state: TrainState, settings: StepSettings) -> jax.Array:
+    """Whether a step with this loss is to be made; NaN is not above a limit."""
+    sound = jnp.isfinite(loss) if settings.skip_nonfinite else jnp.bool_(True)
+    return sound if state.loss_limit is None else sound & ~(loss > state.loss_limit)
 
 
 def _for_host(

@@ -46,7 +46,7 @@ def test_defaults_of_sections_that_are_off_are_left_out():
 def test_later_features_and_open_autos_are_told_below():
     text = rendered("later_features.json")
     assert "Not built yet; training refuses this file until they are removed:" in text
-    assert '"flops_profiler.enabled": true' in text
+    assert '"data_efficiency.enabled": true' in text
     assert (
         'Still "auto", resolved from the model when the engine is made: '
         "gradient_accumulation_steps, optimizer.params.lr"
@@ -65,7 +65,7 @@ def test_json_holds_the_dump_and_a_row_per_key():
     report = json.loads(json.dumps(config_as_json(config)))
     assert report["config"] == config.to_dict()
     assert report["trainable"] is False
-    assert len(report["later"]) == 13
+    assert len(report["later"]) == 12
     assert len(report["keys"]) == len(report_rows(config, everything=True)) > 400
     stage = next(row for row in report["keys"] if row["path"] == "zero_optimization.stage")
     assert stage == {

@@ -105,6 +105,7 @@ def make_loop(
             AnomaliesConfig(**{**ANOMALIES, **(anomalies or {})}),
             parameters=[path for path, _ in named_leaves(engine.state.master)],
             skips_nonfinite=engine.plan.step.skip_nonfinite,
+            scaled=engine.plan.step.scales,
             say=display.say,
         ),
         settings=LoopSettings(directory=directory, **settings),
