@@ -68,3 +68,7 @@ class Stopping:
             return
         self._agreed = _REQUESTS[int(answer)]
         self._last = step + 1
+
+    def go_back(self, step: int) -> None:
+        """The run goes on from an earlier step; what was agreed upon is due there."""
+        self._last = min(self._last, step)

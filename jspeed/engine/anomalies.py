@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jspeed.core.errors import AnomalyError
+from jspeed.core.errors import AnomalyError, JspeedError, ModelError
 from jspeed.engine.overflow import note_overflow
 
 if TYPE_CHECKING:
@@ -30,11 +30,13 @@ class Anomaly:
       step: at which it happened.
       text: what happened, for people: a sentence without its end.
       policy: `stop` or `roll_back`.
+      error: to stop with, where it says more.
     """
 
     step: int
     text: str
     policy: Policy
+    error: JspeedError | None = None
 
 
 class LossHistory:
@@ -51,18 +53,37 @@ class LossHistory:
 
     def __init__(self, factor: float, window: int) -> None:
         self._factor, self._window = factor, window
-        self._losses: deque[tuple[int, float]] = deque(maxlen=window + 2)
+        self._kept = window + 2
+        self._losses: deque[tuple[int, float]] = deque(maxlen=self._kept)
 
     def add(self, step: int, loss: float) -> None:
         """Takes the loss of a step; one that is not finite says nothing."""
         if math.isfinite(loss):
             self._losses.append((step, loss))
 
-    def forget(self, after: int) -> None:
-        """Drops the losses of steps after one that the run goes back to."""
-        kept = [entry for entry in self._losses if entry[0] <= after]
+    def forget(self, after: int, *, known: int) -> None:
+        """Drops the losses of steps after one that the run goes back to.
+
+        So that processes which have read one step more agree with the others, what those do not
+        have any more goes as well.
+
+        Args:
+          after: the step.
+          known: the last step that all processes have read; the next one may be known here, too.
+        """
+        first = known + 2 - self._kept
+        kept = [entry for entry in self._losses if first < entry[0] <= after]
         self._losses.clear()
         self._losses.extend(kept)
+
+    def state(self) -> list[list[float]]:
+        """For a checkpoint: pairs of step and loss."""
+        return [[step, loss] for step, loss in self._losses]
+
+    def restore(self, state: Sequence[Sequence[float]]) -> None:
+        """Takes what `state` gave."""
+        self._losses.clear()
+        self._losses.extend((int(step), float(loss)) for step, loss in state)
 
     def limit(self, step: int) -> float:
         """Above which the loss of a step is a spike; infinity as long as there are few.
@@ -101,8 +122,7 @@ class Anomalies:
         self._nonfinite: Policy = nonfinite_policy(config, skips_nonfinite=skips_nonfinite)
         self._parameters, self._scaled, self._say = parameters, scaled, say
         self._history = LossHistory(config.spike_factor, config.spike_window)
-        self._skipped = 0
-        self._roll_backs = 0
+        self._skipped = self._roll_backs = self._last = 0
 
     def limit(self, step: int) -> float:
         """The largest loss with which a step may change anything, see `StepSettings`."""
@@ -111,6 +131,8 @@ class Anomalies:
     def judge(self, step: int, values: Mapping[str, Any]) -> tuple[dict[str, Any], Anomaly | None]:
         """Looks at a step's metrics, in the order of steps.
 
+        Nothing is raised here: other processes may not have read them yet.
+
         Args:
           step: whose they are.
           values: as Python numbers.
@@ -118,33 +140,46 @@ class Anomalies:
         Returns:
           What belongs into the metrics beside them, and what the run is to be stopped or rolled
           back for.
-
-        Raises:
-          ModelError: the loss scale cannot get any smaller.
-          AnomalyError: too many steps in a row were skipped.
         """
         entry, anomaly = self._judge(step, values)
         self._history.add(step, values["loss"])
         self._skipped = 0 if values["applied"] else self._skipped + 1
+        if anomaly is not None:
+            self._last = max(self._last, step)
+        elif step > self._last + self._config.spike_window:
+            self._roll_backs = 0  # the run has got past what it was rolled back for
         most = self._config.max_skipped_steps
         if most is not None and self._skipped >= most:
-            raise AnomalyError(
+            text = (
                 f"step {step}: the last {self._skipped} steps were all skipped, so nothing is "
                 "learned. Look for what makes the gradients infinite, or lower the learning rate "
                 'and resume; "run.anomalies.max_skipped_steps" says how many are too many.'
             )
+            anomaly = Anomaly(step, text, "stop", AnomalyError(text))
         return entry, anomaly
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"losses": self._history.state(), "skipped": self._skipped}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes what `state` gave; of older checkpoints there is nothing."""
+        self._history.restore(state.get("losses", []))
+        self._skipped = int(state.get("skipped", 0))
 
     def _judge(self, step: int, values: Mapping[str, Any]) -> tuple[dict[str, Any], Anomaly | None]:
         loss, limit = values["loss"], self._history.limit(step)
         if not values["finite"]:
-            entry = note_overflow(
-                step,
-                values,
-                parameters=self._parameters,
-                skipped=not values["applied"],
-                say=self._say,
-            )
+            try:
+                entry = note_overflow(
+                    step,
+                    values,
+                    parameters=self._parameters,
+                    skipped=not values["applied"],
+                    say=self._say,
+                )
+            except ModelError as error:
+                return {"skipped": 1}, Anomaly(step, str(error), "stop", error)
             text = f"the gradient of {entry['first_nonfinite']} is not finite"
             return entry, None if self._scaled else self._act(step, text, self._nonfinite)
         if not math.isfinite(loss):
@@ -171,8 +206,10 @@ class Anomalies:
           checkpoint: whether there is one to go back to.
 
         Raises:
-          AnomalyError: the run is to be stopped instead.
+          JspeedError: the run is to be stopped instead.
         """
+        if anomaly.error is not None:
+            raise anomaly.error
         what = f"step {anomaly.step}: {anomaly.text}."
         if anomaly.policy == "stop":
             where = "its last checkpoint is from before" if checkpoint else "it has no checkpoint"
@@ -182,7 +219,8 @@ class Anomalies:
             )
         if not checkpoint:
             raise AnomalyError(
-                f'{what} There is no checkpoint to roll back to: set "run.save_every".'
+                f"{what} There is no checkpoint to roll back to yet; "
+                '"run.save_every" says how often there is one.'
             )
         if self._roll_backs == self._config.max_roll_backs:
             raise AnomalyError(
@@ -191,9 +229,9 @@ class Anomalies:
             )
         self._roll_backs += 1
 
-    def rolled_back(self, step: int) -> None:
-        """The run goes on from a step."""
-        self._history.forget(step)
+    def rolled_back(self, step: int, *, known: int) -> None:
+        """The run goes on from a step; `known` is the last that all processes have read."""
+        self._history.forget(step, known=known)
         self._skipped = 0
 
 

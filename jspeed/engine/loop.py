@@ -125,7 +125,10 @@ class Loop:
             self.engine,
             self.settings.checkpoints,
             keep=self.settings.keep_checkpoints,
-            client_state=lambda: {"data": self.batches.state()},
+            client_state=lambda: {
+                "data": self.batches.state(),
+                "anomalies": self.anomalies.state(),
+            },
             files=self.files,
         )
 
@@ -144,8 +147,8 @@ class Loop:
             while not ended:
                 while engine.global_steps < steps and not stopping.is_due(engine.global_steps):
                     self._step(stopping)
-                self._report_pending()
-                ended = not self._heed_anomaly(engine.global_steps)
+                self._report_pending(stopping)
+                ended = not self._heed_anomaly(engine.global_steps, stopping)
             if self._checkpoints.saved != engine.global_steps:
                 self._save()
             with self.watchdog.phase("saving", engine.global_steps):
@@ -179,25 +182,25 @@ class Loop:
         if looks or _is_ready(metrics["loss"]):
             self._report_pending(stopping)
         # What other processes have not read yet must not be acted upon.
-        if self._heed_anomaly(step if looks else step - 1):
+        if self._heed_anomaly(step if looks else step - 1, stopping):
             return
         if settings.saves_after(step):
             self._save()
 
-    def _report_pending(self, stopping: Stopping | None = None) -> None:
+    def _report_pending(self, stopping: Stopping) -> None:
         """Reports the step that was dispatched and not reported, if there is one."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
         self._report(pending)
-        if stopping is not None:
-            stopping.heed(pending.step, pending.asked)
+        stopping.heed(pending.step, pending.asked)
 
-    def _heed_anomaly(self, known: int) -> bool:
+    def _heed_anomaly(self, known: int, stopping: Stopping) -> bool:
         """Does what the run was told to do about an anomaly; whether it was rolled back.
 
         Args:
           known: the last step whose metrics all processes have read.
+          stopping: told of what some processes have not read.
 
         Raises:
           AnomalyError: it was told to stop.
@@ -205,14 +208,17 @@ class Loop:
         anomaly, folder = self._anomaly, self.settings.checkpoints
         if anomaly is None or anomaly.step > known:
             return False
+        if self._pending is not None:  # as the processes did that have read it already
+            stopping.heed(self._pending.step, self._pending.asked)
         self._anomaly = self._pending = None
         with self.watchdog.phase("rolling back", anomaly.step):
             self._checkpoints.settle()
             self.anomalies.heed(anomaly, checkpoint=self._checkpoints.any())
             reached = self.engine.global_steps
-            tag = self._checkpoints.load_latest()
+            tag = self._checkpoints.roll_back()
         step = self.engine.global_steps
-        self.anomalies.rolled_back(step)
+        self.anomalies.rolled_back(step, known=known)
+        stopping.go_back(step)
         self.monitor.rewind(ResumePoint(step + 1, self.engine.global_samples))
         self.display.say(
             f"step {anomaly.step}: {anomaly.text}; rolled back to {tag} in {folder}. The run goes "

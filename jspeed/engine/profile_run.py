@@ -110,7 +110,7 @@ def profile_run(
         raise ConfigError(
             f'"--output": {folder} cannot be made ({error.strerror}). Choose another folder.'
         ) from None
-    parts = make_parts(config, resume=False)
+    parts = make_parts(config, say, resume=False)
     engine, batches = parts.engine, parts.batches
     engine.say = say
     batch = next(batches)

@@ -139,6 +139,7 @@ class Parts:
     data: TextDataset
     batches: TrainIterator
     settings: LoopSettings
+    anomalies: Anomalies
 
 
 def _train_run(
@@ -154,7 +155,7 @@ def _train_run(
     # A run that is to be replaced stays what it is until its successor is made.
     unnoted = overwrite and earlier is not None
     with nullcontext() if unnoted else failure_noted(directory, run.steps, lambda: reached):
-        parts = make_parts(config, resume=resume)
+        parts = make_parts(config, display.say, resume=resume)
         if resume:
             _resume(parts, display)
     engine = parts.engine
@@ -185,13 +186,7 @@ def _train_run(
                 display=display,
                 settings=parts.settings,
                 watchdog=watchdog,
-                anomalies=Anomalies(
-                    run.anomalies,
-                    parameters=engine.layout.trained,
-                    skips_nonfinite=engine.plan.step.skip_nonfinite,
-                    scaled=engine.plan.step.scales,
-                    say=display.say,
-                ),
+                anomalies=parts.anomalies,
                 files={_TOKENIZER: _tokenizer_bytes(parts.data, directory)},
                 earlier=lambda: early.requested,
             ).run()
@@ -199,11 +194,12 @@ def _train_run(
     return RunResult(state, engine.global_steps, directory)
 
 
-def make_parts(config: Config, *, resume: bool) -> Parts:
+def make_parts(config: Config, say: Callable[[str], None], *, resume: bool) -> Parts:
     """Makes data, model and engine of a run file.
 
     Args:
       config: a complete run file.
+      say: takes lines for people.
       resume: a checkpoint, where there is one, will replace the weights.
     """
     model, _, run = run_sections(config)
@@ -225,7 +221,15 @@ def make_parts(config: Config, *, resume: bool) -> Parts:
     share = engine.data_share
     rows = engine.train_batch_size() // share.count
     batches = data.train_iterator(rows, share.index, share.count)
-    return Parts(engine, factory, data, batches, _loop_settings(engine, factory, data))
+    settings = _loop_settings(engine, factory, data)
+    anomalies = Anomalies(
+        run_sections(engine.config)[2].anomalies,
+        parameters=engine.layout.trained,
+        skips_nonfinite=engine.plan.step.skip_nonfinite,
+        scaled=engine.plan.step.scales,
+        say=say,
+    )
+    return Parts(engine, factory, data, batches, settings, anomalies)
 
 
 def _resume(parts: Parts, display: Display) -> None:
@@ -244,6 +248,7 @@ def _resume(parts: Parts, display: Display) -> None:
             "--set run.dir=FOLDER."
         )
     parts.batches.restore(client["data"])
+    parts.anomalies.restore(client.get("anomalies", {}))
     display.say(f"resumed from {tag} in {folder}")
 
 

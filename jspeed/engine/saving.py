@@ -39,6 +39,7 @@ class RunCheckpoints:
         self._engine, self._folder, self._keep = engine, folder, keep
         self._client_state, self._files = client_state, files
         self._unsaved = False
+        self._back_at: str | None = None
         self.saved = engine.global_steps if engine.global_steps else -1
         self.seconds = 0.0
 
@@ -77,13 +78,27 @@ class RunCheckpoints:
         """Whether there is a checkpoint, as the first process sees it."""
         return not of_first_process("empty" if self._store().is_empty() else "")
 
-    def load_latest(self) -> str:
-        """Takes up the newest whole checkpoint; its tag. Data are read on from where they are."""
-        tag, _ = self._engine.load_checkpoint(self._folder)
+    def roll_back(self) -> str:
+        """Takes up the newest whole checkpoint; its tag. Data are read on from where they are.
+
+        If there was none since the last time, the one before it: what is in a checkpoint is only
+        seen to be good when the run gets on from it.
+        """
+        tag, _ = self._engine.load_checkpoint(self._folder, self._before(self._back_at))
         self._store().make_latest(tag)
+        self._back_at = tag
         self.saved = self._engine.global_steps
         self._unsaved = False
         return tag
+
+    def _before(self, tag: str | None) -> str | None:
+        """The checkpoint before one, or that one if there is none, as the first process sees it;
+        None for the newest."""
+        if tag is None:
+            return None
+        tags = self._store().tags()
+        position = tags.index(tag) if tag in tags else 0
+        return of_first_process(tags[max(0, position - 1)] if tags else tag)
 
     def _store(self) -> CheckpointStore:
         return CheckpointStore(self._folder)
@@ -94,6 +109,7 @@ class RunCheckpoints:
             self._folder, client_state=self._client_state(), files=self._files
         )
         self.saved = self._engine.global_steps
+        self._back_at = None
         LOGGER.info("step %d: saving checkpoint %s", self.saved, tag)
 
     def _not_saved(self, error: CheckpointError) -> None:

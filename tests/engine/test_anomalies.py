@@ -137,7 +137,7 @@ def test_rolling_back_has_an_end(tmp_path: Path) -> None:
 
 def test_rolling_back_needs_a_checkpoint(tmp_path: Path) -> None:
     engine = make(tmp_path, nonfinite="roll_back")
-    with pytest.raises(AnomalyError, match=r'no checkpoint .* set "run\.save_every"'):
+    with pytest.raises(AnomalyError, match="no checkpoint to roll back to yet"):
         run(engine, [1.0, INFINITE, 1.0], tmp_path, steps=3, save_every=0)
 
 
@@ -146,6 +146,26 @@ def test_skipping_has_an_end(tmp_path: Path) -> None:
     factors = [1.0, INFINITE, INFINITE, 1.0] + [INFINITE] * 3
     with pytest.raises(AnomalyError, match=r"step 7: the last 3 steps were all skipped"):
         run(engine, factors, tmp_path, steps=7)
+
+
+def test_overflows_of_a_dynamic_loss_scale_are_part_of_training(tmp_path: Path) -> None:
+    config = ds_config(
+        stage=3,
+        micro=2,
+        optimizer="AdamW",
+        fp16={"enabled": True, "initial_scale_power": 32, "hysteresis": 1},
+        run={"dir": str(tmp_path), "steps": 1, "anomalies": {"nonfinite": "stop"}},
+    )
+    engine = factored_engine(config)
+    run(engine, [1.0] * 20, tmp_path, steps=20)
+    assert 0 < engine.skipped_steps < 20
+
+
+def test_nan_is_no_spike_to_skip(tmp_path: Path) -> None:
+    engine = make(tmp_path, nonfinite="continue", spike="skip")
+    lines, metrics, _ = run(engine, [1.0, INFINITE, 1.0], tmp_path, steps=3)
+    assert lines[0] == f"step 2: the gradient of {first_parameter(engine)} is not finite."
+    assert metrics[2]["skipped"] == 0
 
 
 def test_limits_of_losses() -> None:
@@ -162,10 +182,36 @@ def test_limits_of_losses() -> None:
         history.add(step, 1000.0)
     assert history.limit(69) < 2 * before, "spikes hardly raise it"
     history.add(68, math.nan)
-    history.forget(after=64)
+    history.forget(after=64, known=68)
     assert history.limit(66) == pytest.approx(before, rel=0.05)
-    history.forget(after=20)
+    history.forget(after=20, known=68)
     assert history.limit(22) == math.inf, "nothing is known of what came before"
+
+
+@pytest.mark.parametrize("back", [90, 96, 99])
+def test_processes_that_read_one_step_more_have_the_same_limits(back: int) -> None:
+    """Before and after a roll back, at every step."""
+    losses = 4 + 0.1 * np.random.default_rng(1).standard_normal(140)
+    ahead, behind = LossHistory(factor=10, window=64), LossHistory(factor=10, window=64)
+    for step in range(1, 101):
+        assert ahead.limit(step) == behind.limit(step)
+        ahead.add(step, losses[step])
+        if step > 1:
+            behind.add(step - 1, losses[step - 1])
+    for history in (ahead, behind):
+        history.forget(after=back, known=99)
+    for step in range(back + 1, 140):
+        assert ahead.limit(step) == behind.limit(step), step
+        for history in (ahead, behind):
+            history.add(step, losses[step])
+
+
+def test_what_is_known_of_losses_goes_on_after_a_restart() -> None:
+    history, again = LossHistory(factor=10, window=16), LossHistory(factor=10, window=16)
+    for step in range(1, 40):
+        history.add(step, 2 + step / 7)
+    again.restore(json.loads(json.dumps(history.state())))
+    assert again.limit(41) == history.limit(41) < math.inf
 
 
 def test_a_loss_that_hardly_varies_is_given_room() -> None:
