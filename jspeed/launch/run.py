@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from jspeed.core.errors import LaunchError
 from jspeed.core.processes import LAUNCH, RESTARTS, Failure
 from jspeed.launch.children import Child, Ended
 from jspeed.launch.cores import Binding
@@ -223,12 +224,25 @@ def _without_lost_hosts(launch: Launch, outcome: Outcome, output: Output) -> Lau
 
 
 def _with_gpus_that_are_left(hosts: Slots, output: Output) -> Slots:
-    """A single host's slots, less than before where its driver shows fewer GPUs."""
+    """A single host's slots, less those that its driver no longer has a GPU for.
+
+    Raises:
+      LaunchError: none is left.
+    """
     if len(hosts) > 1 or not is_local(next(iter(hosts))):
         return hosts
     ((host, slots),) = hosts.items()
     shown = local_gpus()
-    if not 0 < shown < len(slots):
-        return hosts
-    output.say(f"going on with {shown} of {len(slots)} GPUs")
-    return {host: slots[:shown]}  # the driver numbers those that are left anew
+    # The driver numbers those that are left anew, from 0; 0 of them is what it says without one.
+    left = tuple(slot for slot in slots if slot < shown) if shown else slots
+    if not left:
+        raise LaunchError(
+            f"{host} shows {shown} GPU{'' if shown == 1 else 's'}, numbered from 0; of this run's, "
+            f"{', '.join(map(str, slots))}, none is left. Start it anew with --include."
+        )
+    if left != slots:
+        output.say(
+            f"going on with {len(left)} of {len(slots)} GPUs, {', '.join(map(str, left))}: "
+            f"{host} shows {shown}"
+        )
+    return {host: left}

@@ -139,14 +139,34 @@ def test_a_host_that_stood_by_takes_the_place_of_one_that_is_lost(tmp_path):
     assert "3 processes: 2 on alpha, 1 on gamma" in ran.err
 
 
-def test_gpus_that_the_driver_no_longer_shows_are_left_out(monkeypatch, capsys):
-    hosts = {"localhost": (0, 1, 2, 3)}
-    found = {}
-    for shown in (4, 3, 0):
-        monkeypatch.setattr(run_module, "local_gpus", lambda shown=shown: shown)
-        found[shown] = run_module._with_gpus_that_are_left(hosts, Output())
-    assert found == {4: hosts, 3: {"localhost": (0, 1, 2)}, 0: hosts}
-    assert capsys.readouterr().err == "jspeed launch: going on with 3 of 4 GPUs\n"
+@pytest.mark.parametrize(
+    ("slots", "shown", "left"),
+    [
+        ((0, 1, 2, 3), 4, (0, 1, 2, 3)),
+        ((0, 1, 2, 3), 3, (0, 1, 2)),
+        ((4, 5, 6, 7), 7, (4, 5, 6)),
+        ((2, 3, 4, 5), 3, (2,)),
+        ((0, 2), 7, (0, 2)),
+        ((0, 1), 0, (0, 1)),
+    ],
+)
+def test_gpus_that_the_driver_no_longer_shows_are_left_out(monkeypatch, capsys, slots, shown, left):
+    monkeypatch.setattr(run_module, "local_gpus", lambda: shown)
+    found = run_module._with_gpus_that_are_left({"localhost": slots}, Output())
+    assert found == {"localhost": left}
+    said = f"going on with {len(left)} of {len(slots)} GPUs, {', '.join(map(str, left))}: "
+    expected = f"jspeed launch: {said}localhost shows {shown}\n" if left != slots else ""
+    assert capsys.readouterr().err == expected
+
+
+def test_no_gpu_of_the_run_is_left(monkeypatch):
+    monkeypatch.setattr(run_module, "local_gpus", lambda: 1)
+    with pytest.raises(LaunchError) as error:
+        run_module._with_gpus_that_are_left({"localhost": (2, 3)}, Output())
+    assert str(error.value) == (
+        "localhost shows 1 GPU, numbered from 0; of this run's, 2, 3, none is left. Start it anew "
+        "with --include."
+    )
 
 
 @pytest.mark.parametrize("option", ["--elastic_training", "--min_elastic_nodes"])
