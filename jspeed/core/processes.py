@@ -20,6 +20,7 @@ from jspeed.core.errors import (
     LayoutError,
     MissingExtraError,
     ModelError,
+    OutOfMemoryError,
 )
 
 COORDINATOR = "JAX_COORDINATOR_ADDRESS"
@@ -37,7 +38,10 @@ FAILURE_FILE = "JSPEED_FAILURE_FILE"
 
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_PERMANENT = (AnomalyError, ConfigError, LayoutError, MissingExtraError, ModelError)
+_PERMANENT = (
+    *(AnomalyError, ConfigError, LayoutError, MissingExtraError, ModelError),
+    OutOfMemoryError,  # a restart has the same devices or fewer, never room for more
+)
 # What the others of a run say when one of them is gone.
 _LOST_PEER = re.compile(
     r"gloo|nccl|connection (closed|reset|refused)|socket closed|coordination|heartbeat|"

@@ -102,7 +102,8 @@ class Accessors:
             yield path, whole_on_host(self._master(path, leaf), self.layout, path)
 
     def _master(self, path: str, leaf: jax.Array) -> jax.Array:
-        """A parameter in fp32, given what the devices hold of it."""
+        """A parameter, given what the devices hold of it: in fp32, but one that is frozen as it is
+        stored, so that whoever makes it whole moves no more bytes than it has."""
         if path not in self.layout.on_host:
             return leaf
         assert self._offloading is not None
@@ -152,12 +153,12 @@ class Accessors:
     def module(self) -> Any:
         """The model with a copy of its present parameters in fp32, on the devices: an NNX module,
         or a callable."""
-        held = map_named(
-            lambda path, leaf: jax.device_put(
-                self._master(path, leaf), self.layout.sharding(path, Role.MASTER)
-            ),
-            self.state.master,
-        )
+
+        def on_devices(path: str, leaf: jax.Array) -> jax.Array:
+            sharding = self.layout.sharding(path, Role.MASTER)
+            return jax.device_put(self._master(path, leaf), sharding).astype(jnp.float32)
+
+        held = map_named(on_devices, self.state.master)
         master = in_model_order(held, self.layout)
         copy = jax.tree.map(jnp.copy, (master, self.state.mutable))
         return self._program.bind(*copy)

@@ -6,6 +6,7 @@ are started, so the loss curve stays.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -71,7 +72,8 @@ class Room:
 def fit(room: Room, elastic: Elastic) -> Room:
     """The part of a room that a run can use: the most devices, on the fewest hosts.
 
-    Hosts are taken in their order, all of each, or the same number of processes on each.
+    Hosts are taken in their order, all of each, or the same number of processes on each; of
+    equals, those whose processes keep the number of their GPUs.
 
     Args:
       room: all there is.
@@ -105,20 +107,38 @@ def fit(room: Room, elastic: Elastic) -> Room:
 
 
 def _choices(room: Room, names: Sequence[str], count: int) -> list[Room]:
-    """The ways to use so many hosts."""
+    """The ways to use so many hosts: all of each, then those with most of what processes had."""
     whole = _part(room, names[:count])
-    shares = {room.devices(host) // room.processes(host) for host in names}
-    if len(shares) > 1:  # processes with unlike numbers of GPUs are only used as they are
-        return [whole]
-    each = shares.pop() if room.with_devices else 1
-    most = max(room.processes(host) for host in names)
-    even = []
-    for processes in range(1, most + 1):
-        able = [host for host in names if room.processes(host) >= processes][:count]
-        if len(able) == count:
-            kept = {host: room.hosts[host][: processes * each] for host in able}
-            even.append(Room(kept, processes, room.with_devices))
-    return [whole, *even]
+    uneven = room.with_devices and any(
+        room.devices(host) % room.processes(host) for host in whole.hosts
+    )
+    choices = [] if uneven else [whole]
+    for each in _gpus_of_a_process(room):
+        for processes in range(max(map(room.processes, names)), 0, -1):
+            able = _able(room, names, processes, each)[:count]
+            if len(able) == count:
+                kept = {host: room.hosts[host][: processes * each] for host in able}
+                choices.append(Room(kept, processes, room.with_devices))
+    return choices
+
+
+def _gpus_of_a_process(room: Room) -> list[int]:
+    """How many GPUs a process may get, nearest to what each had first; 1 where it gets none."""
+    if not room.with_devices or room.per_host is None:
+        return [1]
+    most = max(map(room.devices, room.hosts))
+    before = math.ceil(most / room.per_host)  # upwards, for some may be lost
+    return sorted(range(1, most + 1), key=lambda each: (abs(each - before), -each))
+
+
+def _able(room: Room, names: Sequence[str], processes: int, each: int) -> list[str]:
+    """The hosts that can have so many processes with so many GPUs each."""
+    return [
+        host
+        for host in names
+        if processes <= room.processes(host)
+        and (not room.with_devices or processes * each <= room.devices(host))
+    ]
 
 
 def _part(room: Room, names: Sequence[str]) -> Room:

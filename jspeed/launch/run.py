@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
 import secrets
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from jspeed.core.errors import LaunchError
 from jspeed.core.processes import LAUNCH, RESTARTS, Failure
 from jspeed.launch.children import Child, Ended
 from jspeed.launch.cores import Binding
@@ -77,33 +79,47 @@ def run_launch(launch: Launch) -> int:
     """Runs to the end and returns the exit code: that of the process that failed first.
 
     After a crash all is started anew, so often as was asked for; not after a failure that would be
-    the same again, nor once somebody asked to stop.
+    the same again, nor once somebody asked to stop. What cannot be started then is said, and the
+    exit code stays that of the crash.
 
     Raises:
       LaunchError: what cannot be started, before anything has been.
     """
-    identity = secrets.token_hex(8)
     output = Output(launch.log_dir)
-    with Signals() as signals:
-        restarts = 0
-        before = None
-        while True:
-            told = {RESTARTS: str(restarts), LAUNCH: identity}
+    try:
+        with Signals() as signals:
+            return _run_supervised(launch, signals, output)
+    finally:
+        output.close()
+
+
+def _run_supervised(launch: Launch, signals: Signals, output: Output) -> int:
+    identity = secrets.token_hex(8)
+    outcome = before = None
+    for restarts in itertools.count():
+        try:
+            if outcome is not None:
+                launch = _without_lost_hosts(launch, outcome, output)
             fitting = _fitting(launch)
+            if outcome is not None:
+                output.say(f"starting again, {restarts} of {launch.max_restarts}")
+                time.sleep(RESTART_SECONDS)
             if fitting.hosts != before and launch.elastic is not None:
                 output.say(_in_words(fitting))
             before = fitting.hosts
+            told = {RESTARTS: str(restarts), LAUNCH: identity}
             outcome = _run_once(fitting, told, signals, output)
-            if outcome.first is None or outcome.asked is not None:
-                break
-            _explain(outcome.first, output)
-            if restarts == launch.max_restarts or _failure(outcome.first).permanent:
-                break
-            launch = _without_lost_hosts(launch, outcome, output)
-            restarts += 1
-            output.say(f"starting again, {restarts} of {launch.max_restarts}")
-            time.sleep(RESTART_SECONDS)
-    output.close()
+        except LaunchError as error:
+            if outcome is None:
+                raise
+            output.say(f"cannot start again: {error}")
+            break
+        if outcome.first is None or outcome.asked is not None:
+            break
+        _explain(outcome.first, output)
+        if restarts == launch.max_restarts or _failure(outcome.first).permanent:
+            break
+    assert outcome is not None
     return outcome.code
 
 
@@ -197,7 +213,13 @@ def _in_words(launch: Launch) -> str:
         for host, slots in launch.hosts.items()
     }
     total = sum(counts.values())
-    each = ", ".join(f"{count} on {host}" for host, count in counts.items())
+    gpus = {
+        host: f" ({len(launch.hosts[host])} GPUs)"
+        if launch.with_devices and len(launch.hosts[host]) != count
+        else ""
+        for host, count in counts.items()
+    }
+    each = ", ".join(f"{count} on {host}{gpus[host]}" for host, count in counts.items())
     return f"{total} process{'' if total == 1 else 'es'}: {each}"
 
 
@@ -223,12 +245,25 @@ def _without_lost_hosts(launch: Launch, outcome: Outcome, output: Output) -> Lau
 
 
 def _with_gpus_that_are_left(hosts: Slots, output: Output) -> Slots:
-    """A single host's slots, less than before where its driver shows fewer GPUs."""
+    """A single host's slots, less those that its driver no longer has a GPU for.
+
+    Raises:
+      LaunchError: none is left.
+    """
     if len(hosts) > 1 or not is_local(next(iter(hosts))):
         return hosts
     ((host, slots),) = hosts.items()
     shown = local_gpus()
-    if not 0 < shown < len(slots):
-        return hosts
-    output.say(f"going on with {shown} of {len(slots)} GPUs")
-    return {host: slots[:shown]}  # the driver numbers those that are left anew
+    # The driver numbers those that are left anew, from 0; 0 of them is what it says without one.
+    left = tuple(slot for slot in slots if slot < shown) if shown else slots
+    if not left:
+        raise LaunchError(
+            f"{host} shows {shown} GPU{'' if shown == 1 else 's'}, numbered from 0; of this run's, "
+            f"{', '.join(map(str, slots))}, none is left. Start it anew with --include."
+        )
+    if left != slots:
+        output.say(
+            f"going on with {len(left)} of {len(slots)} GPUs, {', '.join(map(str, left))}: "
+            f"{host} shows {shown}"
+        )
+    return {host: left}

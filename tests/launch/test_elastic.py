@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +12,8 @@ from jspeed.core.errors import LaunchError
 from jspeed.launch import run as run_module
 from jspeed.launch.elastic import Elastic, Room, device_counts, fit, without
 from jspeed.launch.output import Output
+from jspeed.launch.plan import plan_members
+from jspeed.launch.run import Launch, run_launch
 from tests.launch.test_launch import launch, script, with_hosts
 
 SECTION = {"enabled": True, "max_train_batch_size": 8, "micro_batch_sizes": [1, 2]}
@@ -61,6 +65,24 @@ def test_processes_that_share_gpus_keep_their_number_of_them():
     assert (found.hosts, found.per_host) == ({"a": tuple(range(6)), "b": tuple(range(6))}, 3)
     unlike = Room({"a": tuple(range(8)), "b": tuple(range(4))}, 4, True)
     assert fit(unlike, Elastic(1, None, (8, 16))).hosts == {"a": tuple(range(8))}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "processes", "counts", "expected"),
+    [
+        (8, 1, (1, 2, 4), (1, 4)),
+        (7, 1, (1, 2, 4), (1, 4)),
+        (8, 2, (1, 2, 6), (2, 6)),
+        (7, 4, (2, 4, 6), (3, 6)),
+        (7, 4, (7,), (1, 7)),
+        (8, 4, (2, 4), (2, 4)),
+        (3, 4, (1, 2, 3), (3, 3)),
+    ],
+)
+def test_processes_with_several_gpus_give_some_up(gpus, processes, counts, expected):
+    found = fit(Room({"a": tuple(range(gpus))}, processes, True), Elastic(1, None, counts))
+    assert (found.per_host, len(found.hosts["a"])) == expected
+    plan_members(found.hosts, per_host=found.per_host, address="a", port=1, with_devices=True)
 
 
 def test_processes_on_the_cpu_have_its_virtual_devices(monkeypatch):
@@ -139,14 +161,55 @@ def test_a_host_that_stood_by_takes_the_place_of_one_that_is_lost(tmp_path):
     assert "3 processes: 2 on alpha, 1 on gamma" in ran.err
 
 
-def test_gpus_that_the_driver_no_longer_shows_are_left_out(monkeypatch, capsys):
-    hosts = {"localhost": (0, 1, 2, 3)}
-    found = {}
-    for shown in (4, 3, 0):
-        monkeypatch.setattr(run_module, "local_gpus", lambda shown=shown: shown)
-        found[shown] = run_module._with_gpus_that_are_left(hosts, Output())
-    assert found == {4: hosts, 3: {"localhost": (0, 1, 2)}, 0: hosts}
-    assert capsys.readouterr().err == "jspeed launch: going on with 3 of 4 GPUs\n"
+@pytest.mark.parametrize(
+    ("slots", "shown", "left"),
+    [
+        ((0, 1, 2, 3), 4, (0, 1, 2, 3)),
+        ((0, 1, 2, 3), 3, (0, 1, 2)),
+        ((4, 5, 6, 7), 7, (4, 5, 6)),
+        ((2, 3, 4, 5), 3, (2,)),
+        ((0, 2), 7, (0, 2)),
+        ((0, 1), 0, (0, 1)),
+    ],
+)
+def test_gpus_that_the_driver_no_longer_shows_are_left_out(monkeypatch, capsys, slots, shown, left):
+    monkeypatch.setattr(run_module, "local_gpus", lambda: shown)
+    found = run_module._with_gpus_that_are_left({"localhost": slots}, Output())
+    assert found == {"localhost": left}
+    said = f"going on with {len(left)} of {len(slots)} GPUs, {', '.join(map(str, left))}: "
+    expected = f"jspeed launch: {said}localhost shows {shown}\n" if left != slots else ""
+    assert capsys.readouterr().err == expected
+
+
+def test_no_gpu_of_the_run_is_left(monkeypatch):
+    monkeypatch.setattr(run_module, "local_gpus", lambda: 1)
+    with pytest.raises(LaunchError) as error:
+        run_module._with_gpus_that_are_left({"localhost": (2, 3)}, Output())
+    assert str(error.value) == (
+        "localhost shows 1 GPU, numbered from 0; of this run's, 2, 3, none is left. Start it anew "
+        "with --include."
+    )
+
+
+def test_what_cannot_start_again_keeps_the_exit_code_of_the_crash(tmp_path, monkeypatch, capsys):
+    """Both GPUs of the run are gone; so is all that was open."""
+    closed: list[bool] = []
+    monkeypatch.setattr(run_module, "local_gpus", lambda: 1)
+    monkeypatch.setattr(Output, "close", lambda output: closed.append(True))
+    command = [sys.executable, "-c", "raise SystemExit(9)"]
+    hosts = {"localhost": (2, 3)}
+    run = Launch(command, hosts, True, log_dir=tmp_path, max_restarts=3, elastic=Elastic())
+    assert run_launch(run) == 9
+    assert "jspeed launch: cannot start again: localhost shows 1 GPU" in capsys.readouterr().err
+    assert len(closed) == 1
+    with pytest.raises(LaunchError, match="--min_elastic_nodes 2: there are 1 hosts: localhost"):
+        run_launch(replace(run, elastic=Elastic(2)))
+    assert len(closed) == 2
+
+
+def test_the_launcher_says_how_many_gpus_the_processes_of_a_host_have():
+    told = Launch(["x"], {"a": (0, 1, 2, 3), "b": (0,)}, True, per_host=1)
+    assert run_module._in_words(told) == "2 processes: 1 on a (4 GPUs), 1 on b"
 
 
 @pytest.mark.parametrize("option", ["--elastic_training", "--min_elastic_nodes"])

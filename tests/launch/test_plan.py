@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from jspeed.core.errors import ConfigError, DataError, LaunchError
+from jspeed.core.errors import ConfigError, DataError, LaunchError, OutOfMemoryError
 from jspeed.core.processes import (
     FAILURE_FILE,
     LAUNCHER,
@@ -128,6 +128,18 @@ def test_the_first_reason_of_a_failure_stays(tmp_path, monkeypatch):
     found = Failure.from_json((tmp_path / "failure.json").read_text())
     assert (found.text, found.lost_peer, found.permanent) == ("the first", False, True)
     assert [path.name for path in tmp_path.iterdir()] == ["failure.json"]
+
+
+@pytest.mark.parametrize(
+    ("error", "permanent"),
+    [(OutOfMemoryError("1 GiB"), True), (DataError("gone"), False), (OSError("disk"), False)],
+)
+def test_what_fails_the_same_way_again_is_permanent(tmp_path, monkeypatch, error, permanent):
+    monkeypatch.setenv(FAILURE_FILE, str(tmp_path / "failure.json"))
+    monkeypatch.setenv(LAUNCHER, str(os.getppid()))
+    note_failure(error, str(error))
+    found = Failure.from_json((tmp_path / "failure.json").read_text())
+    assert found.permanent == permanent
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ import jax
 import numpy as np
 import optax
 import pytest
+from flax import nnx
+from safetensors.numpy import load_file
 
 import jspeed
 from jspeed.core.errors import CheckpointError, ConfigError
@@ -116,6 +118,25 @@ def test_what_is_frozen_costs_its_own_bytes_alone(stage: int) -> None:
     assert len(named_leaves(engine.state.opt_state)) >= 2 * (
         len(engine.layout.leaves) - len(frozen)
     )
+
+
+def test_others_get_what_is_frozen_as_all_else(tmp_path: Path) -> None:
+    """The module in fp32, files in 16 bits."""
+    engine = make(stage=2, trainable=TRAINED, **BF16)
+    wte = np.asarray(engine.state.master["wte"])
+    assert wte.dtype == "bfloat16"
+    held = named_leaves(nnx.to_pure_dict(nnx.state(engine.module, nnx.Param)))
+    whole = engine.parameters()
+    assert {str(leaf.dtype) for _, leaf in held} == {"float32"}
+    for path, leaf in held:
+        np.testing.assert_array_equal(np.asarray(leaf), whole[path], err_msg=path)
+    np.testing.assert_array_equal(whole["wte"], wte.astype(np.float32))
+    written = load_file(engine.save_16bit_model(tmp_path))
+    engine.model_factory = ModelFactory("gpt2", TINY, sequence_length=TINY.sequence_length)
+    engine.save_hf_model(tmp_path / "hf")
+    exported = load_file(tmp_path / "hf/model.safetensors")
+    for found in (written["wte"], exported["transformer.wte.weight"]):
+        np.testing.assert_array_equal(found, wte)
 
 
 def flops(trainable: list[str] | None) -> float:
