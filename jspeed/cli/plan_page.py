@@ -108,9 +108,12 @@ def verdict(plan: Plan) -> str:
 def volume_line(volume: Plan) -> str:
     times = volume["microbatches"]
     per = f" ({times} microbatches)" if times > 1 else ""
+    moved = f"{volume['parameter_multiples']:.2f} x the parameters over the batch axes"
+    if volume["zero_paper"] is None:
+        return f"{moved}, some of which are frozen{per}."
     return (
-        f"{volume['parameter_multiples']:.2f} x the parameters over the batch axes; the ZeRO paper "
-        f"has {volume['zero_paper']:.0f} x for stage {volume['zero_stage']}{per}."
+        f"{moved}; the ZeRO paper has {volume['zero_paper']:.0f} x for stage "
+        f"{volume['zero_stage']}{per}."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from jspeed.config import Config
@@ -38,4 +39,17 @@ def frozen_parameters(config: Config, layout: Layout) -> frozenset[str]:
         path
         for path in layout.leaves
         if not any(re.fullmatch(pattern, path) for pattern in patterns)
+    )
+
+
+def frozen_product_weights(layout: Layout) -> int:
+    """How many weights of matrix products are frozen, in jspeed's own models.
+
+    A table that is also the head counts, one that is only looked up does not.
+    """
+    heads = {"lm_head"} if "lm_head" in layout.leaves else {"wte", "embedding"}
+    return sum(
+        math.prod(layout.leaves[path].shape)
+        for path in layout.frozen
+        if path.endswith("/kernel") or path in heads
     )

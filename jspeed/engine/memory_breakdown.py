@@ -68,12 +68,14 @@ def memory_around(what: str, state: Any, layout: Layout) -> Iterator[None]:
 def state_on(device: Any, state: TrainState, layout: Layout) -> dict[str, int]:
     """Bytes of each role in a device's own memory."""
     masters = list(named_leaves(state.master))
+    # What is frozen, or has its master on the host, is there only as the parameter itself.
+    alone = layout.on_host | layout.frozen
     return {
         PARAMETERS: _bytes_on(
             device,
-            [*state.copies.values(), *(leaf for path, leaf in masters if path in layout.on_host)],
+            [*state.copies.values(), *(leaf for path, leaf in masters if path in alone)],
         ),
-        MASTER: _bytes_on(device, [leaf for path, leaf in masters if path not in layout.on_host]),
+        MASTER: _bytes_on(device, [leaf for path, leaf in masters if path not in alone]),
         MOMENTS: _bytes_on(
             device,
             [

@@ -4,6 +4,7 @@ changes of this run help most."""
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from jspeed.engine.state_explanation import explain_plan
 from jspeed.layout.explain import Explanation
 from jspeed.offload.capacity import host_memory
 from jspeed.profile.compiled import Compiled
-from jspeed.profile.exhausted import Shortage, read_shortage
+from jspeed.profile.exhausted import HOST_LIMIT, Shortage, read_shortage
 from jspeed.profile.live_bytes import OTHER_STATE, STATE_ROLES
 from jspeed.profile.memory import (
     ACTIVATIONS,
@@ -76,7 +77,19 @@ def out_of_memory_explained(given: Callable[[], Given], work: Callable[[], Work]
         shortage = read_shortage(error)
         if shortage is None:
             raise
-        raise OutOfMemoryError(describe(shortage, given(), work())) from error
+        raise OutOfMemoryError(_described(shortage, given, work)) from error
+
+
+def _described(shortage: Shortage, given: Callable[[], Given], work: Callable[[], Work]) -> str:
+    """The text of the error: what could be found out, since nothing may hide that memory ran
+    out."""
+    try:
+        return describe(shortage, given(), work())
+    except Exception as failed:
+        LOGGER.warning(
+            "who holds the memory was not found out: %s: %s", type(failed).__name__, failed
+        )
+        return f"Out of memory: {_asked(shortage)}.\nXLA said: {shortage.text}"
 
 
 def describe(shortage: Shortage, given: Given, work: Work) -> str:
@@ -85,6 +98,8 @@ def describe(shortage: Shortage, given: Given, work: Work) -> str:
     assert isinstance(mesh, Mesh), "out of memory on devices that are not there"
     device = mesh.local_mesh.devices.flat[0]
     state = explain_plan(given.program, given.plan)
+    if shortage.on_host:
+        return "\n".join(_of_host(shortage, state, work))
     # What a compiler has refused it would refuse again.
     compiled = None if shortage.in_compiler else _compiled(work)
     buffers = [] if compiled is None else _buffers(compiled, state, given, work)
@@ -103,6 +118,33 @@ def describe(shortage: Shortage, given: Given, work: Work) -> str:
         f"XLA said: {shortage.text}",
     ]
     return "\n".join(lines)
+
+
+def _of_host(shortage: Shortage, state: Explanation, work: Work) -> Iterator[str]:
+    """The text where it is the pool of pinned host memory that did not do: nothing that takes less
+    of a device helps it."""
+    yield (
+        f"Out of memory while {work.name}: {_asked(shortage)} of the pinned host memory that XLA "
+        "has for transfers and for what is offloaded; it is the host's memory, not a device's."
+    )
+    if state.host_bytes:
+        yield (
+            f"The training state holds {bytes_text(state.host_bytes)} of the host's memory or disk "
+            "for each device."
+        )
+    limit = os.environ.get(HOST_LIMIT)
+    now = f"{limit} now" if limit else "not set now, so 64"
+    rooms = host_memory()
+    free = (
+        f" This process can have {bytes_text(rooms[0].free)} more ({rooms[0].source})."
+        if rooms
+        else ""
+    )
+    yield (
+        f"Set the environment variable {HOST_LIMIT} ({now}) to more GB before the run starts, as "
+        f"far as the host has them, or offload less.{free}"
+    )
+    yield f"XLA said: {shortage.text}"
 
 
 def _doing(shortage: Shortage, work: Work) -> str:

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import optax
 
 from jspeed.config import Config, load_config
-from jspeed.core.errors import JspeedError
+from jspeed.config.batch import ACCUMULATION, MICRO
+from jspeed.core.errors import ConfigError, JspeedError
 from jspeed.engine.build import RunPlan, ScheduleFn, mesh_shape, plan_run
 from jspeed.engine.state_explanation import explain_plan
 from jspeed.layout.explain import Explanation
@@ -69,17 +70,16 @@ class Given:
     rules: Sequence[Rule] = ()
 
     def explain(self, overrides: Iterable[str] = ()) -> Explanation:
-        """Where the state would live with some keys changed.
+        """Where the state would live with some keys changed, and nothing of the training.
 
         Raises:
-          JspeedError: the run cannot be so.
+          JspeedError: the configuration does not load so, the run cannot be so, or its global batch
+            would be another.
         """
-        batch = self.plan.batch
-        tree = self.config.to_dict()
-        tree.pop("gradient_accumulation_steps", None)  # follows from the two others
-        tree["train_batch_size"] = batch.train_batch_size
-        tree["train_micro_batch_size_per_gpu"] = batch.micro_batch_size
-        config = load_config(tree, overrides=tuple(overrides))
+        overrides = tuple(overrides)
+        if not overrides:
+            return explain_plan(self.program, self.plan)
+        config = load_config(self.config.to_dict(), overrides=overrides)
         config.require_trainable()
         shape = mesh_shape(config, math.prod(self.plan.layout.sizes.values()))
         plan = plan_run(
@@ -90,6 +90,12 @@ class Given:
             schedule=self.schedule,
             rules=self.rules,
         )
+        before, after = self.plan.batch, plan.batch
+        if after.train_batch_size != before.train_batch_size:
+            raise ConfigError(
+                f'"train_batch_size" would be {after.train_batch_size} instead of '
+                f"{before.train_batch_size} with {' and '.join(overrides)}"
+            )
         return explain_plan(self.program, plan)
 
 
@@ -152,7 +158,9 @@ class _Search:
         reliefs = [relief for relief in every if relief is not None and relief.saves > enough]
         return sorted(reliefs, key=lambda relief: -relief.saves)
 
-    def _change(self, keys: Mapping[str, Any], saves: float = 0) -> Relief | None:
+    def _change(
+        self, keys: Mapping[str, Any], saves: float = 0, instead: str = ""
+    ) -> Relief | None:
         """The change of some keys, with what else than state it saves; None where the run cannot be
         so."""
         overrides = [f"{path}={json.dumps(value)}" for path, value in keys.items()]
@@ -160,7 +168,7 @@ class _Search:
             state = self._given.explain(overrides)
         except JspeedError:
             return None
-        return Relief(keys, round(saves) + self._state - _device_bytes(state))
+        return Relief(keys, round(saves) + self._state - _device_bytes(state), instead)
 
     def _held(self, *roles: str) -> int:
         return sum(buffer.bytes for buffer in self._buffers if buffer.role in roles)
@@ -221,13 +229,45 @@ class _Search:
 
     def _microbatch(self) -> Relief | None:
         """Fewer rows at once and more microbatches; as few fewer as does."""
-        micro, batch = self._plan.batch.micro_batch_size, self._plan.batch
-        for smaller in _smaller(micro, micro * batch.accumulation):
+        micro, best = self._plan.batch.micro_batch_size, None
+        for smaller in _smaller(micro, micro * self._plan.batch.accumulation):
             saves = self._of_examples * (1 - smaller / micro)
-            if self._missing is None or saves > self._missing or smaller == 1:
-                keys = {"train_micro_batch_size_per_gpu": smaller}
-                return Relief(keys, round(saves), instead=str(micro))
+            best = self._rows_at_once(smaller, saves) or best
+            if best is not None and (self._missing is None or best.saves > self._missing):
+                break
+        return best
+
+    def _rows_at_once(self, smaller: int, saves: float) -> Relief | None:
+        micro = self._plan.batch.micro_batch_size
+        if self._config.elasticity is None:
+            keys = self._batch_keys(smaller, self._plan.batch.accumulation * micro // smaller)
+            return self._change(keys, saves, self._now(keys))
+        sizes = self._config.elasticity.micro_batch_sizes
+        below = [size for size in sizes if size <= smaller]
+        # Which batch is chosen follows from the sizes: whether it stays shows when they are tried.
+        for tried in (below, sorted({*below, smaller})):
+            keys = {"elasticity.micro_batch_sizes": tried}
+            if tried and (relief := self._change(keys, saves, json.dumps(list(sizes)))):
+                return relief
         return None
+
+    def _batch_keys(self, micro: int, accumulation: int) -> dict[str, Any]:
+        """Those to write for such a batch of as many rows: what the file gives, and what does not
+        follow from it."""
+        batch = self._config.batch
+        keys: dict[str, Any] = {}
+        if batch.micro_batch_size != micro:
+            keys[MICRO] = micro
+        follows = batch.gradient_accumulation_steps is None and batch.train_batch_size is not None
+        if not follows and batch.gradient_accumulation_steps != accumulation:
+            keys[ACCUMULATION] = accumulation
+        return keys
+
+    def _now(self, keys: Mapping[str, Any]) -> str:
+        """What a batch's keys are, in their order."""
+        batch = self._plan.batch
+        sizes = {MICRO: batch.micro_batch_size, ACCUMULATION: batch.accumulation}
+        return " and ".join(str(sizes[key]) for key in keys)
 
     def _half_precision(self) -> Relief | None:
         if self._layout.compute_dtype != "float32":
@@ -243,6 +283,7 @@ class _Search:
         if sizes["data"] % 2 or self._sequence % (2 * sizes["seq"]):
             return None
         halves = {"mesh.seq": 2 * sizes["seq"], "mesh.data": sizes["data"] // 2}
+        halves |= self._batch_keys(1, 2 * self._plan.batch.accumulation)
         return self._change(halves, self._of_examples / 2)
 
 

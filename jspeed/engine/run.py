@@ -26,6 +26,7 @@ from jspeed.engine.compilation import enable_compile_cache
 from jspeed.engine.distributed import leave
 from jspeed.engine.engine import Engine, initialize
 from jspeed.engine.folder import CHECKPOINTS, METRICS, claim_folder, clear_folder, failure_noted
+from jspeed.engine.freezing import frozen_product_weights
 from jspeed.engine.loop import Loop, LoopSettings
 from jspeed.engine.memory_errors import RUNNING
 from jspeed.engine.progress import Display
@@ -256,6 +257,7 @@ def _loop_settings(engine: Engine, factory: ModelFactory, data: TextDataset) -> 
     run = engine.config.run
     assert run is not None
     tokens = engine.train_batch_size() * data.sequence_length
+    frozen = frozen_product_weights(engine.layout)
     return LoopSettings(
         directory=Path(run.dir),
         steps=run.steps,
@@ -263,7 +265,7 @@ def _loop_settings(engine: Engine, factory: ModelFactory, data: TextDataset) -> 
         save_every=run.save_every,
         keep_checkpoints=run.keep_checkpoints,
         tokens_per_step=tokens,
-        flops_per_step=tokens * factory.flops_per_token(data.sequence_length),
+        flops_per_step=tokens * factory.flops_per_token(data.sequence_length, frozen),
         breakdown=engine.config.wall_clock_breakdown,
     )
 

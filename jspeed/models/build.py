@@ -85,12 +85,16 @@ class ModelFactory:
             head += width * width
         return 6.0 * (layers * (attention + mlp) + head)
 
-    def flops_per_token(self, sequence_length: int) -> float:
+    def flops_per_token(self, sequence_length: int, frozen_weights: int = 0) -> float:
         """Model FLOPs of one token, forward and backward, without recomputation.
 
         Six per weight of every matrix product, and attention's `12 x layers x width x sequence`
         (PaLM, Chowdhery et al., 2022, appendix B; the causal half is not taken off). Of attention
         with a pattern only the blocks that it computes count.
+
+        Args:
+          sequence_length: in tokens.
+          frozen_weights: weights of matrix products that have no gradient: four each, at most.
         """
         config = self.config
         width = (
@@ -101,7 +105,7 @@ class ModelFactory:
         attention = 12.0 * config.layers * width * sequence_length
         if self.config.pattern is not None:
             attention *= self.share_of_scores(sequence_length)
-        return self.product_flops_per_token() + attention
+        return self.product_flops_per_token() - 2.0 * frozen_weights + attention
 
     def __call__(self, rngs: nnx.Rngs) -> nnx.Module:
         config: Any = self.config

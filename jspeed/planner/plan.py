@@ -24,6 +24,7 @@ from jspeed.engine.abstract_run import (
 )
 from jspeed.engine.build import RunPlan, mesh_shape, plan_run
 from jspeed.engine.compilation import auto_facts
+from jspeed.engine.freezing import frozen_product_weights
 from jspeed.engine.pipeline import pipeline_of
 from jspeed.engine.sparse_attention import sets_pattern
 from jspeed.engine.state_explanation import explain_plan, microbatch_shapes
@@ -93,7 +94,7 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
     microbatch = token_batch(config, run)
     length = microbatch["input_ids"].shape[-1]
     tokens = run.batch.train_batch_size * length
-    flops = tokens * factory.flops_per_token(length)
+    flops = tokens * factory.flops_per_token(length, frozen_product_weights(run.layout))
     if factory.config.attention == "described_cudnn" and "segment_ids" in microbatch:
         size = run.batch.micro_batch_size * length**2
         remarks.append(
@@ -230,6 +231,7 @@ def _plan(step: _Step, cluster: Cluster, remarks: list[str]) -> Plan:
             parameters=_elements_per_replica(layout),
             stage=layout.stage,
             accumulation=run.batch.accumulation,
+            frozen=bool(layout.frozen),
         ),
         time=time,
         model_flops=None if step.model_flops is None else step.model_flops / ways,

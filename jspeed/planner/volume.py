@@ -24,13 +24,13 @@ class Volume:
 
     Attributes:
       compiled: of the compiled step, an all-reduce counted as a reduce-scatter and an all-gather.
-      paper: by the ZeRO paper.
+      paper: by the ZeRO paper; None where parameters are frozen, which it does not know.
       stage: of ZeRO.
       accumulation: microbatches per step.
     """
 
     compiled: float
-    paper: float
+    paper: float | None
     stage: int
     accumulation: int
 
@@ -53,7 +53,12 @@ def paper_volume(stage: int, accumulation: int = 1) -> float:
 
 
 def volume(
-    collectives: Sequence[Collective], *, parameters: int, stage: int, accumulation: int
+    collectives: Sequence[Collective],
+    *,
+    parameters: int,
+    stage: int,
+    accumulation: int,
+    frozen: bool = False,
 ) -> Volume:
     """Counts what a compiled step moves over the batch axes.
 
@@ -63,10 +68,12 @@ def volume(
         `tensor` splits them.
       stage: of ZeRO.
       accumulation: microbatches per step.
+      frozen: whether some parameters have no gradient, so that the paper's volume does not hold.
     """
     moved = sum(
         _PASSES.get(found.kind, 0) * found.whole.elements * found.count
         for found in collectives
         if set(found.axes) & set(BATCH_AXES) and not set(found.axes) - set(BATCH_AXES)
     )
-    return Volume(moved / parameters, paper_volume(stage, accumulation), stage, accumulation)
+    paper = None if frozen else paper_volume(stage, accumulation)
+    return Volume(moved / parameters, paper, stage, accumulation)

@@ -1,4 +1,5 @@
-"""What XLA says when a device's memory does not do."""
+"""What XLA says when a device's memory does not do, or the pinned host memory that it takes for a
+device."""
 
 from __future__ import annotations
 
@@ -8,14 +9,20 @@ from dataclasses import dataclass
 import jax
 
 _MEMORY = re.compile(
-    r"out of memory|ran out of memory|failed to allocate|OUT_OF_MEMORY|exceeds the base limit",
+    r"out of memory|ran out of memory|failed to allocate|OUT_OF_MEMORY|exceeds the base limit|"
+    r"could not allocate pinned host memory",
     re.IGNORECASE,
 )
+HOST_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+"""The environment variable that limits XLA's pool of pinned host memory, in GB."""
+_ON_HOST = re.compile(rf"{HOST_LIMIT}|pinned host", re.IGNORECASE)
 _SIZE = r"([\d.]+) ?([KMGTP]?)(?:iB|B| bytes)?"
 # In the order of trust: exact bytes before what is rounded for people.
 _ASKED = (
     re.compile(r"request for [^(]*\((\d+)()B\)"),
-    re.compile(r"allocat(?:e|ing) (\d+)() bytes"),
+    re.compile(r"allocat(?:e|ing) [^(]*\((\d+)() bytes\)"),
+    re.compile(r"allocat(?:e|ing) (?:a )?(\d+)()[ -]bytes?"),
+    re.compile(r"pinned host memory of size:? (\d+)()"),
     re.compile(rf"allocat(?:e|ing) {_SIZE}\b"),
 )
 _COMPILED = re.compile(rf"Used {_SIZE} of {_SIZE} \w+")
@@ -25,19 +32,21 @@ _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5}
 
 @dataclass(frozen=True)
 class Shortage:
-    """A device's memory that did not do.
+    """Memory that did not do.
 
     Attributes:
       text: the first line of what XLA said.
       asked: bytes of the allocation that failed; None where it is not said.
       needed: bytes that a whole program needs, where the compiler refused it.
       limit: bytes that the compiler had for it.
+      on_host: whether it is the pool of pinned host memory, and not the device's own memory.
     """
 
     text: str
     asked: int | None = None
     needed: int | None = None
     limit: int | None = None
+    on_host: bool = False
 
     @property
     def in_compiler(self) -> bool:
@@ -46,7 +55,7 @@ class Shortage:
 
 
 def read_shortage(error: BaseException) -> Shortage | None:
-    """What an error says of a device's memory; None for an error of another kind.
+    """What an error says of memory that ran out; None for an error of another kind.
 
     XLA reports other things as exhausted too, such as a kernel's shared memory or the size of a
     message; those are none.
@@ -62,10 +71,11 @@ def read_shortage(error: BaseException) -> Shortage | None:
         if found := pattern.search(text):
             used, used_unit, limit, limit_unit = found.groups()
             return Shortage(first, None, _bytes(used, used_unit), _bytes(limit, limit_unit))
+    on_host = bool(_ON_HOST.search(first))
     for pattern in _ASKED:
         if found := pattern.search(text):
-            return Shortage(first, _bytes(*found.groups()))
-    return Shortage(first)
+            return Shortage(first, _bytes(*found.groups()), on_host=on_host)
+    return Shortage(first, on_host=on_host)
 
 
 def _bytes(number: str, unit: str) -> int:

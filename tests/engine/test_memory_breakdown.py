@@ -11,6 +11,8 @@ import pytest
 
 from jspeed.core.units import bytes_text
 from jspeed.engine.memory_breakdown import _bytes_on, state_on
+from jspeed.engine.state_explanation import explain_plan
+from jspeed.layout.zero import Role
 from tests.engine.engines import make_engine
 from tests.training.curves import TINY, ds_config
 
@@ -59,3 +61,15 @@ def test_what_is_parked_counts_for_nothing() -> None:
     after = state_on(device, engine.state, engine.layout)
     assert after["optimizer moments"] == 0
     assert after["master weights"] == before["master weights"]
+
+
+def test_frozen_parameters_have_no_masters() -> None:
+    config = ds_config(
+        stage=0, micro=4, optimizer="AdamW", memory_breakdown=True, trainable=["blocks/.*"]
+    )
+    engine = make_engine(config)
+    held = state_on(jax.devices()[0], engine.state, engine.layout)
+    explained = explain_plan(engine._program, engine.plan)
+    assert held["parameters"] == explained.role_bytes(Role.PARAM) > 0
+    assert held["master weights"] == explained.role_bytes(Role.MASTER) > 0
+    assert held["optimizer moments"] == 2 * held["master weights"]

@@ -163,3 +163,25 @@ def test_other_errors_pass(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(engine, "train_step", broken)
     with pytest.raises(jax.errors.JaxRuntimeError, match="ptxas"):
         engine.train_batch(batch_of(engine))
+
+
+def test_the_hosts_pinned_memory(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: Any) -> Any:
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 3.00GiB. Please set the "
+            "environment variable XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB to allocate larger host memory "
+            "than the default 64 GB."
+        )
+
+    monkeypatch.setenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "32")
+    monkeypatch.setattr(engine, "train_step", refuses)
+    lines, _ = told(lambda: engine.train_batch(batch_of(engine)))
+    text = "\n".join(lines)
+    assert lines[0].startswith(
+        "Out of memory while running the training step: 3.0 GiB in one piece could not be had of "
+        "the pinned host memory"
+    )
+    assert "Set the environment variable XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB (32 now)" in text
+    assert lines[-1].startswith("XLA said: RESOURCE_EXHAUSTED: ")
+    for device_advice in ("What would take less", "micro_batch", "zero_optimization"):
+        assert device_advice not in text

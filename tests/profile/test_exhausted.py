@@ -53,6 +53,44 @@ def test_what_was_asked_for(text: str, asked: int | None) -> None:
     assert found.text == text.split("\n")[0]
 
 
+# The words of XLA's pool of pinned host memory: in 0.10.2's and 0.12's plugins for CUDA.
+@pytest.mark.parametrize(
+    ("text", "asked"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 3.00GiB. Please set the "
+            "environment variable XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB to allocate larger host memory "
+            "than the default 64 GB.",
+            3 * GIB,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Failed to allocate 4.0KiB (4096 bytes) of pinned host memory: "
+            "CUDA_ERROR_INVALID_VALUE",
+            4096,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Failed to allocate a 8192-byte pinned host staging buffer for a "
+            "device-to-host transfer. The pinned host pool may be exhausted or fragmented (see "
+            "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB), or the underlying pinned allocation failed.",
+            8192,
+        ),
+        ("INTERNAL: Could not allocate pinned host memory of size: 1024", 1024),
+        ("INTERNAL: Could not allocate pinned host memory", None),
+    ],
+)
+def test_pinned_host_memory_is_not_the_devices(text: str, asked: int | None) -> None:
+    found = shortage(text)
+    assert found is not None
+    assert found.on_host
+    assert (found.asked, found.needed) == (asked, None)
+
+
+def test_a_devices_memory_is_not_the_hosts() -> None:
+    found = shortage("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 3.50GiB.")
+    assert found is not None
+    assert not found.on_host
+
+
 # LargeWorldModel/LWM #60; jax-ml/jax #27354.
 @pytest.mark.parametrize(
     ("text", "needed", "limit"),
