@@ -115,7 +115,8 @@ class Bounds:
 
     def _compute_seconds(self, candidate: Candidate, config: Config, laid_out: _LaidOut) -> float:
         """Causal attention is counted so; what remat computes again, without attention and without
-        the last product of each layer, whose result nothing needs."""
+        the last product of each layer, whose result nothing needs. Forward alone where something is
+        frozen: a bound must not be too high."""
         model, length = self._factory, sequence_length(config)
         shape = model.config
         products = model.product_flops_per_token()
@@ -127,6 +128,8 @@ class Bounds:
         if candidate.remat == "full":
             last = 2.0 * shape.layers * shape.hidden_size * shape.intermediate_size
             layers += (products - head) / 3 - last
+        if config.trainable is not None:  # what is frozen may have no backward pass at all
+            layers, head = forward, head / 3
         flops = _longest_stage(
             candidate,
             laid_out.order,
@@ -140,7 +143,10 @@ class Bounds:
 
     def _network_seconds(self, candidate: Candidate, config: Config, state: Explanation) -> float:
         """Stage 0: an all-reduce of the gradients a step. 1: a reduce-scatter and an all-gather a
-        step. 2: the reduce-scatter a microbatch. 3: both a microbatch."""
+        step. 2: the reduce-scatter a microbatch. 3: both a microbatch. What is frozen has none of
+        it before stage 3; nothing is counted then."""
+        if config.trainable is not None:
+            return 0.0
         precision = config.precision
         wire = _SIZES[precision.communication_dtype or precision.compute_dtype]
         copies = _SIZES[precision.compute_dtype]
