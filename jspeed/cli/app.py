@@ -27,7 +27,7 @@ from jspeed.cli.environment import (
 )
 from jspeed.cli.interrupts import note_termination
 from jspeed.cli.launch_options import launch
-from jspeed.config import load_config
+from jspeed.config import Config, load_config
 
 app = typer.Typer(
     name="jspeed",
@@ -76,6 +76,19 @@ def common(
     del version
 
 
+def _prepared(run: str, overrides: list[str], devices: int | None) -> Config:
+    """The configuration of a run that is to be trained, once JAX has been told what it needs."""
+    loaded = load_config(run, overrides=tuple(overrides))
+    if devices is not None:
+        overrides = [*overrides, *device_overrides(loaded, devices)]
+        loaded = load_config(run, overrides=tuple(overrides))
+    if loaded.model and loaded.data and loaded.run:
+        # Now rather than after JAX is imported and a tokenizer trained.
+        loaded.resolve_auto().require_trainable()
+    prepare_jax(loaded, devices)
+    return loaded
+
+
 @app.command()
 def train(
     run: RunFile,
@@ -99,14 +112,7 @@ def train(
         overrides = list(set_ or [])
         if steps is not None:
             overrides.append(f"run.steps={steps}")
-        loaded = load_config(run, overrides=tuple(overrides))
-        if devices is not None:
-            overrides += device_overrides(loaded, devices)
-            loaded = load_config(run, overrides=tuple(overrides))
-        if loaded.model and loaded.data and loaded.run:
-            # Now rather than after JAX is imported and a tokenizer trained.
-            loaded.resolve_auto().require_trainable()
-        prepare_jax(loaded, devices)
+        loaded = _prepared(run, overrides, devices)
         from jspeed.cli.train import train_command
 
         code = train_command(loaded, resume=resume, overwrite=overwrite, terminated=terminated)
@@ -282,14 +288,7 @@ def profile(
     json: AsJson = False,
 ) -> None:
     """Trace steps of a run, and print where their time goes."""
-    overrides = list(set_ or [])
-    loaded = load_config(run, overrides=tuple(overrides))
-    if devices is not None:
-        overrides += device_overrides(loaded, devices)
-        loaded = load_config(run, overrides=tuple(overrides))
-    if loaded.model and loaded.data and loaded.run:
-        loaded.resolve_auto().require_trainable()
-    prepare_jax(loaded, devices)
+    loaded = _prepared(run, list(set_ or []), devices)
     from jspeed.cli.profile import profile_command
 
     profile_command(loaded, steps=steps, output=output, depth=depth, as_json=json)

@@ -10,6 +10,7 @@ from jspeed.profile.flops_page import amount, columns
 from jspeed.profile.kinds import Kind
 from jspeed.profile.peaks import peak_flops
 from jspeed.profile.step_trace import ModuleTime
+from jspeed.profile.tree import walk
 
 _BUSY = tuple(kind for kind in Kind if kind is not Kind.IDLE)
 
@@ -59,9 +60,9 @@ def _kinds(run: ProfiledRun) -> list[str]:
 
 def _modules(run: ProfiledRun, depth: int) -> list[str]:
     steps = run.trace.steps
-    flops = {node.path: node.total for _, node in run.flops.model.walk() if node.name[0] != "("}
+    flops = {node.path: node.total for _, node in walk(run.flops.model) if node.name[0] != "("}
     rows = [["module", "ms per step", "share", *(kind.value for kind in _BUSY), "FLOP/s"]]
-    for at, node in run.trace.step.walk():
+    for at, node in walk(run.trace.step):
         if 0 <= depth < at or (at == 1 and node.name == f"({Kind.IDLE.value})"):
             continue
         seconds = node.total / steps

@@ -5,6 +5,7 @@ from typing import Any
 
 from jspeed.config import elastic_rules, patterns, remat_rules
 from jspeed.config import sections as types
+from jspeed.config import sections_run as of_runs
 from jspeed.config.batch import ACCUMULATION, MICRO, TRAIN
 from jspeed.config.check import Entry, Source
 from jspeed.config.key import LATER, MAPPED
@@ -269,44 +270,44 @@ def data(values: Values) -> types.DataConfig | None:
     return types.DataConfig(**fields, tokenizer=tokenizer)
 
 
-def run(values: Values) -> types.RunConfig | None:
+def run(values: Values) -> of_runs.RunConfig | None:
     """Return the run section, or None when there is none."""
     if not values.has_section("run"):
         return None
-    watchdog = types.WatchdogConfig(**_fields(values, "run.watchdog", types.WatchdogConfig))
-    anomalies = types.AnomaliesConfig(**_fields(values, "run.anomalies", types.AnomaliesConfig))
-    fields = _fields(values, "run", types.RunConfig, leave_out=("watchdog", "anomalies"))
-    return types.RunConfig(**fields, watchdog=watchdog, anomalies=anomalies)
+    watchdog = of_runs.WatchdogConfig(**_fields(values, "run.watchdog", of_runs.WatchdogConfig))
+    anomalies = of_runs.AnomaliesConfig(**_fields(values, "run.anomalies", of_runs.AnomaliesConfig))
+    fields = _fields(values, "run", of_runs.RunConfig, leave_out=("watchdog", "anomalies"))
+    return of_runs.RunConfig(**fields, watchdog=watchdog, anomalies=anomalies)
 
 
-def cluster(values: Values) -> types.ClusterConfig:
+def cluster(values: Values) -> of_runs.ClusterConfig:
     """Return what the run is planned for."""
-    return types.ClusterConfig(**_fields(values, "cluster", types.ClusterConfig))
+    return of_runs.ClusterConfig(**_fields(values, "cluster", of_runs.ClusterConfig))
 
 
-def sweep(values: Values) -> types.SweepConfig:
+def sweep(values: Values) -> of_runs.SweepConfig:
     """Return what a sweep tries; the defaults where there is no such section."""
-    fields = _fields(values, "sweep", types.SweepConfig)
+    fields = _fields(values, "sweep", of_runs.SweepConfig)
     for name, value in fields.items():
         fields[name] = tuple(value) if isinstance(value, list) else value
-    return types.SweepConfig(**fields)
+    return of_runs.SweepConfig(**fields)
 
 
-def monitor(values: Values, name: str) -> types.MonitorConfig:
+def monitor(values: Values, name: str) -> of_runs.MonitorConfig:
     """Return the section of one monitor."""
     names = [path.removeprefix(f"{name}.") for path in KEYS if path.startswith(f"{name}.")]
-    return types.MonitorConfig(**{key: values.get(f"{name}.{key}") for key in names})
+    return of_runs.MonitorConfig(**{key: values.get(f"{name}.{key}") for key in names})
 
 
-def flops_profiler(values: Values) -> types.FlopsProfilerConfig:
+def flops_profiler(values: Values) -> of_runs.FlopsProfilerConfig:
     """Return DeepSpeed's FLOPs profiler section."""
-    section = types.FlopsProfilerConfig
+    section = of_runs.FlopsProfilerConfig
     return section(**_fields(values, "flops_profiler", section))
 
 
-def comms_logger(values: Values) -> types.CommsLoggerConfig:
+def comms_logger(values: Values) -> of_runs.CommsLoggerConfig:
     """Return DeepSpeed's communication logger section."""
-    section = types.CommsLoggerConfig
+    section = of_runs.CommsLoggerConfig
     fields = _fields(values, "comms_logger", section)
     return section(**{**fields, "prof_ops": tuple(fields["prof_ops"])})
 

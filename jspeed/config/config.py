@@ -14,24 +14,26 @@ from jspeed.config.rules import broken_rules
 from jspeed.config.sections import (
     ActivationCheckpointingConfig,
     BatchConfig,
-    CheckpointConfig,
-    ClusterConfig,
-    CommsLoggerConfig,
     DataConfig,
     ElasticityConfig,
-    FlopsProfilerConfig,
     MeshConfig,
     ModelConfig,
-    MonitorConfig,
     OptimizerConfig,
     PipelineConfig,
     PrecisionConfig,
-    RunConfig,
     SchedulerConfig,
     SparseAttentionConfig,
-    SweepConfig,
     TensorParallelConfig,
     ZeroConfig,
+)
+from jspeed.config.sections_run import (
+    CheckpointConfig,
+    ClusterConfig,
+    CommsLoggerConfig,
+    FlopsProfilerConfig,
+    MonitorConfig,
+    RunConfig,
+    SweepConfig,
 )
 from jspeed.config.values import Values
 

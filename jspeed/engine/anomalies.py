@@ -14,7 +14,7 @@ from jspeed.core.errors import AnomalyError, JspeedError, ModelError
 from jspeed.engine.overflow import note_overflow
 
 if TYPE_CHECKING:
-    from jspeed.config.sections import AnomaliesConfig, Policy
+    from jspeed.config.sections_run import AnomaliesConfig, Policy
 
 # Of a normal distribution the standard deviation is so many times the median deviation.
 _SIGMA = 1.4826

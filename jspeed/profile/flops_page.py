@@ -8,6 +8,7 @@ from typing import Any
 
 from jspeed.profile.owners import Phase
 from jspeed.profile.step_flops import ModuleFlops, StepFlops
+from jspeed.profile.tree import walk
 
 _UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K"))
 
@@ -95,7 +96,7 @@ def flops_tables(
     flops: StepFlops, *, module_depth: int = -1, top_modules: int = 1, detailed: bool = True
 ) -> list[str]:
     """The lines about modules alone; arguments as of `flops_page`."""
-    deepest = max(depth for depth, _ in flops.model.walk())
+    deepest = max(depth for depth, _ in walk(flops.model))
     last = deepest if module_depth < 0 else min(module_depth, deepest)
     lines = list(_top(flops.model, last, top_modules))
     return [*lines, "", *_tree(flops.model, last)] if detailed else lines
@@ -153,7 +154,7 @@ def _utilisation(report: FlopsReport) -> str:
 def _top(model: ModuleFlops, last: int, count: int) -> Iterator[str]:
     yield f"most FLOPs by depth (top {count})"
     for depth in range(1, last + 1):
-        nodes = [node for at, node in model.walk() if at == depth and node.total]
+        nodes = [node for at, node in walk(model) if at == depth and node.total]
         best = sorted(nodes, key=lambda node: -node.total)[:count]
         if best:
             named = ", ".join(
@@ -165,7 +166,7 @@ def _top(model: ModuleFlops, last: int, count: int) -> Iterator[str]:
 def _tree(model: ModuleFlops, last: int) -> list[str]:
     phases = [phase for phase in Phase if model.flops[phase] or phase is Phase.FORWARD]
     rows = [["module", "parameters", "FLOPs", "share", *(phase.value for phase in phases)]]
-    for depth, node in model.walk():
+    for depth, node in walk(model):
         if depth <= last and (node.total or node.parameters):
             rows.append(
                 [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,12 +34,6 @@ class ModuleFlops:
     def total(self) -> float:
         """FLOPs, recomputation included."""
         return sum(self.flops.values())
-
-    def walk(self, depth: int = 0) -> Iterator[tuple[int, ModuleFlops]]:
-        """Depth and module, of this one and of all inside, from the outside in."""
-        yield depth, self
-        for child in self.children:
-            yield from child.walk(depth + 1)
 
     def to_json(self) -> dict[str, Any]:
         """Itself and all inside, ready for JSON."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -40,12 +40,6 @@ class ModuleTime:
     def total(self) -> float:
         """Seconds of all kinds."""
         return sum(self.seconds.values())
-
-    def walk(self, depth: int = 0) -> Iterator[tuple[int, ModuleTime]]:
-        """Depth and node, from the outside in."""
-        yield depth, self
-        for child in self.children:
-            yield from child.walk(depth + 1)
 
     def to_json(self) -> dict[str, Any]:
         """Itself and all inside, ready for JSON."""

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 import jspeed
-from jspeed.config.sections import AnomaliesConfig
+from jspeed.config.sections_run import AnomaliesConfig
 from jspeed.core.tree import named_leaves
 from jspeed.engine.anomalies import Anomalies
 from jspeed.engine.engine import Engine

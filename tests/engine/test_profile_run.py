@@ -11,6 +11,7 @@ from jspeed.config import load_config
 from jspeed.core.errors import ConfigError
 from jspeed.engine.profile_run import ProfiledRun, parse_steps, profile_run
 from jspeed.profile.kinds import Kind
+from jspeed.profile.tree import walk
 from tests.engine.runs import tiny_run
 
 
@@ -28,7 +29,7 @@ def profiled(tmp_path_factory: pytest.TempPathFactory) -> ProfiledRun:
 def test_time_adds_up_to_the_steps(profiled: ProfiledRun) -> None:
     trace = profiled.trace
     assert trace.step.total == pytest.approx(trace.seconds, rel=1e-6)
-    for _, node in trace.step.walk():
+    for _, node in walk(trace.step):
         if node.children:
             inside = sum(child.total for child in node.children)
             assert inside <= node.total * (1 + 1e-6), node.path
@@ -39,7 +40,7 @@ def test_time_adds_up_to_the_steps(profiled: ProfiledRun) -> None:
 def test_every_event_of_the_step_is_known(profiled: ProfiledRun) -> None:
     # Beside the step there is what places the batch, which is quick.
     assert profiled.trace.unknown < 0.02
-    nodes = {node.path: node for _, node in profiled.trace.step.walk() if node.name[0] != "("}
+    nodes = {node.path: node for _, node in walk(profiled.trace.step) if node.name[0] != "("}
     for path in ("blocks/attn/qkv", "blocks/mlp/fc", "blocks/mlp/proj"):
         assert nodes[path].seconds[Kind.MATMUL] > 0
     assert nodes["blocks/ln_1"].seconds[Kind.MATMUL] == 0

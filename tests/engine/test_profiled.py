@@ -20,6 +20,7 @@ from jspeed.engine import Engine
 from jspeed.models import ModelFactory
 from jspeed.nn import language_model_loss
 from jspeed.profile.owners import Phase
+from jspeed.profile.tree import walk
 from jspeed.training import program_nnx
 from tests.training.curves import BATCH, SEQ, TINY, batches, ds_config
 
@@ -75,7 +76,7 @@ def test_the_count_by_hand_holds(profiled: tuple[Engine, list[str]]) -> None:
 def test_parameters_and_flops_add_up(profiled: tuple[Engine, list[str]]) -> None:
     report = profiled[0].flops_report
     assert report is not None
-    nodes = {node.path: node for _, node in report.flops.model.walk() if node.name[0] != "("}
+    nodes = {node.path: node for _, node in walk(report.flops.model) if node.name[0] != "("}
     sizes = {path: leaf.size for path, leaf in profiled[0].parameters().items()}
     assert nodes[""].parameters == sum(sizes.values())
     assert nodes["blocks/mlp/fc"].parameters == sum(
@@ -84,7 +85,7 @@ def test_parameters_and_flops_add_up(profiled: tuple[Engine, list[str]]) -> None
     assert (
         nodes["blocks/mlp"].total == nodes["blocks/mlp/fc"].total + nodes["blocks/mlp/proj"].total
     )
-    for _, node in report.flops.model.walk():
+    for _, node in walk(report.flops.model):
         if node.children:
             assert sum(child.total for child in node.children) == node.total, node.path
 
@@ -237,5 +238,5 @@ def test_names_are_not_those_of_an_older_program_in_the_compilation_cache(
             jax.config.update(name, value)
         compilation_cache.reset_cache()
     assert engine.flops_report is not None
-    nodes = {node.path: node for _, node in engine.flops_report.flops.model.walk()}
+    nodes = {node.path: node for _, node in walk(engine.flops_report.flops.model)}
     assert nodes["blocks/mlp/fc"].total > 0

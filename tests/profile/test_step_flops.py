@@ -16,6 +16,7 @@ from jspeed.profile.flops import products, unknown_kernels
 from jspeed.profile.hlo import parse_module
 from jspeed.profile.owners import Owners, Phase, module_paths
 from jspeed.profile.step_flops import StepFlops, even_parts, step_flops
+from jspeed.profile.tree import walk
 from jspeed.training.module_scopes import module_scopes
 
 ROWS, WIDTH, INNER, LAYERS = 6, 8, 32, 3
@@ -104,10 +105,10 @@ def test_scanned_layers_count_as_unrolled_ones(scanned: StepFlops) -> None:
 
 
 def test_modules_add_up_to_the_step(scanned: StepFlops) -> None:
-    nodes = {node.path or node.name: node for _, node in scanned.model.walk()}
+    nodes = {node.path or node.name: node for _, node in walk(scanned.model)}
     assert nodes["layers/up"].total == nodes["layers/down"].total == 3 * LAYERS * LAYER_FLOPS / 2
     assert nodes["layers/up"].parameters == LAYERS * (WIDTH + 1) * INNER
-    for _, node in scanned.model.walk():
+    for _, node in walk(scanned.model):
         if node.children:
             assert sum(child.total for child in node.children) == node.total, node.path
     assert scanned.model.parameters == LAYERS * ((WIDTH + 1) * INNER + (INNER + 1) * WIDTH) + 64
@@ -118,7 +119,7 @@ def test_rematerialisation_shows_as_what_is_computed_again(scanned: StepFlops) -
     # XLA drops the second product of each layer: no gradient needs its result.
     assert rematted.recomputed == LAYERS * LAYER_FLOPS / 2
     assert rematted.total - rematted.recomputed == scanned.total
-    again = {node.path for _, node in rematted.model.walk() if node.flops[Phase.RECOMPUTED]}
+    again = {node.path for _, node in walk(rematted.model) if node.flops[Phase.RECOMPUTED]}
     assert again == {"", "layers", "layers/up"}
 
 

@@ -13,6 +13,7 @@ from jspeed.profile.owners import Owners
 from jspeed.profile.step_trace import Reader, StepTrace
 from jspeed.profile.trace import Trace, TraceEvent
 from jspeed.profile.traffic import bus_share
+from jspeed.profile.tree import walk
 
 TEXT = """HloModule jit_step, is_scheduled=true
 
@@ -94,7 +95,7 @@ def test_kinds_add_up_to_the_window(summed: StepTrace) -> None:
 
 
 def test_modules_add_up_too(summed: StepTrace) -> None:
-    nodes = {node.path or node.name: node for _, node in summed.step.walk()}
+    nodes = {node.path or node.name: node for _, node in walk(summed.step)}
     assert nodes["layer/up"].seconds[Kind.MATMUL] == pytest.approx(150e-9)  # named inside alone
     assert nodes["layer"].total == pytest.approx(200e-9)
     assert nodes["(update)"].seconds[Kind.COLLECTIVE] == pytest.approx(390e-9)
