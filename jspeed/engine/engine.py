@@ -195,8 +195,9 @@ class Engine(Checkpointing, Parking, Profiled):
         self._metrics: Metrics | None = None
         self._store: EngineCheckpoints | None = None
         self._compile_step()
-        if config.memory_breakdown:
+        if config.memory_breakdown or self.is_profiled:
             heed_log_level(config, prints=True)
+        if config.memory_breakdown:
             log_memory("with the engine made", jax.block_until_ready(self._state), self.layout)
         self._reporter: Reporter | None = None
         if report:
@@ -235,6 +236,12 @@ class Engine(Checkpointing, Parking, Profiled):
             accumulation=self.plan.batch.accumulation,
         )
 
+    def _state_to_run(self) -> TrainState:
+        """The state as the next step is given it."""
+        if not self.plan.step.skip_losses:
+            return self._state
+        return replace(self._state, loss_limit=replicated(self.loss_limit, self.layout))
+
     @refuses(TRAIN_BATCH)
     def train_batch(self, batch: Any) -> Metrics:
         """One optimizer step on one global batch.
@@ -255,10 +262,8 @@ class Engine(Checkpointing, Parking, Profiled):
         self.check_reloaded()
         steps = self.global_steps
         with self._watched(f"step {steps + 1}"), self.out_of_memory_explained(RUNNING, batch):
-            placed, state = self.place_batch(batch), self._state
-            if self.plan.step.skip_losses:
-                state = replace(state, loss_limit=replicated(self.loss_limit, self.layout))
-            with self._profiled(steps + 1, placed):
+            placed, state = self.place_batch(batch), self._state_to_run()
+            with self._profiled(steps + 1, state, placed):
                 self._state, metrics = self.train_step(state, placed)
             self.wait_at_first(self.train_step, placed, metrics["loss"])
         self._metrics = metrics
@@ -343,7 +348,7 @@ class Engine(Checkpointing, Parking, Profiled):
     def close(self) -> None:
         """Waits for the running save, reports the last step, and what `comms_logger` counted, and
         closes the monitors."""
-        self.tell_comms()
+        self.tell_at_end()
         if self._reporter is not None:
             self._reporter.close()
         self.wait_for_checkpoint()

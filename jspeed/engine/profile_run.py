@@ -131,7 +131,7 @@ def profile_run(
         collectives=program.collectives(),
         sizes=engine.layout.sizes,
     )
-    engine.tell_comms()
+    engine.tell_at_end()
     perfetto = path.with_name("perfetto_trace.json.gz")
     return ProfiledRun(
         first,

@@ -21,6 +21,7 @@ from jspeed.profile.comms_page import comms_list, comms_page, comms_rows
 from jspeed.profile.flops_page import FlopsReport, flops_page
 from jspeed.profile.peaks import peak_flops
 from jspeed.profile.traffic import Traffic
+from jspeed.training.state import TrainState
 
 
 class Profiled(Accessors):
@@ -35,8 +36,17 @@ class Profiled(Accessors):
     flops_report: FlopsReport | None = None
     place_batch: Any
     _device_step: Any
+    _state_to_run: Callable[[], TrainState]
     _seen: tuple[Any, Any] | None = None
+    _seen_batch: Any = None
+    _steps_seen: int = 0
     _program_read: StepProgram | None = None
+    _flops_told: bool = False
+
+    @property
+    def is_profiled(self) -> bool:
+        """Whether a key asks for either."""
+        return self.config.flops_profiler.enabled or self.config.comms_logger.enabled
 
     def step_program(self) -> StepProgram:
         """The compiled step as the devices run it.
@@ -65,9 +75,18 @@ class Profiled(Accessors):
         Args:
           batch: as for `train_batch`.
         """
-        if self._seen is None:
-            self._seen = shapes_of((self._state, self.place_batch(batch)))
+        self._look_at(self._state_to_run(), self.place_batch(batch))
         return self.step_program()
+
+    def _look_at(self, state: TrainState, batch: Any) -> bool:
+        """Notes what a step is compiled for; whether that is new."""
+        leaves, structure = jax.tree.flatten(batch)
+        seen = (structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
+        if seen == self._seen_batch:
+            return False
+        self._forget_program()
+        self._seen, self._seen_batch = shapes_of((state, batch)), seen
+        return True
 
     def comms_summary(self, *, show: bool = True) -> list[Traffic]:
         """What one device sends and gets in one step, from the program compiled for this backend.
@@ -88,7 +107,7 @@ class Profiled(Accessors):
         if show:
             page = comms_page(
                 rows,
-                steps=self.global_steps,
+                steps=self._steps_seen,
                 backend=self.device.platform,
                 devices=self.world_size,
             )
@@ -97,47 +116,68 @@ class Profiled(Accessors):
 
     log_summary = comms_summary
 
-    def tell_comms(self) -> None:
-        """`comms_summary` at the end, if `comms_logger` asks for it and a step ran."""
-        if self.config.comms_logger.enabled and self._seen is not None:
-            self.comms_summary()
+    def tell_at_end(self) -> None:
+        """`comms_summary`, if `comms_logger` asks for it; and what was asked for and never came."""
+        flops, comms = self.config.flops_profiler, self.config.comms_logger
+        if comms.enabled:
+            self._try("comms_logger", self.comms_summary)
+        if flops.enabled and not self._flops_told:
+            self._flops_told = True
+            self._tell(
+                f'"flops_profiler.profile_step": engine.train_batch took no step '
+                f"{flops.profile_step}, so nothing is profiled."
+            )
+
+    def _try(self, key: str, tell: Callable[[], Any]) -> None:
+        """Tells something, or why it cannot be told: a diagnosis must not end a run."""
+        try:
+            tell()
+        except JspeedError as error:
+            self._tell(f'"{key}": {error}')
 
     def _forget_program(self) -> None:
-        self._seen = self._program_read = None
+        self._seen = self._seen_batch = self._program_read = None
+        self._steps_seen = 0
 
     @contextmanager
-    def _profiled(self, step: int, batch: Any) -> Iterator[None]:
+    def _profiled(self, step: int, state: TrainState, batch: Any) -> Iterator[None]:
         """Around a step: notes the shapes it is compiled for, and measures it if that is due."""
         flops, comms = self.config.flops_profiler, self.config.comms_logger
-        first = self._seen is None
-        if first:
-            self._seen = shapes_of((self._state, batch))
-            if flops.enabled or comms.enabled:
-                self.step_program()  # before the first step, which would take a cached program
+        start = self._seen is None
+        new = self._look_at(state, batch)
+        if start and self.is_profiled:
+            self._try("flops_profiler" if flops.enabled else "comms_logger", self.step_program)
             if comms.enabled and comms.verbose:
-                self._tell(self._comms_list(comms))
-            if flops.enabled and step > flops.profile_step and self.flops_report is None:
+                self._try("comms_logger", lambda: self._tell(self._comms_list(comms)))
+            if flops.enabled and step > flops.profile_step and not self._flops_told:
+                self._flops_told = True
                 self._tell(
                     f'"flops_profiler.profile_step": {flops.profile_step} was before this start, '
                     f"which begins with step {step}: no step is profiled."
                 )
-        if not (flops.enabled and step == flops.profile_step):
+        if not (flops.enabled and step == flops.profile_step and not self._flops_told):
             yield
+            self._steps_seen += 1
             return
-        program = self.step_program()  # compiled before the clock starts
-        jax.block_until_ready((self._state, batch))
+        self._flops_told = True
+        self._try("flops_profiler", self.step_program)  # compiled before the clock starts
+        jax.block_until_ready((state, batch))
         began = time.perf_counter()
         yield
         jax.block_until_ready(self._state)
         seconds = time.perf_counter() - began
-        self.flops_report = self._flops_report(program, step, seconds, first=first)
-        self._tell_flops(self.flops_report, flops)
+        self._steps_seen += 1
+        self._try("flops_profiler", lambda: self._tell_step(step, seconds, first=new))
+
+    def _tell_step(self, step: int, seconds: float, *, first: bool) -> None:
+        self.flops_report = self._flops_report(self.step_program(), step, seconds, first=first)
+        self._tell_flops(self.flops_report, self.config.flops_profiler)
 
     def _flops_report(
         self, program: StepProgram, step: int, seconds: float, *, first: bool
     ) -> FlopsReport:
         remarks = (
-            ("this was the first step after the start; a later profile_step finds it warm",)
+            ("this was the first step with this batch's shapes; a later one would be warm",)
             if first
             else ()
         )

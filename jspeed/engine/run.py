@@ -191,7 +191,7 @@ def _train_run(
                 files={_TOKENIZER: _tokenizer_bytes(parts.data, directory)},
                 earlier=lambda: early.requested,
             ).run()
-            engine.tell_comms()
+            engine.tell_at_end()
     return RunResult(state, engine.global_steps, directory)
 
 

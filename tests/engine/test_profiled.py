@@ -197,7 +197,7 @@ def test_the_page_goes_to_a_file(tmp_path: Path) -> None:
     assert said == []
     text = path.read_text()
     assert text.startswith("FLOPs of step 1 on 1 x cpu")
-    assert "note: this was the first step after the start" in text
+    assert "note: this was the first step with this batch's shapes" in text
     assert "module  " not in text  # detailed is off
 
 
