@@ -147,7 +147,7 @@ def make_abstract_mesh(shape: MeshShape) -> AbstractMesh:
     return AbstractMesh(shape.sizes(), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def stages_of(mesh: Mesh, devices: Iterable[jax.Device]) -> list[int]:
+def stages_of(mesh: Mesh, devices: Iterable[Any]) -> list[int]:
     """The pipeline stage of each of some devices of a mesh."""
     axis = mesh.axis_names.index(PIPE)
     stages = {device: place[axis] for place, device in np.ndenumerate(mesh.devices)}
