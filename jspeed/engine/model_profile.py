@@ -14,6 +14,7 @@ from flax import nnx
 
 from jspeed.core.errors import ModelError
 from jspeed.core.tree import named_leaves
+from jspeed.engine.step_program import metadata_as_it_is
 from jspeed.profile.flops_page import amount, flops_tables
 from jspeed.profile.hlo import parse_module
 from jspeed.profile.owners import Owners
@@ -138,7 +139,8 @@ def _count(
         args, kwargs = _joined(arrays, static)
         return call(weights, *args, **kwargs)
 
-    text = jax.jit(run).lower(weights, arrays).compile().as_text()
+    with metadata_as_it_is():
+        text = jax.jit(run).lower(weights, arrays).compile().as_text()
     assert text is not None, "XLA gave no program text"
     sizes = _parameters(model, weights)
     module = parse_module(text)

@@ -16,6 +16,7 @@ from jspeed.core.errors import ConfigError, JspeedError
 from jspeed.engine.engine import Engine
 from jspeed.engine.reporting import heed_log_level
 from jspeed.engine.run import make_parts, run_sections
+from jspeed.layout.mesh import stages_of
 from jspeed.profile.step_flops import StepFlops
 from jspeed.profile.step_trace import Reader, StepTrace
 from jspeed.profile.trace import WINDOW, find_trace, read_trace
@@ -127,7 +128,7 @@ def profile_run(
     found = reader.step_trace(
         read_trace(path),
         steps=last - first + 1,
-        devices=len(engine.mesh.local_devices),
+        stages=stages_of(engine.mesh, engine.mesh.local_devices),
         collectives=program.collectives(),
         sizes=engine.layout.sizes,
     )

@@ -96,7 +96,7 @@ def read_step(
       blueprint: the model, as `Program.blueprint`.
       schedule: of the pipeline's stages, or None.
     """
-    with _metadata_as_it_is():
+    with metadata_as_it_is():
         text = step.lower(state, batch).compile().as_text()
     return StepProgram(text, layout, blueprint, schedule)
 
@@ -111,8 +111,8 @@ def shapes_of(tree: Any) -> Any:
 
 
 @contextmanager
-def _metadata_as_it_is() -> Iterator[None]:
-    """A program from the compilation cache may be of sources that had other names and lines."""
+def metadata_as_it_is() -> Iterator[None]:
+    """Within it, programs from the compilation cache are of the same sources, names and lines."""
     name = "jax_compilation_cache_include_metadata_in_key"
     before = jax.config.values[name]
     jax.config.update(name, True)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import os
 import queue
+import re
 import secrets
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from jspeed.launch.plan import (
 RESTART_SECONDS = 1.0
 _UNREACHABLE = 255
 """What ssh ends with when it could not connect, or lost the connection."""
+_PREFIX = re.compile(r"^(\[\d+\] )?(jspeed: )?")
 
 
 @dataclass(frozen=True)
@@ -194,9 +196,14 @@ def _explain(end: Ended, output: Output) -> None:
     if is_host and end.code == _UNREACHABLE and not failure.name:
         where = f"{end.child.name}, which ssh does not reach or has lost"
     lines = [f"{where} failed first (exit code {end.code}): {failure.text}"]
-    if end.child.lines:
+    if not _says_no_more(end.child.lines, failure.text):
         lines += ["its last lines:", *(f"  {line}" for line in end.child.lines)]
     output.say("\n".join(lines))
+
+
+def _says_no_more(lines: Iterable[str], reason: str) -> bool:
+    """Whether lines of a process, or of the ranks of a host, are no more than its reason."""
+    return {_PREFIX.sub("", line) for line in lines} <= set(reason.splitlines())
 
 
 def _fitting(launch: Launch) -> Launch:

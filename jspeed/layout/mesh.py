@@ -6,7 +6,7 @@ An axis of size 1 costs nothing and always exists, so no code asks whether an ax
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -145,6 +145,13 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
 def make_abstract_mesh(shape: MeshShape) -> AbstractMesh:
     """A mesh of a given shape without devices, for layouts of any size on any machine."""
     return AbstractMesh(shape.sizes(), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def stages_of(mesh: Mesh, devices: Iterable[Any]) -> list[int]:
+    """The pipeline stage of each of some devices of a mesh."""
+    axis = mesh.axis_names.index(PIPE)
+    stages = {device: place[axis] for place, device in np.ndenumerate(mesh.devices)}
+    return [stages[device] for device in devices]
 
 
 def one_at_a_time(mesh: AnyMesh) -> bool:

@@ -19,6 +19,8 @@ from jspeed.profile.hlo import Instruction
 from jspeed.profile.origins import Origins, module_classes
 
 _WRAPPER = re.compile(r"\w+\(|[()]")
+# `_project`, not `__call__`, in which a model may compute something itself.
+_PRIVATE = re.compile(r"_(?!_\w+__$)")
 _ANONYMOUS = re.compile(r"<.*>|branch_\d+_fun|named_call")
 _RECOMPUTED, _TRANSPOSED, _DIFFERENTIATED = "rematted_computation", "transpose(", "jvp("
 
@@ -77,7 +79,7 @@ class Owners:
             path = by_stack
         names = [frame.function.rpartition(".<locals>.")[2] for frame in frames]
         named = [name for name in names if name and not _ANONYMOUS.fullmatch(name)]
-        public = [name for name in named if not name.rpartition(".")[2].startswith("_")]
+        public = [name for name in named if not _PRIVATE.match(name.rpartition(".")[2])]
         function = (public or named or [""])[-1]
         return Owner(path, function, self.phase(instruction.op_name))
 

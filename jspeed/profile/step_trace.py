@@ -153,8 +153,8 @@ class Reader:
         trace: Trace,
         *,
         steps: int,
-        devices: int,
-        collectives: Sequence[Sequence[Collective]] = ((),),
+        stages: Sequence[int],
+        collectives: Sequence[Sequence[Collective]],
         sizes: Mapping[str, int],
     ) -> StepTrace:
         """Sums a trace up.
@@ -162,10 +162,12 @@ class Reader:
         Args:
           trace: of whole steps.
           steps: how many.
-          devices: of this process, idle ones included.
-          collectives: of one device in one step, by stage of the pipeline.
+          stages: of the pipeline, one for each device of this process, idle ones included.
+          collectives: of one device in one step, by stage; of stages elsewhere, too.
           sizes: of the mesh axes.
         """
+        devices = len(stages)
+        local = [collectives[stage] for stage in stages]
         spans: dict[int, list[Span]] = defaultdict(list)
         for event in trace.events:
             work = self.work(event)
@@ -188,7 +190,7 @@ class Reader:
             steps,
             devices,
             tree,
-            self._collectives(trace, steps, devices, collectives, sizes),
+            self._collectives(trace, steps, local, sizes),
             unknown / busy if busy else 0.0,
         )
 
@@ -232,25 +234,24 @@ class Reader:
         self,
         trace: Trace,
         steps: int,
-        devices: int,
-        collectives: Sequence[Sequence[Collective]],
+        devices: Sequence[Sequence[Collective]],
         sizes: Mapping[str, int],
     ) -> tuple[CollectiveTime, ...]:
         times: dict[str, float] = defaultdict(float)
         for event in trace.events:
             if event.module == self._module.name:
-                times[event.name] += (event.end - event.start) * 1e-9 / (steps * devices)
+                times[event.name] += (event.end - event.start) * 1e-9 / (steps * len(devices))
         carried: dict[str, float] = defaultdict(float)
-        for one in (one for stage in collectives for one in stage):
+        for one in (one for device in devices for one in device):
             carried[one.name] += one.count * one.whole.bytes
         sums: dict[_Group, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
-        for one in (one for stage in collectives for one in stage):
+        for one in (one for device in devices for one in device):
             size = one.count * one.whole.bytes
             # Arrays that XLA combined share the time of one instruction.
             part = size / carried[one.name] if carried[one.name] else 0.0
             entry = sums[_Group(one.kind, one.axes, one.dtype)]
-            entry[0] += one.count / len(collectives)
-            entry[1] += size / len(collectives)
+            entry[0] += one.count / len(devices)
+            entry[1] += size / len(devices)
             entry[2] += times.get(one.name, 0.0) * part
         rows = [
             _collective_time(group, calls, size, seconds, sizes)

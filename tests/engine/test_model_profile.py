@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import flax.linen as linen
@@ -12,6 +13,8 @@ from flax import nnx
 
 import jspeed
 from jspeed.core.errors import ModelError
+from jspeed.engine import model_profile
+from tests.engine.caches import compilation_cache_in
 
 
 class LinenMLP(linen.Module):
@@ -60,6 +63,25 @@ def test_texts_and_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert profile == ("1.00 M", "500.00 K", "10.10 K")
     assert capsys.readouterr().out == ""
     assert path.read_text().startswith("most FLOPs by depth")
+
+
+def test_names_are_not_those_of_an_older_program_in_the_compilation_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def table() -> str:
+        jspeed.get_model_profile(Convolution(nnx.Rngs(0)), (2, 10, 10, 3))
+        return capsys.readouterr().out
+
+    with compilation_cache_in(tmp_path):
+        with monkeypatch.context() as older:
+            older.setattr(model_profile, "module_scopes", lambda _: contextlib.nullcontext())
+            older.setattr(model_profile, "metadata_as_it_is", contextlib.nullcontext)
+            table()
+        assert any(tmp_path.iterdir())
+        jax.clear_caches()
+        after = table()
+    (head,) = [line.split() for line in after.splitlines() if line.startswith("  head ")]
+    assert head[2] == "64"  # 2 * 2 * 8 * 2
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from jspeed.config import load_config
 from jspeed.core.errors import ConfigError
 from jspeed.engine.profile_run import ProfiledRun, parse_steps, profile_run
 from jspeed.profile.kinds import Kind
+from jspeed.profile.trace import read_trace
 from jspeed.profile.tree import walk
 from tests.engine.runs import tiny_run
 
@@ -59,7 +62,13 @@ def test_collectives_have_times(profiled: ProfiledRun) -> None:
 def test_the_files_are_there(profiled: ProfiledRun) -> None:
     assert profiled.path.name.endswith(".xplane.pb")
     assert profiled.perfetto is not None
-    assert profiled.perfetto.stat().st_size > 1000
+    events = json.loads(gzip.decompress(profiled.perfetto.read_bytes()))["traceEvents"]
+    shown = {event["args"].get("hlo_op") for event in events if "args" in event}
+    step = {one.name for one in read_trace(profiled.path).events if one.module == "jit_train_step"}
+    assert len(step) > 100
+    assert step <= shown
+    # XProf finds the modules in the program, which the trace for it holds.
+    assert re.search(rb"blocks\)*/attn/qkv/dot_general", profiled.path.read_bytes())
     found = json.loads(json.dumps(profiled.to_json()))
     assert found["step_seconds"] == pytest.approx(profiled.trace.seconds / 2)
     assert sum(found["kinds"].values()) == pytest.approx(profiled.trace.seconds, rel=1e-6)

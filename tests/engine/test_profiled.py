@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 import jspeed
 from jspeed.core.errors import ConfigError, JspeedError
@@ -22,6 +21,7 @@ from jspeed.nn import language_model_loss
 from jspeed.profile.owners import Phase
 from jspeed.profile.tree import walk
 from jspeed.training import program_nnx
+from tests.engine.caches import compilation_cache_in
 from tests.training.curves import BATCH, SEQ, TINY, batches, ds_config
 
 MODEL = dataclasses.replace(TINY, attention="xla")
@@ -150,8 +150,8 @@ def test_what_the_optimizer_multiplies_is_no_part_of_the_model() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "zb-h1"])
-def test_stages_of_a_pipeline_together_do_what_one_device_does(schedule: str) -> None:
+@pytest.mark.parametrize(("schedule", "turns"), [("1f1b", 6), ("gpipe", 9), ("zb-h1", 13)])
+def test_stages_of_a_pipeline_together_do_what_one_device_does(schedule: str, turns: int) -> None:
     engine, said = make(
         mesh={"pipe": 2, "data": 1},
         pipeline={"schedule": schedule},
@@ -164,8 +164,13 @@ def test_stages_of_a_pipeline_together_do_what_one_device_does(schedule: str) ->
     assert report.flops.model.flops[Phase.UPDATE] == 0
     assert report.flops.devices == 2
     rows = engine.comms_summary()
-    assert "send" in {row["op"] for row in rows}
-    assert "stage" in said[-1] or all(row["stage"] is None for row in rows)
+    sends = {row["op"]: row for row in rows}["send"]
+    # In every turn each stage passes activations on and gradients back, of one microbatch.
+    assert (sends["axis"], sends["count"]) == ("pipe", 2 * turns)
+    assert sends["bytes"] == 2 * turns * 4 * (4 * SEQ * MODEL.hidden_size)
+    # The stages do alike, so they have their rows in common.
+    assert {row["stage"] for row in rows} == {None}
+    assert "stage" not in said[-1]
 
 
 @pytest.mark.slow
@@ -215,16 +220,7 @@ def test_level_of_the_logger_lets_the_page_through(caplog: pytest.LogCaptureFixt
 def test_names_are_not_those_of_an_older_program_in_the_compilation_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = (
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-        "jax_enable_compilation_cache",
-    )
-    before = {name: jax.config.values[name] for name in names}
-    try:
-        for name, value in zip(names, (str(tmp_path), 0.0, True), strict=True):
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
+    with compilation_cache_in(tmp_path):
         with monkeypatch.context() as older:
             older.setattr(program_nnx, "module_scopes", lambda _: contextlib.nullcontext())
             make(devices=1)[0].train_batch(batches(1)[0])
@@ -233,10 +229,6 @@ def test_names_are_not_those_of_an_older_program_in_the_compilation_cache(
         engine, _ = make(devices=1, flops_profiler={"enabled": True, "profile_step": 2})
         for batch in batches(2):
             engine.train_batch(batch)
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
     assert engine.flops_report is not None
     nodes = {node.path: node for _, node in walk(engine.flops_report.flops.model)}
     assert nodes["blocks/mlp/fc"].total > 0

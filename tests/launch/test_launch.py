@@ -168,6 +168,8 @@ def test_what_would_fail_again_is_not_started_again():
     assert "starting again" not in ran.err
     last = ran.err[ran.err.index("jspeed launch: ") :]
     assert 'failed first (exit code 2): "none.json"' in last
+    assert "its last lines" not in last  # they are the reason
+    assert last.count('"none.json"') == 1
 
 
 def test_a_file_for_each_rank(tmp_path):

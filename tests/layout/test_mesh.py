@@ -17,6 +17,7 @@ from jspeed.layout.mesh import (
     make_abstract_mesh,
     make_mesh,
     resolve_mesh,
+    stages_of,
 )
 
 sizes = st.integers(1, 4)
@@ -34,6 +35,12 @@ def test_a_shape_counts_its_devices() -> None:
     assert shape.batch_shards == 12
     assert str(shape) == "pipe 2 x replica 3 x data 4 x tensor 5"
     assert str(MeshShape()) == "1 device"
+
+
+def test_devices_have_the_stages_of_their_place() -> None:
+    first, *others = devices = jax.devices()[:4]
+    mesh = make_mesh(MeshShape(pipe=2, data=2), devices)
+    assert stages_of(mesh, [*others, first]) == [0, 1, 1, 0]
 
 
 @given(pipe=sizes, replica=sizes, expert=sizes, seq=sizes, tensor=sizes, data=sizes)

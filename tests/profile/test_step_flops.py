@@ -114,6 +114,12 @@ def test_modules_add_up_to_the_step(scanned: StepFlops) -> None:
     assert scanned.model.parameters == LAYERS * ((WIDTH + 1) * INNER + (INNER + 1) * WIDTH) + 64
 
 
+def test_what_a_model_computes_in_its_own_call_bears_that_name() -> None:
+    nodes = {node.name: node for _, node in walk(flops_of(Unrolled).model)}
+    assert nodes["(Unrolled.__call__)"].total == 3 * 2 * ROWS * WIDTH * WIDTH
+    assert "(loss)" not in nodes
+
+
 def test_rematerialisation_shows_as_what_is_computed_again(scanned: StepFlops) -> None:
     rematted = flops_of(Rematted)
     # XLA drops the second product of each layer: no gradient needs its result.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -74,7 +75,7 @@ def summed() -> StepTrace:
     return reader.step_trace(
         Trace(events, 0, 1000),
         steps=2,
-        devices=2,
+        stages=[0, 0],
         collectives=[collectives(module, SIZES)],
         sizes=SIZES,
     )
@@ -111,6 +112,21 @@ def test_collectives_have_bandwidths_from_the_trace(summed: StepTrace) -> None:
     assert one.seconds == pytest.approx((220 + 600) * 1e-9 / 4)  # per step and device
     assert one.algbw == pytest.approx(64 / (205e-9))
     assert one.busbw == one.algbw  # 2 (n - 1) / n of two devices
+
+
+def test_bytes_are_those_of_the_stages_whose_times_are_seen() -> None:
+    """Of two stages, which send unequally often, this process holds the second."""
+    module = parse_module(TEXT)
+    (once,) = collectives(module, SIZES)
+    trace = Trace((event(0, "reduced", 0, 600),), 0, 1000)
+    read = Reader(module, Owners(TEXT, None, ["layer/up/kernel"], trains=True)).step_trace
+    stages = [[replace(once, count=9)], [replace(once, count=3)]]
+    (one,) = read(trace, steps=1, stages=[1], collectives=stages, sizes=SIZES).collectives
+    assert (one.count, one.bytes) == (3, 3 * 64)
+    assert one.algbw == pytest.approx(3 * 64 / 600e-9)
+    (both,) = read(trace, steps=1, stages=[0, 1, 1], collectives=stages, sizes=SIZES).collectives
+    assert (both.count, both.bytes) == (5, 5 * 64)  # (9 + 3 + 3) / 3
+    assert both.seconds == pytest.approx(200e-9)
 
 
 @pytest.mark.parametrize(
