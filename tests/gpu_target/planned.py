@@ -20,7 +20,7 @@ RUN = CONFIGS / "gpt2_13b_1xh100.json"
 def plan_and_step(gpus: int, *overrides: str) -> tuple[Plan, Compiled]:
     """The plan for some H200s, and its step."""
     kept: list[Compiled] = []
-    compile_step = planning._compile
+    compile_step = planning.compile_step
 
     def keep(*args: Any, **kwargs: Any) -> Any:
         made = compile_step(*args, **kwargs)
@@ -28,7 +28,7 @@ def plan_and_step(gpus: int, *overrides: str) -> tuple[Plan, Compiled]:
         return made
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "_compile", keep)
+        patch.setattr(planning, "compile_step", keep)
         plan = make_plan(
             load_config(RUN, overrides=overrides), Cluster(load_target("h200"), gpus, gpus)
         )
